@@ -1,0 +1,1 @@
+"""Tune mode for eval-mode ConvBN blocks under torch.compile."""

@@ -1,0 +1,262 @@
+"""The tune-mode gradient of a convolution followed by an eval-mode batch norm.
+
+Before, what autograd keeps for ``y = bn(conv(x))``: ``x`` (for dW) and ``c = conv(x)``
+(for dgamma). After, only ``x``. With ``dy`` the gradient of ``y``,
+
+    invstd = (running_var + eps) ** -0.5        s = gamma * invstd        W' = s * W
+
+    dx, dW' = convolution_backward(dy, x, W')   dbeta = sum of dy over all but channels
+    dW = s * dW'                                dgamma = invstd * (<dW', W> + (b - mean) * dbeta)
+    db = s * dbeta
+
+where ``<dW', W>`` is the inner product per output channel. It equals the sum of
+``dy * conv(x, W)``: the convolution's output, which eval mode keeps in memory, is recovered
+from the weight gradient that is computed anyway. Nothing is divided by gamma, so
+zero-initialised gammas are fine. W' is a pointwise function of live parameters; it is
+computed in backward and never kept.
+
+The forward is the one that was written: the same convolution, the same batch norm, in the
+same order, so its bits are eval mode's. Only what is kept for backward changes.
+
+Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.11624, section
+3; the formula for dgamma follows from its equation for the folded weight.
+
+Numerics. Sums over activations and everything of channel size are computed in float32 for
+half-precision inputs (float64 for float64); each gradient is rounded once to its parameter's
+dtype. ``dgamma`` is a difference of two sums, so it cancels where the mean of ``c`` is far
+larger than its deviation; see ``_dgamma``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import fold
+
+__all__ = ["conv_bn_eval", "linear_bn_eval"]
+
+aten = torch.ops.aten
+
+
+class Conv(NamedTuple):
+    """Arguments of ``aten.convolution`` beside the tensors. ``None`` stands for a linear layer."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _apply_layer(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None) -> Tensor:
+    if conv is None:
+        out = F.linear(x, weight, bias)
+        return out.reshape(-1, out.shape[-1]) if out.ndim > 2 else out
+    return aten.convolution.default(
+        x,
+        weight,
+        bias,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.transposed,
+        conv.output_padding,
+        conv.groups,
+    )
+
+
+def _layer_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, conv: Conv | None, need_dx: bool, need_dw: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if conv is None:
+        dx = (dy @ weight).reshape(x.shape) if need_dx else None
+        dw = dy.t() @ x.reshape(-1, x.shape[-1]) if need_dw else None
+        return dx, dw
+    dx, dw, _ = aten.convolution_backward.default(
+        dy,
+        x,
+        weight,
+        None,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.transposed,
+        conv.output_padding,
+        conv.groups,
+        [need_dx, need_dw, False],
+    )
+    return dx, dw
+
+
+@contextlib.contextmanager
+def _autocast_off(device_type: str):
+    """Compute in the dtypes given: the casts of autocast were made before, and are part of autograd."""
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            yield
+    else:
+        yield
+
+
+class ConvBNEval(torch.autograd.Function):
+    """``batch_norm(conv(x))`` with running statistics, that saves ``x`` and no activation else.
+
+    Called through :func:`conv_bn_eval` and :func:`linear_bn_eval`. ``x`` has the dtype that
+    the convolution computes in; ``weight`` and ``bias`` may have a wider one (autocast), and
+    get their gradients in it. Twice differentiable; has a vmap rule; no forward-mode rule.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        eps: float,
+        conv: Conv | None,
+    ) -> Tensor:
+        with _autocast_off(x.device.type):
+            bias = None if bias is None else bias.to(x.dtype)
+            c = _apply_layer(x, weight.to(x.dtype), bias, conv)
+            return F.batch_norm(
+                c, running_mean, running_var, bn_weight, bn_bias, training=False, eps=eps
+            )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, conv = inputs
+        ctx.save_for_backward(x, weight, bias, bn_weight, running_mean, running_var)
+        ctx.eps, ctx.conv = eps, conv
+        ctx.bn_bias_dtype = None if bn_bias is None else bn_bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, bn_weight, running_mean, running_var = ctx.saved_tensors
+        need_dx, need_dw, need_db, need_dgamma, need_dbeta = ctx.needs_input_grad[:5]
+        conv: Conv | None = ctx.conv
+        layout = (
+            {"transposed": conv.transposed, "groups": conv.groups}
+            if conv is not None
+            else {"transposed": False, "groups": 1}
+        )
+        dx = dw = db = dgamma = dbeta = None
+        with _autocast_off(x.device.type):
+            acc = _accumulation_dtype(dy.dtype)
+            invstd = (running_var.to(acc) + ctx.eps).rsqrt()
+            scale = invstd if bn_weight is None else bn_weight.to(acc) * invstd
+            # What the forward multiplied with: under autocast, the weight after its cast.
+            used_weight = weight.to(x.dtype).to(acc)
+            if need_dx or need_dw or need_dgamma:
+                folded = fold.scale_weight(used_weight, scale, **layout).to(x.dtype)
+                dx, dfolded = _layer_backward(
+                    dy, x, folded, conv, need_dx, need_dw or need_dgamma
+                )
+            if need_db or need_dgamma or need_dbeta:
+                channels_summed = [d for d in range(dy.ndim) if d != 1]
+                sum_dy = dy.sum(channels_summed, dtype=acc)
+            if need_dw:
+                dw = fold.scale_weight(dfolded.to(acc), scale, **layout).to(weight.dtype)
+            if need_db:
+                db = (scale * sum_dy).to(bias.dtype)
+            if need_dgamma:
+                shift = -running_mean.to(acc)
+                if bias is not None:
+                    shift = bias.to(x.dtype).to(acc) + shift
+                inner = fold.channel_inner_product(dfolded.to(acc), used_weight, **layout)
+                dgamma = (invstd * (inner + shift * sum_dy)).to(bn_weight.dtype)
+            if need_dbeta:
+                dbeta = sum_dy.to(ctx.bn_bias_dtype)
+        return dx, dw, db, dgamma, dbeta, None, None, None, None
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives to convolutions and linear layers here; None if it leaves ``x``."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def _same_padding(
+    x: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """``padding="same"`` as numbers, with ``x`` padded first where left and right differ.
+
+    This is what ``aten::conv2d.padding`` does: an even kernel pads one more on the right.
+    """
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if any(t % 2 for t in total):
+        extra = [amount for t in reversed(total) for amount in (0, t % 2)]
+        x = F.pad(x, extra)
+    return x, tuple(t // 2 for t in total)
+
+
+def conv_bn_eval(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    transposed: bool,
+    output_padding: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """Batched 1-d, 2-d or 3-d convolution, plain or transposed, then eval-mode batch norm.
+
+    ``x`` [N, C_in, *spatial]; ``weight`` as in :mod:`convbn_inductor_pass.fold`; all else of
+    channel size is [C_out] or None. Returns [N, C_out, *spatial'] in the dtype that
+    ``F.batch_norm(conv(x), ..., training=False)`` returns, autocast included, with its bits.
+    """
+    if (dtype := _autocast_dtype(x)) is not None:
+        x = x.to(dtype)
+    if padding == "valid":
+        padding = (0,) * len(stride)
+    elif padding == "same":
+        x, padding = _same_padding(x, tuple(weight.shape[2:]), dilation)
+    conv = Conv(stride, padding, dilation, transposed, output_padding, groups)
+    return ConvBNEval.apply(
+        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, conv
+    )
+
+
+def linear_bn_eval(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+) -> Tensor:
+    """Linear layer, its result viewed as [rows, C_out], then eval-mode batch norm over the rows.
+
+    ``x`` [..., C_in] with at least two dimensions, ``weight`` [C_out, C_in]; returns
+    [prod(...), C_out].
+    """
+    if (dtype := _autocast_dtype(x)) is not None:
+        x = x.to(dtype)
+    return ConvBNEval.apply(
+        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, None
+    )

@@ -1,0 +1,96 @@
+"""Options of the pass: one frozen, hashable value, part of every cache key.
+
+Whether the pass runs at all is not decided here but by PyTorch's own flag,
+``torch._inductor.config.efficient_conv_bn_eval_fx_passes``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+__all__ = ["Options", "get_options", "options", "set_options"]
+
+Objective = Literal["memory", "speed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to fuse, beyond what is sound.
+
+    Attributes:
+        objective: ``"memory"`` fuses every pair that saves bytes. ``"speed"`` leaves a pair
+            alone where the convolution's weight is larger than its output: there, scaling
+            the weight and taking its inner product in backward costs more than the saved
+            activation is worth.
+        allow: shell-style patterns of module paths (``"backbone.*"``). If given, only pairs
+            whose batch norm or convolution matches one of them are fused.
+        deny: patterns of module paths that are never fused; wins over ``allow``.
+
+    Raises:
+        ValueError: a value is not one of those above.
+    """
+
+    objective: Objective = "memory"
+    allow: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.objective not in get_args(Objective):
+            allowed = ", ".join(repr(o) for o in get_args(Objective))
+            raise ValueError(f"objective must be one of {allowed}, got {self.objective!r}")
+        for name in ("allow", "deny"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(p, str) for p in value):
+                raise ValueError(
+                    f"{name} must be a sequence of module path patterns such as "
+                    f"('backbone.*',), got {value!r}"
+                )
+            object.__setattr__(self, name, tuple(value))
+
+    def permits(self, *module_paths: str) -> bool:
+        """Whether ``allow`` and ``deny`` let a pair be fused that lives at these module paths."""
+
+        def matches(patterns: tuple[str, ...]) -> bool:
+            return any(fnmatch.fnmatchcase(m, p) for m in module_paths for p in patterns)
+
+        return not matches(self.deny) and (not self.allow or matches(self.allow))
+
+
+_current = Options()
+
+
+def get_options() -> Options:
+    """The options that the next compilation will use."""
+    return _current
+
+
+def set_options(**changes: object) -> Options:
+    """Change some options for this process; returns the new value.
+
+    As with every Inductor setting, what is compiled already stays as it is until
+    ``torch._dynamo.reset()``.
+
+    Raises:
+        ValueError: an unknown option or value; nothing is changed then.
+    """
+    global _current
+    known = [field.name for field in dataclasses.fields(Options)]
+    if unknown := sorted(set(changes) - set(known)):
+        raise ValueError(f"unknown option {', '.join(unknown)}; there are: {', '.join(known)}")
+    _current = dataclasses.replace(_current, **changes)  # type: ignore[arg-type]
+    return _current
+
+
+@contextlib.contextmanager
+def options(**changes: object) -> Iterator[Options]:
+    """Like :func:`set_options`, for the duration of a ``with`` block."""
+    global _current
+    before = _current
+    try:
+        yield set_options(**changes)
+    finally:
+        _current = before
