@@ -9,6 +9,8 @@ Supported: torch 2.11 to 2.15. What differs between them, by name:
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ __all__ = [
     "TracingContext",
     "check_torch_version",
     "copy_dynamo_source",
+    "counters_kept",
     "counters",
     "functorch_config",
     "inductor_config",
@@ -114,3 +117,14 @@ def copy_dynamo_source(old: Any, new: Any) -> None:
     for name in ("_dynamo_source", "_param_name_to_source"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
+
+
+@contextlib.contextmanager
+def counters_kept() -> Iterator[None]:
+    """Leave Dynamo's and Inductor's counters as they were."""
+    before = {name: counter.copy() for name, counter in counters.items()}
+    try:
+        yield
+    finally:
+        counters.clear()
+        counters.update(before)

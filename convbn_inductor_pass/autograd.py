@@ -163,9 +163,7 @@ class ConvBNEval(torch.autograd.Function):
             used_weight = weight.to(x.dtype).to(acc)
             if need_dx or need_dw or need_dgamma:
                 folded = fold.scale_weight(used_weight, scale, **layout).to(x.dtype)
-                dx, dfolded = _layer_backward(
-                    dy, x, folded, conv, need_dx, need_dw or need_dgamma
-                )
+                dx, dfolded = _layer_backward(dy, x, folded, conv, need_dx, need_dw or need_dgamma)
             if need_db or need_dgamma or need_dbeta:
                 channels_summed = [d for d in range(dy.ndim) if d != 1]
                 sum_dy = dy.sum(channels_summed, dtype=acc)

@@ -43,7 +43,9 @@ class Code(enum.Enum):
 
     # Fusing would be right, but not pay, or is not wanted.
     NO_GRAD = "nothing here requires a gradient, so nothing is kept for backward"
-    AFFINE_FROZEN = "the batch norm's weight needs no gradient: eval mode does not keep the layer's output"
+    AFFINE_FROZEN = (
+        "the batch norm's weight needs no gradient: eval mode does not keep the layer's output"
+    )
     LAYER_FROZEN = "the layer's weight needs no gradient: fusing would have to compute it"
     WEIGHT_LARGER_THAN_OUTPUT = "objective 'speed': the weight is larger than the layer's output"
     DENIED = "the options 'allow' and 'deny' leave this module out"

@@ -286,9 +286,7 @@ def decide(candidate: Candidate, effects: Effects, options: Options) -> Decision
     if isinstance(bn, Unreadable):
         return Decision(candidate, bn.code, bn.detail)
     if layer is None:
-        return Decision(
-            candidate, Code.NOT_AFTER_LAYER, f"{bn.node} follows {describe(bn.input)}"
-        )
+        return Decision(candidate, Code.NOT_AFTER_LAYER, f"{bn.node} follows {describe(bn.input)}")
     if isinstance(layer, Unreadable):
         return Decision(candidate, layer.code, layer.detail)
     pair = _Pair(candidate, layer, bn, effects, options)

@@ -112,9 +112,7 @@ def _function_effect(node: fx.Node) -> Effect:
     if module in ("_operator", "builtins", "math") and not node.kwargs:
         return PURE if target is not setattr else Effect(_nodes(node.args[:1]), storage=True)
     name = str(getattr(target, "__name__", ""))
-    in_torch = module.split(".")[0] == "torch" or (
-        inspect.isbuiltin(target) and not module
-    )
+    in_torch = module.split(".")[0] == "torch" or (inspect.isbuiltin(target) and not module)
     if isinstance(target, torch._ops.OpOverloadPacket):
         overloads = [getattr(target, o)._schema for o in target.overloads()]
         if any(s.is_mutable for s in overloads) and (
@@ -146,9 +144,7 @@ def _records_value(node: fx.Node) -> bool:
 def _module_effect(node: fx.Node) -> Effect:
     module = torch_ir._attribute(node.graph.owning_module, str(node.target))
     everything = Effect(_nodes((node.args, node.kwargs)))
-    has_hooks = any(
-        getattr(module, h, None) for h in ("_forward_hooks", "_forward_pre_hooks")
-    )
+    has_hooks = any(getattr(module, h, None) for h in ("_forward_hooks", "_forward_pre_hooks"))
     if not type(module).__module__.startswith("torch.nn.modules") or has_hooks:
         return Effect(everything.mutated, region=True)
     children = list(module.modules())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Union
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +29,8 @@ class Candidate:
     the nodes between the layer and the batch norm, nearest to the batch norm first.
     """
 
-    batch_norm: Union[BatchNormCall, Unreadable]
-    layer: Union[ConvCall, Unreadable, None]
+    batch_norm: BatchNormCall | Unreadable
+    layer: ConvCall | Unreadable | None
     source: fx.Node | None
     path: tuple[fx.Node, ...] = ()
 

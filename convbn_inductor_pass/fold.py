@@ -15,7 +15,6 @@ nothing here knows of FX or autograd.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 __all__ = ["channel_inner_product", "output_channels", "per_channel", "scale_weight"]
@@ -43,7 +42,9 @@ def _on_output_axis(scale: Tensor, weight: Tensor, *, transposed: bool, groups: 
     return matrix.reshape([weight.shape[0], weight.shape[1], *kernel_dims])
 
 
-def scale_weight(weight: Tensor, scale: Tensor, *, transposed: bool = False, groups: int = 1) -> Tensor:
+def scale_weight(
+    weight: Tensor, scale: Tensor, *, transposed: bool = False, groups: int = 1
+) -> Tensor:
     """``s * W`` with ``s`` [C_out] on the output-channel axis of ``weight``.
 
     Shape and memory format are those of ``weight`` (a channels-last weight stays
@@ -52,7 +53,9 @@ def scale_weight(weight: Tensor, scale: Tensor, *, transposed: bool = False, gro
     return weight * _on_output_axis(scale, weight, transposed=transposed, groups=groups)
 
 
-def channel_inner_product(a: Tensor, b: Tensor, *, transposed: bool = False, groups: int = 1) -> Tensor:
+def channel_inner_product(
+    a: Tensor, b: Tensor, *, transposed: bool = False, groups: int = 1
+) -> Tensor:
     """``<a, b>`` per output channel, shape [C_out], of two tensors laid out like a weight."""
     product = a * b
     if not transposed:

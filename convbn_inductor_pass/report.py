@@ -19,7 +19,7 @@ from torch import fx
 from . import _compat
 from .codes import Code
 from .decide import Decision, module_path
-from .torch_ir import BatchNormCall, ConvCall, tensor_of
+from .torch_ir import ConvCall, tensor_of
 
 __all__ = ["Record", "Records", "clear_records", "records"]
 
@@ -130,7 +130,9 @@ def publish(made: Records) -> None:
     if log.isEnabledFor(logging.INFO):
         log.info("%s", made)
         for r in made.records:
-            log.debug("%s -> %s: %s %s (%s)", r.layer, r.batch_norm, r.code.name, r.detail, r.source)
+            log.debug(
+                "%s -> %s: %s %s (%s)", r.layer, r.batch_norm, r.code.name, r.detail, r.source
+            )
     _compat.trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": "convbn_inductor_pass_decisions", "encoding": "json"},

@@ -23,8 +23,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from . import _compat, hook, pipeline
-from .config import Options
-from .torch_ir import ConvCall, ModuleTensor, tensor_of
+from .config import Options, get_options
+from .torch_ir import ConvCall, ModuleTensor
 
 __all__ = ["Mode", "SavedForBackward", "SavedTensor", "saved_for_backward", "trace"]
 
@@ -123,9 +123,11 @@ def trace(
     ) or _compat.FakeTensorMode(allow_non_fake_inputs=True)
     fake_mode.allow_non_fake_inputs = True
     fakes = pytree.tree_map(
-        lambda v: fake_mode.from_tensor(v, static_shapes=True)
-        if isinstance(v, Tensor) and not isinstance(v, _compat.FakeTensor)
-        else v,
+        lambda v: (
+            fake_mode.from_tensor(v, static_shapes=True)
+            if isinstance(v, Tensor) and not isinstance(v, _compat.FakeTensor)
+            else v
+        ),
         inputs,
     )
     with fake_mode:
@@ -150,13 +152,14 @@ def saved_by_graph(gm: fx.GraphModule, example_inputs: list[Any], mode: Mode) ->
         return inner
 
     gm = copy_graph_module(gm)
-    if mode == "deploy":
-        for module in gm.modules():
-            if isinstance(module, fx.GraphModule):
-                _merge(module.graph)
-                module.recompile()
+    rewrite = {"tune": _fuse, "deploy": _merge}.get(mode)
+    for module in gm.modules() if rewrite is not None else ():
+        if isinstance(module, fx.GraphModule):
+            rewrite(module.graph)
+            module.recompile()
     with (
-        _mode_context(mode),
+        _only_builtin_pass() if mode == "builtin" else _no_pass(),
+        _compat.counters_kept(),
         _compat.inductor_config.patch(fx_graph_cache=False, freezing=False),
         _compat.functorch_config.patch(
             enable_autograd_cache=False, force_non_lazy_backward_lowering=True
@@ -190,16 +193,25 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     return new
 
 
+def _no_pass() -> contextlib.AbstractContextManager[None]:
+    return _compat.inductor_config.patch(efficient_conv_bn_eval_fx_passes=False)
+
+
 @contextlib.contextmanager
-def _mode_context(mode: Mode) -> Iterator[None]:
-    flag = mode in ("builtin", "tune")
+def _only_builtin_pass() -> Iterator[None]:
+    """PyTorch's own pass on, ours not there."""
     was_installed = hook.is_installed()
-    (hook.install if mode == "tune" else hook.uninstall)()
+    hook.uninstall()
     try:
-        with _compat.inductor_config.patch(efficient_conv_bn_eval_fx_passes=flag):
+        with _compat.inductor_config.patch(efficient_conv_bn_eval_fx_passes=True):
             yield
     finally:
-        (hook.install if was_installed else hook.uninstall)()
+        if was_installed:
+            hook.install()
+
+
+def _fuse(graph: fx.Graph) -> None:
+    pipeline.apply(pipeline.analyze(graph, get_options()))
 
 
 def _merge(graph: fx.Graph) -> None:
@@ -210,7 +222,11 @@ def _merge(graph: fx.Graph) -> None:
     """
     for decision in reversed(pipeline.analyze(graph, Options())):
         layer, bn = decision.candidate.layer, decision.candidate.batch_norm
-        if not decision.sound or not isinstance(layer, ConvCall) or layer.node.op != "call_function":
+        if (
+            not decision.sound
+            or not isinstance(layer, ConvCall)
+            or layer.node.op != "call_function"
+        ):
             continue
         bias = bn.bias if bn.bias is not None else bn.running_mean
         if isinstance(bias, ModuleTensor):

@@ -225,9 +225,11 @@ def assert_numerics(
     make_backend = fast_backend if backend is None else backend
     reference = copy.deepcopy(model).double()
     doubles = pytree.tree_map(
-        lambda v: v.detach().double().requires_grad_(v.requires_grad)
-        if isinstance(v, Tensor) and v.is_floating_point()
-        else v,
+        lambda v: (
+            v.detach().double().requires_grad_(v.requires_grad)
+            if isinstance(v, Tensor) and v.is_floating_point()
+            else v
+        ),
         inputs,
     )
     exact = outputs_and_gradients(reference, dict(reference.named_parameters()), doubles)
@@ -247,7 +249,9 @@ def assert_numerics(
     if tune_grads.keys() != eval_grads.keys():
         raise AssertionError(f"gradients {sorted(tune_grads)} instead of {sorted(eval_grads)}")
     errors: dict[str, tuple[float, float]] = {}
-    named = [(f"output{i}", *t) for i, t in enumerate(zip(tune_out, eval_out, exact[0], strict=True))]
+    named = [
+        (f"output{i}", *t) for i, t in enumerate(zip(tune_out, eval_out, exact[0], strict=True))
+    ]
     named += [(n, tune_grads[n], eval_grads[n], exact[1][n]) for n in eval_grads]
     for name, tune, by_eval, value in named:
         if tune.dtype != by_eval.dtype:

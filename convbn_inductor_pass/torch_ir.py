@@ -114,7 +114,7 @@ for _target in (torch.convolution, aten.convolution, aten.convolution.default):
     _CONVS[_target] = (None, None, aten.convolution.default._schema)
 
 # target -> (signature, fixed value of ``training`` or None, returns a tuple)
-_BatchNormEntry = tuple[Union[inspect.Signature, torch.FunctionSchema], Union[bool, None], bool]
+_BatchNormEntry = tuple[inspect.Signature | torch.FunctionSchema, bool | None, bool]
 _BATCH_NORMS: dict[Any, _BatchNormEntry] = {
     F.batch_norm: (inspect.signature(F.batch_norm), None, False)
 }
@@ -324,7 +324,9 @@ def batch_norm_call(node: fx.Node) -> BatchNormCall | Unreadable | None:
     training = bound.get("training", fixed_training)
     eps = bound["eps"] if "eps" in bound else bound["epsilon"]
     if not isinstance(bound["input"], fx.Node) or _has_node((training, eps)):
-        return Unreadable(node, Code.NON_CONSTANT, f"{describe(node)}: training={training}, eps={eps}")
+        return Unreadable(
+            node, Code.NON_CONSTANT, f"{describe(node)}: training={training}, eps={eps}"
+        )
     output: fx.Node | None = node
     others = False
     if is_tuple:
