@@ -30,6 +30,7 @@ larger than its deviation; see ``_dgamma``.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -99,8 +100,8 @@ def _layer_backward(
 
 
 @contextlib.contextmanager
-def _autocast_off(device_type: str):
-    """Compute in the dtypes given: the casts of autocast were made before, and are part of autograd."""
+def _autocast_off(device_type: str) -> Iterator[None]:
+    """Compute in the dtypes given: autocast's casts were made before, where autograd sees them."""
     if torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             yield
@@ -183,7 +184,7 @@ class ConvBNEval(torch.autograd.Function):
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives to convolutions and linear layers here; None if it leaves ``x``."""
+    """The dtype that autocast makes layers compute in here; None if it leaves ``x`` as it is."""
     device_type = x.device.type
     if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
         return None

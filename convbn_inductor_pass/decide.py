@@ -169,9 +169,10 @@ def _unsupported_dtype(p: _Pair) -> str | None:
         return f"the layer computes in {computed}, the batch norm returns {result}"
     # Under autocast the operands of the layer may be wider than what it computes in.
     for name in ("layer.input", "layer.weight", "layer.bias"):
-        if name in dtypes and dtypes[name] != computed:
-            if computed not in (torch.float16, torch.bfloat16) or dtypes[name] == torch.float64:
-                return f"{name} is {dtypes[name]}, the layer computes in {computed}"
+        dtype = dtypes.get(name, computed)
+        casts = computed in (torch.float16, torch.bfloat16) and dtype != torch.float64
+        if dtype != computed and not casts:
+            return f"{name} is {dtype}, the layer computes in {computed}"
     return None
 
 

@@ -281,7 +281,7 @@ def _computed_from_parameters(graph: fx.Graph, static_inputs: set[int]) -> set[f
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     result = {n for i, n in enumerate(inputs) if i in static_inputs}
     for node in graph.nodes:
-        if node.op == "call_function" and node.all_input_nodes:
-            if all(n in result for n in node.all_input_nodes):
-                result.add(node)
+        sources = node.all_input_nodes if node.op == "call_function" else []
+        if sources and all(n in result for n in sources):
+            result.add(node)
     return result

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any, Union
+import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ class ModuleTensor:
     value: Tensor
 
 
-Operand = Union[fx.Node, ModuleTensor, None]
+Operand = fx.Node | ModuleTensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +213,7 @@ def describe(node: fx.Node) -> str:
 
 
 def _plain_module(node: fx.Node, kinds: tuple[type, ...]) -> nn.Module | Unreadable | None:
-    """The module that ``node`` calls, if it is one of ``kinds`` and does just what its class says."""
+    """The module that ``node`` calls, if one of ``kinds`` that does just what its class says."""
     module = _attribute(node.graph.owning_module, str(node.target))
     if not isinstance(module, kinds):
         return None
@@ -349,8 +350,6 @@ def batch_norm_call(node: fx.Node) -> BatchNormCall | Unreadable | None:
 
 
 def _is_getitem(node: fx.Node, index: int | None = None) -> bool:
-    import operator
-
     is_it = node.op == "call_function" and node.target is operator.getitem
     return is_it and (index is None or node.args[1] == index)
 
