@@ -42,6 +42,18 @@ class Decision:
         """Whether fusing would be right, be it done or not."""
         return self.fused or self.code in PROFIT_CODES
 
+    @property
+    def pair(self) -> tuple[ConvCall, BatchNormCall]:
+        """The layer and the batch norm of a sound decision.
+
+        Raises:
+            ValueError: the candidate could not be read as a pair.
+        """
+        pair = self.candidate.pair
+        if pair is None:
+            raise ValueError(f"not a layer and a batch norm: {self}")
+        return pair
+
 
 @dataclasses.dataclass(frozen=True)
 class _Pair:
@@ -100,7 +112,7 @@ def _no_running_statistics(p: _Pair) -> str | None:
 
 
 def _output_unused(p: _Pair) -> str | None:
-    return f"{p.bn.node} has no users" if p.bn.output is None or not p.bn.output.users else None
+    return None if p.bn.output.users else f"{p.bn.output} has no users"
 
 
 def _statistics_used(p: _Pair) -> str | None:

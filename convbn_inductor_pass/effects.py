@@ -244,8 +244,10 @@ class Effects:
             tensor = torch_ir.tensor_of(operand)
             storage = None if tensor is None else _compat.storage_key(tensor)
             # With storages exchanged or unknown, any write may be the one.
-            known = storage is not None and not self.storage_changes
-            writes = self._writes_to.get(storage, []) if known else self._writes
+            if storage is None or self.storage_changes:
+                writes = self._writes
+            else:
+                writes = self._writes_to.get(storage, [])
             if _any_within(writes, first, last):
                 return True
         return False

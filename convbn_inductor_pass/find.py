@@ -34,6 +34,13 @@ class Candidate:
     source: fx.Node | None
     path: tuple[fx.Node, ...] = ()
 
+    @property
+    def pair(self) -> tuple[ConvCall, BatchNormCall] | None:
+        """The layer and the batch norm, if there are both and both can be read."""
+        if isinstance(self.layer, ConvCall) and isinstance(self.batch_norm, BatchNormCall):
+            return self.layer, self.batch_norm
+        return None
+
 
 def find_candidates(graph: fx.Graph) -> Iterator[Candidate]:
     """Every batch norm of ``graph`` in order, each with the layer that it follows, if any."""
@@ -60,7 +67,7 @@ def _through(node: fx.Node) -> fx.Node | None:
         return None
     if node.op == "call_module":
         module = torch_ir._attribute(node.graph.owning_module, str(node.target))
-        idle = isinstance(module, nn.Dropout) and not module.training
+        idle = type(module) is nn.Dropout and not module.training
         return input if idle or type(module) is nn.Identity else None
     before, after = torch_ir.tensor_of(input), torch_ir.tensor_of(node)
     if before is None or after is None:

@@ -82,10 +82,10 @@ class ConvCall:
 @dataclasses.dataclass(frozen=True)
 class BatchNormCall:
     """A batch norm. ``output`` is the node that holds its result: ``node`` itself, or the
-    ``getitem`` that takes it from a tuple; ``None`` if nothing does."""
+    ``getitem`` that takes it from a tuple."""
 
     node: fx.Node
-    output: fx.Node | None
+    output: fx.Node
     input: fx.Node
     weight: Operand
     bias: Operand
@@ -212,8 +212,11 @@ def describe(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _plain_module(node: fx.Node, kinds: tuple[type, ...]) -> nn.Module | Unreadable | None:
-    """The module that ``node`` calls, if one of ``kinds`` that does just what its class says."""
+def _plain_module(node: fx.Node, kinds: tuple[type, ...]) -> Any:
+    """The module that ``node`` calls, if one of ``kinds`` that does just what its class says.
+
+    Unreadable if it is one of ``kinds`` but may do something else; None if it is none of them.
+    """
     module = _attribute(node.graph.owning_module, str(node.target))
     if not isinstance(module, kinds):
         return None
@@ -328,13 +331,12 @@ def batch_norm_call(node: fx.Node) -> BatchNormCall | Unreadable | None:
         return Unreadable(
             node, Code.NON_CONSTANT, f"{describe(node)}: training={training}, eps={eps}"
         )
-    output: fx.Node | None = node
-    others = False
+    output, others = node, False
     if is_tuple:
         takes_y = [u for u in node.users if _is_getitem(u, 0)]
         others = any(u.users or not _is_getitem(u) for u in node.users if u not in takes_y)
         others = others or len(takes_y) > 1
-        output = takes_y[0] if takes_y else None
+        output = takes_y[0] if takes_y else node
     return BatchNormCall(
         node,
         output,
@@ -351,7 +353,7 @@ def batch_norm_call(node: fx.Node) -> BatchNormCall | Unreadable | None:
 
 def _is_getitem(node: fx.Node, index: int | None = None) -> bool:
     is_it = node.op == "call_function" and node.target is operator.getitem
-    return is_it and (index is None or node.args[1] == index)
+    return is_it and (index is None or bool(node.args[1] == index))
 
 
 def _batch_norm_module(node: fx.Node) -> BatchNormCall | Unreadable | None:
