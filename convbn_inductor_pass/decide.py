@@ -189,12 +189,15 @@ def _unsupported_dtype(p: _Pair) -> str | None:
 
 
 def _unbatched(p: _Pair) -> str | None:
-    x, out = p.operands["layer.input"], p.out
+    x, out, normalised = p.operands["layer.input"], p.out, tensor_of(p.bn.input)
     if not p.layer.is_linear:
-        if x.ndim != p.layer.spatial + 2:
+        if not x.ndim == out.ndim == p.layer.spatial + 2:
             return f"{p.layer.node} has an input of {x.ndim} dimensions, without a batch"
+        if normalised is None or normalised.ndim != out.ndim:
+            return f"{p.bn.node} normalises a view of {p.layer.node}"
         return None
-    normalised = tensor_of(p.bn.input)
+    if p.operands["layer.weight"].ndim != 2:
+        return f"{p.layer.node} has a single output channel and drops its dimension"
     if out.ndim == 2 or (out.ndim > 2 and normalised is not None and normalised.ndim == 2):
         return None
     return f"{p.layer.node} returns {out.ndim} dimensions with its channels last"
@@ -223,9 +226,15 @@ def _input_mutated(p: _Pair) -> str | None:
     return f"between {p.layer.node} and {p.bn.node}" if written else None
 
 
-def _bias_mutated(p: _Pair) -> str | None:
-    written = p.layer.bias is not None and p.effects.writer((p.layer.bias,), after=p.layer.node)
-    return f"{p.layer.bias} after {p.layer.node}" if written else None
+def _parameter_mutated(p: _Pair) -> str | None:
+    # Eval mode keeps no bias, and under autocast a copy of the weight after its cast.
+    needed = [p.layer.bias]
+    if p.operands["layer.weight"].dtype != p.out.dtype:
+        needed.append(p.layer.weight)
+    for operand in needed:
+        if operand is not None and p.effects.writer((operand,), after=p.layer.node):
+            return f"{operand} after {p.layer.node}"
+    return None
 
 
 def _statistics_require_grad(p: _Pair) -> str | None:
@@ -279,7 +288,7 @@ LEGALITY: tuple[Row, ...] = (
     (Code.UNSUPPORTED_SHAPE, _unsupported_shape),
     (Code.REGION, _region),
     (Code.INPUT_MUTATED, _input_mutated),
-    (Code.BIAS_MUTATED, _bias_mutated),
+    (Code.PARAMETER_MUTATED, _parameter_mutated),
     (Code.STATISTICS_REQUIRE_GRAD, _statistics_require_grad),
 )
 
