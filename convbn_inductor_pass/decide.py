@@ -98,6 +98,8 @@ _OPERANDS = (
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DEVICES = ("cpu", "cuda", "xpu", "mps", "meta")
 _ROOT = re.compile(r"^[A-Z]\W\w+\.?")  # Dynamo's name of the outermost module: L['self'].
+# Methods that take the shape of their second argument.
+_LIKE_METHODS = {"reshape_as", "view_as", "expand_as"}
 # Calls that ask a tensor for its shape and no data.
 _SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "element_size", "stride"}
 
@@ -122,7 +124,7 @@ def _statistics_used(p: _Pair) -> str | None:
 def _layer_output_used(p: _Pair) -> str | None:
     chain = (*p.candidate.path, p.layer.node)
     for node, next_node in zip(chain, (p.bn.node, *chain), strict=False):
-        others = [u for u in node.users if u is not next_node and not _asks_shape(u)]
+        others = [u for u in node.users if u is not next_node and not _asks_shape(u, node)]
         if others:
             return f"{node} is used by {', '.join(str(u) for u in others)}"
     if p.bn.node.all_input_nodes.count(p.bn.input) > 1 or p.bn.input in (
@@ -135,9 +137,11 @@ def _layer_output_used(p: _Pair) -> str | None:
     return None
 
 
-def _asks_shape(user: fx.Node) -> bool:
+def _asks_shape(user: fx.Node, of: fx.Node) -> bool:
+    """Whether ``user`` uses the shape of ``of`` and none of its data."""
     if user.op == "call_method":
-        return user.target in _SHAPE_METHODS
+        like = user.target in _LIKE_METHODS and of not in user.args[:1]
+        return like or user.target in _SHAPE_METHODS
     if user.target is getattr:
         return user.args[1] in ("shape", "ndim", "dtype", "device")
     return user.target in (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
@@ -226,14 +230,15 @@ def _input_mutated(p: _Pair) -> str | None:
     return f"between {p.layer.node} and {p.bn.node}" if written else None
 
 
-def _parameter_mutated(p: _Pair) -> str | None:
-    # Eval mode keeps no bias, and under autocast a copy of the weight after its cast.
-    needed = [p.layer.bias]
-    if p.operands["layer.weight"].dtype != p.out.dtype:
-        needed.append(p.layer.weight)
-    for operand in needed:
-        if operand is not None and p.effects.writer((operand,), after=p.layer.node):
-            return f"{operand} after {p.layer.node}"
+def _mutated_later(p: _Pair) -> str | None:
+    # Where autograd sees such a write, it raises, and nothing is lost by declining. Where it does
+    # not (``.data``; a bias, which eval mode does not keep), the gradient would differ.
+    layer = (p.layer.input, p.layer.weight, p.layer.bias)
+    bn = (p.bn.weight, p.bn.running_mean, p.bn.running_var)
+    for node, operands in ((p.layer.node, layer), (p.bn.node, bn)):
+        for operand in operands:
+            if p.effects.writer((operand,), after=node):
+                return f"{operand} after {node}"
     return None
 
 
@@ -261,7 +266,9 @@ def _affine_frozen(p: _Pair) -> str | None:
 
 
 def _layer_frozen(p: _Pair) -> str | None:
-    return None if p.operands["layer.weight"].requires_grad else f"weight of {p.layer.node}"
+    if p.options.fuse_frozen_layers or p.operands["layer.weight"].requires_grad:
+        return None
+    return f"weight of {p.layer.node}"
 
 
 def _weight_larger(p: _Pair) -> str | None:
@@ -288,7 +295,7 @@ LEGALITY: tuple[Row, ...] = (
     (Code.UNSUPPORTED_SHAPE, _unsupported_shape),
     (Code.REGION, _region),
     (Code.INPUT_MUTATED, _input_mutated),
-    (Code.PARAMETER_MUTATED, _parameter_mutated),
+    (Code.MUTATED_LATER, _mutated_later),
     (Code.STATISTICS_REQUIRE_GRAD, _statistics_require_grad),
 )
 

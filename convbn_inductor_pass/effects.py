@@ -121,12 +121,24 @@ def _may_write_without_underscore(name: str) -> bool:
     return any(a.alias_info and a.alias_info.is_write and not a.is_out for a in arguments)
 
 
+def _bodies_write_nothing(node: fx.Node) -> bool:
+    """Whether a higher-order operator runs graphs of which none writes to what it is given."""
+    owner = node.graph.owning_module
+    values = [
+        torch_ir._attribute(owner, str(n.target))
+        for n in node.all_input_nodes
+        if n.op == "get_attr"
+    ]
+    bodies = [value for value in values if isinstance(value, fx.GraphModule)]
+    return bool(bodies) and not any(Effects(body.graph).writes_outside for body in bodies)
+
+
 def _function_effect(node: fx.Node) -> Effect:
     target: Any = node.target
     everything = Effect(_nodes((node.args, node.kwargs)))
     worst = Effect(everything.mutated, region=True)
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return everything
+        return PURE if _bodies_write_nothing(node) else everything
     if target in _INPLACE_OPERATORS:
         return Effect(_nodes(node.args[:1]))
     module = getattr(target, "__module__", None) or ""
@@ -146,7 +158,7 @@ def _function_effect(node: fx.Node) -> Effect:
         )
         return everything if by_schema or _may_write_without_underscore(name) else PURE
     conventional = _CONVENTIONAL.fullmatch(module) if module else inspect.isbuiltin(target)
-    if not conventional or not _records_value(node):
+    if not conventional or _value(node) is None:
         # Called for its effect alone: autocast, grad mode, streams, functorch levels.
         return worst
     if _may_write_without_underscore(name):
@@ -158,8 +170,8 @@ def _function_effect(node: fx.Node) -> Effect:
     return _written_by_name(node, name)
 
 
-def _records_value(node: fx.Node) -> bool:
-    return node.meta.get("example_value", node.meta.get("val")) is not None
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def _module_effect(node: fx.Node) -> Effect:
@@ -184,10 +196,18 @@ def _module_effect(node: fx.Node) -> Effect:
     return worst if writes_buffers else PURE
 
 
+def _is_no_tensor(node: fx.Node) -> bool:
+    """Whether a node without a recorded value is a graph for an operator, or a mode entered."""
+    if node.op == "get_attr":
+        value = torch_ir._attribute(node.graph.owning_module, str(node.target))
+        return isinstance(value, nn.Module)
+    return str(getattr(node.target, "__name__", "")).startswith("_enter_")
+
+
 def effect_of(node: fx.Node) -> Effect:
     """What ``node`` may do beside returning a value."""
     if node.op == "call_method":
-        if not _records_value(node):
+        if _value(node) is None:
             return Effect(_nodes((node.args, node.kwargs)), region=True)
         return _written_by_name(node, str(node.target))
     if node.op == "call_module":
@@ -213,8 +233,11 @@ class Effects:
         self._writes_to: dict[int, list[int]] = collections.defaultdict(list)
         self._writes_anywhere: list[int] = []
         self._levels: list[tuple[int, int]] = [(-1, 0)]
+        # Storages that are one although tracing made two of them.
+        self._alias: dict[int, int] = {}
         for i, node in enumerate(graph.nodes):
             self.position[node] = i
+            self._track_alias(node)
             effect = effect_of(node)
             if effect.region:
                 self._regions.append(i)
@@ -225,14 +248,26 @@ class Effects:
                 self._record_write(i, written)
             self.storage_changes = self.storage_changes or effect.storage
 
+    def _track_alias(self, node: fx.Node) -> None:
+        """A dropout that does nothing returns its input; fake tensors return a copy (<= 2.14)."""
+        if not torch_ir.is_idle_dropout(node) or not node.all_input_nodes:
+            return
+        inner, outer = (self._storage(_value(n)) for n in (node.all_input_nodes[0], node))
+        if inner is not None and outer is not None and inner != outer:
+            self._alias[outer] = inner
+
+    def _storage(self, value: Any) -> int | None:
+        key = _compat.storage_key(value)
+        while key in self._alias:
+            key = self._alias[key]
+        return key
+
     def _record_write(self, i: int, written: fx.Node) -> None:
-        value = written.meta.get("example_value", written.meta.get("val"))
-        if isinstance(value, _NUMBERS):
+        value = _value(written)
+        if isinstance(value, _NUMBERS) or (value is None and _is_no_tensor(written)):
             return
         storages = (
-            [_compat.storage_key(v) for v in pytree.tree_leaves(value)]
-            if value is not None
-            else [None]
+            [self._storage(v) for v in pytree.tree_leaves(value)] if value is not None else [None]
         )
         for storage in storages:
             if storage is None:
@@ -241,26 +276,21 @@ class Effects:
                 self._writes_to[storage].append(i)
 
     @functools.cached_property
-    def _writes_outside(self) -> list[int]:
-        """Positions of writes to storages that the graph did not make itself.
-
-        The tensor of a module is real, those recorded at nodes are fake, so that their
-        storages cannot be compared: what comes from outside may be the module's.
-        """
+    def writes_outside(self) -> list[int]:
+        """Positions of writes to storages that the graph did not, or may not have made itself."""
         made_here: set[int | None] = set()
         outside: set[int | None] = set()
         for node in self._graph.nodes:
-            value = node.meta.get("example_value", node.meta.get("val"))
             makes = node.op == "call_method" or (
                 node.op == "call_function"
                 and not isinstance(node.target, torch._ops.HigherOrderOperator)
             )
-            for leaf in pytree.tree_leaves(value):
-                storage = _compat.storage_key(leaf)
+            for leaf in pytree.tree_leaves(_value(node)):
+                storage = self._storage(leaf)
                 if storage not in made_here and storage not in outside:
                     (made_here if makes else outside).add(storage)
         positions = {i for storage in outside for i in self._writes_to.get(storage, [])}
-        return sorted(positions)
+        return sorted(positions.union(self._writes_anywhere))
 
     def _track_level(self, i: int, node: fx.Node) -> None:
         name = str(getattr(node.target, "__name__", node.target))
@@ -292,13 +322,13 @@ class Effects:
         for operand in operands:
             if operand is None:
                 continue
-            tensor = torch_ir.tensor_of(operand)
-            storage = None if tensor is None else _compat.storage_key(tensor)
+            storage = self._storage(torch_ir.tensor_of(operand))
             # With storages exchanged or unknown, any write may be the one.
             if storage is None or self.storage_changes:
                 writes = self._writes
             elif isinstance(operand, torch_ir.ModuleTensor):
-                writes = self._writes_outside
+                # Real, while those recorded at nodes are fake: they cannot be compared.
+                writes = self.writes_outside
             else:
                 writes = self._writes_to.get(storage, [])
             if _any_within(writes, first, last):
