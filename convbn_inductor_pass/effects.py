@@ -281,10 +281,9 @@ class Effects:
         made_here: set[int | None] = set()
         outside: set[int | None] = set()
         for node in self._graph.nodes:
-            makes = node.op == "call_method" or (
-                node.op == "call_function"
-                and not isinstance(node.target, torch._ops.HigherOrderOperator)
-            )
+            makes = node.op in ("call_function", "call_method", "call_module")
+            makes = makes and not effect_of(node).region  # else it may return anything
+            makes = makes and not isinstance(node.target, torch._ops.HigherOrderOperator)
             for leaf in pytree.tree_leaves(_value(node)):
                 storage = self._storage(leaf)
                 if storage not in made_here and storage not in outside:
