@@ -107,7 +107,8 @@ def test_autocast(device):
     (eval_out,), eval_grads = results[False]
     (tune_out,), tune_grads = results[True]
     assert tune_out.dtype == eval_out.dtype == torch.bfloat16
-    torch.testing.assert_close(tune_out, eval_out, rtol=0, atol=0)
+    # Not bit for bit: Inductor rounds to bfloat16 where it stores, and that is in other places.
+    torch.testing.assert_close(tune_out, eval_out, rtol=2**-6, atol=2**-6)
     for name, gradient in reference[1].items():
         tune, by_eval = (g[f"_orig_mod.{name}"] for g in (tune_grads, eval_grads))
         assert tune.dtype == by_eval.dtype == torch.float32
@@ -122,9 +123,10 @@ def test_dynamic_batch(device):
     model = Residual().to(device)
     counters.clear()
     with testing.fresh_compile():
-        compiled = torch.compile(model, dynamic=True)
+        compiled = torch.compile(model)
         for batch in (3, 5, 2):
             x = torch.randn(batch, 3, 8, 8, device=device)
+            torch._dynamo.mark_dynamic(x, 0)
             got = testing.outputs_and_gradients(compiled, dict(model.named_parameters()), (x,))
             expected = testing.outputs_and_gradients(model, dict(model.named_parameters()), (x,))
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
