@@ -42,6 +42,18 @@ class Decision:
         """Whether fusing would be right, be it done or not."""
         return self.fused or self.code in PROFIT_CODES
 
+    @property
+    def pair(self) -> tuple[ConvCall, BatchNormCall]:
+        """The layer and the batch norm of a sound decision.
+
+        Raises:
+            ValueError: the candidate could not be read as a pair.
+        """
+        pair = self.candidate.pair
+        if pair is None:
+            raise ValueError(f"not a layer and a batch norm: {self}")
+        return pair
+
 
 @dataclasses.dataclass(frozen=True)
 class _Pair:
@@ -86,6 +98,8 @@ _OPERANDS = (
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DEVICES = ("cpu", "cuda", "xpu", "mps", "meta")
 _ROOT = re.compile(r"^[A-Z]\W\w+\.?")  # Dynamo's name of the outermost module: L['self'].
+# Methods that take the shape of their second argument.
+_LIKE_METHODS = {"reshape_as", "view_as", "expand_as"}
 # Calls that ask a tensor for its shape and no data.
 _SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "element_size", "stride"}
 
@@ -100,7 +114,7 @@ def _no_running_statistics(p: _Pair) -> str | None:
 
 
 def _output_unused(p: _Pair) -> str | None:
-    return f"{p.bn.node} has no users" if p.bn.output is None or not p.bn.output.users else None
+    return None if p.bn.output.users else f"{p.bn.output} has no users"
 
 
 def _statistics_used(p: _Pair) -> str | None:
@@ -110,7 +124,7 @@ def _statistics_used(p: _Pair) -> str | None:
 def _layer_output_used(p: _Pair) -> str | None:
     chain = (*p.candidate.path, p.layer.node)
     for node, next_node in zip(chain, (p.bn.node, *chain), strict=False):
-        others = [u for u in node.users if u is not next_node and not _asks_shape(u)]
+        others = [u for u in node.users if u is not next_node and not _asks_shape(u, node)]
         if others:
             return f"{node} is used by {', '.join(str(u) for u in others)}"
     if p.bn.node.all_input_nodes.count(p.bn.input) > 1 or p.bn.input in (
@@ -123,9 +137,11 @@ def _layer_output_used(p: _Pair) -> str | None:
     return None
 
 
-def _asks_shape(user: fx.Node) -> bool:
+def _asks_shape(user: fx.Node, of: fx.Node) -> bool:
+    """Whether ``user`` uses the shape of ``of`` and none of its data."""
     if user.op == "call_method":
-        return user.target in _SHAPE_METHODS
+        like = user.target in _LIKE_METHODS and of not in user.args[:1]
+        return like or user.target in _SHAPE_METHODS
     if user.target is getattr:
         return user.args[1] in ("shape", "ndim", "dtype", "device")
     return user.target in (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
@@ -169,9 +185,10 @@ def _unsupported_dtype(p: _Pair) -> str | None:
         return f"the layer computes in {computed}, the batch norm returns {result}"
     # Under autocast the operands of the layer may be wider than what it computes in.
     for name in ("layer.input", "layer.weight", "layer.bias"):
-        if name in dtypes and dtypes[name] != computed:
-            if computed not in (torch.float16, torch.bfloat16) or dtypes[name] == torch.float64:
-                return f"{name} is {dtypes[name]}, the layer computes in {computed}"
+        dtype = dtypes.get(name, computed)
+        casts = computed in (torch.float16, torch.bfloat16) and dtype != torch.float64
+        if dtype != computed and not casts:
+            return f"{name} is {dtype}, the layer computes in {computed}"
     return None
 
 
@@ -239,7 +256,9 @@ def _affine_frozen(p: _Pair) -> str | None:
 
 
 def _layer_frozen(p: _Pair) -> str | None:
-    return None if p.operands["layer.weight"].requires_grad else f"weight of {p.layer.node}"
+    if p.options.fuse_frozen_layers or p.operands["layer.weight"].requires_grad:
+        return None
+    return f"weight of {p.layer.node}"
 
 
 def _weight_larger(p: _Pair) -> str | None:

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from torch import fx
 
-from . import pipeline, saved
+from . import pipeline, saved, tracing
 from .codes import Code
 from .config import get_options
 from .report import Record, make_records
@@ -130,12 +130,11 @@ def explain(
     def on_graph(gm: fx.GraphModule, inputs: list[Any]) -> None:
         nonlocal graphs
         graphs += 1
-        for module in gm.modules():
-            if isinstance(module, fx.GraphModule):
-                decisions = pipeline.analyze(module.graph, get_options())
-                records.extend(make_records(decisions).records)
+        for module in tracing.graph_modules(gm):
+            decisions = pipeline.analyze(module.graph, get_options())
+            records.extend(make_records(decisions).records)
         for mode in _MODES:
             total[mode] = total[mode] + saved.saved_by_graph(gm, inputs, mode)
 
-    saved.trace(model, example_inputs, on_graph, dynamic=dynamic)
-    return Explanation(tuple(records), dict(total), graphs)
+    tracing.trace(model, example_inputs, on_graph, dynamic=dynamic)
+    return Explanation(tuple(records), {str(m): s for m, s in total.items()}, graphs)

@@ -9,11 +9,13 @@ speak against it has been decided before.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from . import autograd
 from .decide import Decision
-from .torch_ir import BatchNormCall, ConvCall, ModuleTensor, Operand
+from .torch_ir import ModuleTensor, Operand
 
 __all__ = ["rewrite"]
 
@@ -24,9 +26,7 @@ def rewrite(decision: Decision) -> fx.Node:
     If this raises, the graph is as it was. Rewrite the pairs of a graph from last to first:
     a pair's input may be the result of an earlier pair.
     """
-    layer, bn = decision.candidate.layer, decision.candidate.batch_norm
-    if not isinstance(layer, ConvCall) or not isinstance(bn, BatchNormCall) or bn.output is None:
-        raise AssertionError(f"not a pair to rewrite: {decision}")
+    layer, bn = decision.pair
     graph = bn.node.graph
     new_nodes: list[fx.Node] = []
 
@@ -50,9 +50,9 @@ def rewrite(decision: Decision) -> fx.Node:
                     bn.running_var,
                 )
             )
-            if layer.is_linear:
-                target, rest = autograd.linear_bn_eval, ()
-            else:
+            target: Any = autograd.linear_bn_eval
+            rest: tuple[Any, ...] = ()
+            if not layer.is_linear:
                 target = autograd.conv_bn_eval
                 rest = (
                     layer.stride,

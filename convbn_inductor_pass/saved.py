@@ -14,19 +14,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import types
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from . import _compat, hook, pipeline
 from .config import Options, get_options
-from .torch_ir import ConvCall, ModuleTensor
+from .tracing import copy_graph_module, graph_modules, trace
 
-__all__ = ["Mode", "SavedForBackward", "SavedTensor", "saved_for_backward", "trace"]
+__all__ = ["Mode", "SavedForBackward", "SavedTensor", "saved_by_graph", "saved_for_backward"]
 
 Mode = Literal["eval", "builtin", "tune", "deploy"]
 MODES: tuple[Mode, ...] = ("eval", "builtin", "tune", "deploy")
@@ -93,47 +91,6 @@ def saved_for_backward(
     return total
 
 
-def trace(
-    fn: Callable[..., Any],
-    inputs: tuple[Any, ...],
-    on_graph: Callable[[fx.GraphModule, list[Any]], None],
-    *,
-    dynamic: bool | None = None,
-) -> Any:
-    """Trace ``fn`` with Dynamo on fake tensors; ``on_graph`` gets every graph.
-
-    Returns what ``fn`` returns, as fake tensors. Graph breaks give several graphs. Leaves no
-    compiled code behind for ``fn`` itself.
-    """
-
-    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        on_graph(gm, example_inputs)
-        return gm.forward
-
-    def call(model: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        return model(*arguments)
-
-    # A code object of its own, so that the entries in Dynamo's cache go with it.
-    fresh = types.FunctionType(
-        call.__code__.replace(co_name="explained"), call.__globals__, "explained"
-    )
-    fake_mode = next(
-        (t.fake_mode for t in pytree.tree_leaves(inputs) if isinstance(t, _compat.FakeTensor)),
-        None,
-    ) or _compat.FakeTensorMode(allow_non_fake_inputs=True)
-    fake_mode.allow_non_fake_inputs = True
-    fakes = pytree.tree_map(
-        lambda v: (
-            fake_mode.from_tensor(v, static_shapes=True)
-            if isinstance(v, Tensor) and not isinstance(v, _compat.FakeTensor)
-            else v
-        ),
-        inputs,
-    )
-    with fake_mode:
-        return torch.compile(fresh, backend=backend, dynamic=dynamic)(fn, fakes)
-
-
 def saved_by_graph(gm: fx.GraphModule, example_inputs: list[Any], mode: Mode) -> SavedForBackward:
     """What one Dynamo graph keeps for backward in ``mode``; ``gm`` is left as it is.
 
@@ -152,10 +109,9 @@ def saved_by_graph(gm: fx.GraphModule, example_inputs: list[Any], mode: Mode) ->
         return inner
 
     gm = copy_graph_module(gm)
-    rewrite = {"tune": _fuse, "deploy": _merge}.get(mode)
-    for module in gm.modules() if rewrite is not None else ():
-        if isinstance(module, fx.GraphModule):
-            rewrite(module.graph)
+    if mode in ("tune", "deploy"):
+        for module in graph_modules(gm):
+            (_fuse if mode == "tune" else _merge)(module.graph)
             module.recompile()
     with (
         _only_builtin_pass() if mode == "builtin" else _no_pass(),
@@ -171,26 +127,6 @@ def saved_by_graph(gm: fx.GraphModule, example_inputs: list[Any], mode: Mode) ->
         return SavedForBackward(())
     forward, backward = graphs[False].graph, graphs[True].graph
     return SavedForBackward(tuple(_new_tensors(forward, backward, static_inputs)))
-
-
-def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
-    """Copy of a graph module and of the graph modules in it; parameters are shared."""
-    graph = fx.Graph()
-    graph._codegen = copy.copy(gm.graph._codegen)
-    copies: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, copies, return_output_node=True)
-    for node, node_copy in copies.items():
-        _compat.copy_dynamo_source(node, node_copy)
-    if output is not None:
-        value, old_node = output
-        graph.output(value).meta = dict(old_node.meta)
-    new = _compat.lazy_graph_module(gm, graph)
-    _compat.copy_dynamo_source(gm, new)
-    new.meta = dict(gm.meta)
-    for name, child in gm.named_children():
-        if isinstance(child, fx.GraphModule):
-            setattr(new, name, copy_graph_module(child))
-    return new
 
 
 def _no_pass() -> contextlib.AbstractContextManager[None]:
@@ -221,21 +157,17 @@ def _merge(graph: fx.Graph) -> None:
     bias that of the batch norm's.
     """
     for decision in reversed(pipeline.analyze(graph, Options())):
-        layer, bn = decision.candidate.layer, decision.candidate.batch_norm
-        if (
-            not decision.sound
-            or not isinstance(layer, ConvCall)
-            or layer.node.op != "call_function"
-        ):
+        if not decision.sound:
             continue
-        bias = bn.bias if bn.bias is not None else bn.running_mean
-        if isinstance(bias, ModuleTensor):
-            continue
-        if layer.bias is None or len(layer.node.args) < 3:
-            layer.node.args = (layer.input, layer.weight, bias, *layer.node.args[3:])
-            layer.node.kwargs = {
-                k: v for k, v in layer.node.kwargs.items() if k not in ("input", "weight", "bias")
-            }
+        layer, bn = decision.pair
+        merged_bias = bn.bias if bn.bias is not None else bn.running_mean
+        if not isinstance(layer.weight, fx.Node) or not isinstance(merged_bias, fx.Node):
+            continue  # a module call: not in graphs that Dynamo makes
+        node = layer.node
+        if layer.bias is None:
+            rest = {k: v for k, v in node.kwargs.items() if k not in ("input", "weight", "bias")}
+            node.args = (layer.input, layer.weight, merged_bias, *node.args[3:])
+            node.kwargs = rest
         bn.output.replace_all_uses_with(bn.input)
         graph.erase_node(bn.output)
 
@@ -281,7 +213,7 @@ def _computed_from_parameters(graph: fx.Graph, static_inputs: set[int]) -> set[f
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     result = {n for i, n in enumerate(inputs) if i in static_inputs}
     for node in graph.nodes:
-        if node.op == "call_function" and node.all_input_nodes:
-            if all(n in result for n in node.all_input_nodes):
-                result.add(node)
+        sources = node.all_input_nodes if node.op == "call_function" else []
+        if sources and all(n in result for n in sources):
+            result.add(node)
     return result

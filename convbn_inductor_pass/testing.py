@@ -20,14 +20,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from . import _compat, pipeline, saved
+from . import _compat, pipeline, saved, tracing
 from .codes import Code
 from .config import get_options
 from .explain import explain
@@ -80,11 +81,10 @@ def run_pass(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) 
     results: list[PassResult] = []
 
     def on_graph(gm: fx.GraphModule, _inputs: list[Any]) -> None:
-        copied = saved.copy_graph_module(gm)
-        modules = [m for m in copied.modules() if isinstance(m, fx.GraphModule)]
-        results.extend(run_on_graph(m) for m in reversed(modules))
+        copied = tracing.copy_graph_module(gm)
+        results.extend(run_on_graph(m) for m in tracing.graph_modules(copied))
 
-    saved.trace(fn, inputs, on_graph, dynamic=dynamic)
+    tracing.trace(fn, inputs, on_graph, dynamic=dynamic)
     return results
 
 
@@ -96,11 +96,10 @@ def fast_backend(*, fuse: bool = True) -> Callable[..., Any]:
     """
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        gm = saved.copy_graph_module(gm)
+        gm = tracing.copy_graph_module(gm)
         if fuse:
-            for module in gm.modules():
-                if isinstance(module, fx.GraphModule):
-                    run_on_graph(module)
+            for module in tracing.graph_modules(gm):
+                run_on_graph(module)
         return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(gm, example_inputs)
 
     return backend
@@ -160,7 +159,7 @@ def assert_saved_like_deploy(fn: Callable[..., Any], *inputs: Any) -> None:
 
 
 def outputs_and_gradients(
-    fn: Callable[..., Any], parameters: dict[str, Tensor], inputs: tuple[Any, ...]
+    fn: Callable[..., Any], parameters: Mapping[str, Tensor], inputs: tuple[Any, ...]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Run ``fn`` and backward; returns its tensor outputs and all gradients by name.
 
@@ -181,7 +180,7 @@ def outputs_and_gradients(
             for o in differentiable
         ]
         torch.autograd.backward(differentiable, weights)
-    gradients = {n: t.grad.detach().clone() for n, t in named.items() if t.grad is not None}
+    gradients = {n: t.grad.clone() for n, t in named.items() if t.grad is not None}
     for tensor in named.values():
         tensor.grad = None
     return [o.detach().clone() for o in outputs], gradients
@@ -244,7 +243,7 @@ def assert_numerics(
     if bits:
         for i, (a, b) in enumerate(zip(tune_out, eval_out, strict=True)):
             torch.testing.assert_close(
-                a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m, i=i: f"output {i}: {m}"
+                a, b, rtol=0, atol=0, equal_nan=True, msg=partial("output {}: {}".format, i)
             )
     if tune_grads.keys() != eval_grads.keys():
         raise AssertionError(f"gradients {sorted(tune_grads)} instead of {sorted(eval_grads)}")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any, Union
+import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ __all__ = [
     "batch_norm_call",
     "conv_call",
     "describe",
+    "is_idle_dropout",
     "tensor_of",
 ]
 
@@ -41,7 +43,7 @@ class ModuleTensor:
     value: Tensor
 
 
-Operand = Union[fx.Node, ModuleTensor, None]
+Operand = fx.Node | ModuleTensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,17 +83,17 @@ class ConvCall:
 @dataclasses.dataclass(frozen=True)
 class BatchNormCall:
     """A batch norm. ``output`` is the node that holds its result: ``node`` itself, or the
-    ``getitem`` that takes it from a tuple; ``None`` if nothing does."""
+    ``getitem`` that takes it from a tuple."""
 
     node: fx.Node
-    output: fx.Node | None
+    output: fx.Node
     input: fx.Node
     weight: Operand
     bias: Operand
     running_mean: Operand
     running_var: Operand
     training: bool
-    eps: float
+    eps: float | fx.Node
     other_outputs_used: bool = False
 
 
@@ -130,6 +132,22 @@ for _target in (torch._native_batch_norm_legit_no_training, _packet, _packet.def
 _packet = aten._native_batch_norm_legit
 for _target in (_packet, _packet.default):
     _BATCH_NORMS[_target] = (_packet.default._schema, None, True)
+
+_DROPOUTS: dict[Any, inspect.Signature | torch.FunctionSchema] = {
+    f: inspect.signature(f)
+    for f in (
+        F.dropout,
+        F.dropout1d,
+        F.dropout2d,
+        F.dropout3d,
+        F.alpha_dropout,
+        F.feature_alpha_dropout,
+    )
+}
+for _name in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"):
+    _packet = getattr(aten, _name)
+    for _target in (getattr(torch, _name), _packet, _packet.default):
+        _DROPOUTS[_target] = _packet.default._schema
 
 _CONV_MODULES = (
     nn.Linear,
@@ -203,6 +221,17 @@ def _attribute(module: nn.Module | None, path: str) -> Any:
     return value
 
 
+def is_idle_dropout(node: fx.Node) -> bool:
+    """Whether ``node`` is a dropout that returns the very tensor that it gets (no training)."""
+    if node.op == "call_module":
+        module = _attribute(node.graph.owning_module, str(node.target))
+        return isinstance(module, nn.modules.dropout._DropoutNd) and not module.training
+    if node.op != "call_function" or node.target not in _DROPOUTS:
+        return False
+    bound = _bind(_DROPOUTS[node.target], node.args, node.kwargs) or {}
+    return bound.get("training", bound.get("train")) is False
+
+
 def describe(node: fx.Node) -> str:
     """Short name of what a node does, for messages."""
     if node.op == "call_module":
@@ -211,8 +240,11 @@ def describe(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _plain_module(node: fx.Node, kinds: tuple[type, ...]) -> nn.Module | Unreadable | None:
-    """The module that ``node`` calls, if it is one of ``kinds`` and does just what its class says."""
+def _plain_module(node: fx.Node, kinds: tuple[type, ...]) -> Any:
+    """The module that ``node`` calls, if one of ``kinds`` that does just what its class says.
+
+    Unreadable if it is one of ``kinds`` but may do something else; None if it is none of them.
+    """
     module = _attribute(node.graph.owning_module, str(node.target))
     if not isinstance(module, kinds):
         return None
@@ -323,17 +355,14 @@ def batch_norm_call(node: fx.Node) -> BatchNormCall | Unreadable | None:
         return Unreadable(node, Code.UNBOUND_ARGUMENTS, f"{describe(node)} does not fit")
     training = bound.get("training", fixed_training)
     eps = bound["eps"] if "eps" in bound else bound["epsilon"]
-    if not isinstance(bound["input"], fx.Node) or _has_node((training, eps)):
-        return Unreadable(
-            node, Code.NON_CONSTANT, f"{describe(node)}: training={training}, eps={eps}"
-        )
-    output: fx.Node | None = node
-    others = False
+    if not isinstance(bound["input"], fx.Node) or _has_node(training):
+        return Unreadable(node, Code.NON_CONSTANT, f"{describe(node)}: training={training}")
+    output, others = node, False
     if is_tuple:
         takes_y = [u for u in node.users if _is_getitem(u, 0)]
         others = any(u.users or not _is_getitem(u) for u in node.users if u not in takes_y)
         others = others or len(takes_y) > 1
-        output = takes_y[0] if takes_y else None
+        output = takes_y[0] if takes_y else node
     return BatchNormCall(
         node,
         output,
@@ -343,16 +372,14 @@ def batch_norm_call(node: fx.Node) -> BatchNormCall | Unreadable | None:
         bound["running_mean"],
         bound["running_var"],
         bool(training),
-        float(eps),
+        eps,
         others,
     )
 
 
 def _is_getitem(node: fx.Node, index: int | None = None) -> bool:
-    import operator
-
     is_it = node.op == "call_function" and node.target is operator.getitem
-    return is_it and (index is None or node.args[1] == index)
+    return is_it and (index is None or bool(node.args[1] == index))
 
 
 def _batch_norm_module(node: fx.Node) -> BatchNormCall | Unreadable | None:
