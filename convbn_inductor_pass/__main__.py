@@ -134,7 +134,7 @@ def _run_demo(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
         )
     except ModuleNotFoundError as error:
-        if error.name != "sklearn":
+        if (error.name or "").partition(".")[0] != "sklearn":
             raise
         raise _UsageError(
             "the demonstration's data comes with scikit-learn, which is not installed; "
