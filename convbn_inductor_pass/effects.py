@@ -288,7 +288,8 @@ class Effects:
                 storage = self._storage(leaf)
                 if storage not in made_here and storage not in outside:
                     (made_here if makes else outside).add(storage)
-        positions = {i for storage in outside for i in self._writes_to.get(storage, [])}
+        outside.discard(None)
+        positions = {i for key, at in self._writes_to.items() if key in outside for i in at}
         return sorted(positions.union(self._writes_anywhere))
 
     def _track_level(self, i: int, node: fx.Node) -> None:

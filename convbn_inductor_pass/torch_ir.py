@@ -245,7 +245,7 @@ def _plain_module(node: fx.Node, kinds: tuple[type, ...]) -> Any:
 
     Unreadable if it is one of ``kinds`` but may do something else; None if it is none of them.
     """
-    module = _attribute(node.graph.owning_module, str(node.target))
+    module: Any = _attribute(node.graph.owning_module, str(node.target))
     if not isinstance(module, kinds):
         return None
     if type(module) not in kinds:
