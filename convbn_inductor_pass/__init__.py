@@ -1,1 +1,46 @@
-"""Tune mode for eval-mode ConvBN blocks under torch.compile."""
+"""Tune mode for convolutions with eval-mode batch norm, under ``torch.compile``.
+
+    import torch, convbn_inductor_pass
+    torch._inductor.config.efficient_conv_bn_eval_fx_passes = True
+    model = torch.compile(model.eval())
+
+Fine-tuning a convnet with its batch norms in eval mode then keeps one activation per
+conv-BN pair for backward instead of two. The forward's bits and the gradients are eval mode's.
+
+The story in the order of the code: ``hook`` (how Inductor calls us) -> ``pipeline`` (find,
+decide, rewrite, record) -> ``autograd`` (the gradient). ``explain`` says what was done and
+what it saves.
+"""
+
+from . import _compat
+
+_compat.check_torch_version()
+
+from .codes import Code  # noqa: E402
+from .config import Options, get_options, options, set_options  # noqa: E402
+from .explain import Explanation, explain  # noqa: E402
+from .hook import PassFailedWarning, install, is_installed, uninstall  # noqa: E402
+from .report import Record, Records, clear_records, records  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Code",
+    "Explanation",
+    "Options",
+    "PassFailedWarning",
+    "Record",
+    "Records",
+    "__version__",
+    "clear_records",
+    "explain",
+    "get_options",
+    "install",
+    "is_installed",
+    "options",
+    "records",
+    "set_options",
+    "uninstall",
+]
+
+install()

@@ -15,47 +15,46 @@ nothing here knows of FX or autograd.
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor
 
-__all__ = ["channel_inner_product", "output_channels", "per_channel", "scale_weight"]
+__all__ = ["Layout", "channel_inner_product", "scale_weight"]
 
 
-def output_channels(weight: Tensor, *, transposed: bool, groups: int) -> int:
-    """Number of output channels of a conv or linear ``weight`` (layouts above)."""
-    return weight.shape[1] * groups if transposed else weight.shape[0]
+class Layout(NamedTuple):
+    """How a layer's output channels lie in its weight. The default is a linear layer's."""
+
+    transposed: bool = False
+    groups: int = 1
 
 
-def per_channel(value: Tensor, ndim: int) -> Tensor:
-    """View a ``[C]`` tensor as ``[1, C, 1, ...]`` with ``ndim`` dimensions."""
-    return value.reshape([1, -1] + [1] * (ndim - 2))
-
-
-def _on_output_axis(scale: Tensor, weight: Tensor, *, transposed: bool, groups: int) -> Tensor:
+def _on_output_axis(scale: Tensor, weight: Tensor, layout: Layout) -> Tensor:
     """Lay ``scale`` [C_out] out so that it broadcasts against ``weight``."""
     kernel_dims = [1] * (weight.ndim - 2)
-    if not transposed:
+    if not layout.transposed:
         return scale.reshape([-1, 1, *kernel_dims])
-    if groups == 1:
+    if layout.groups == 1:
         return scale.reshape([1, -1, *kernel_dims])
-    rows_per_group = weight.shape[0] // groups
-    matrix = scale.reshape(groups, 1, -1).expand(groups, rows_per_group, -1)
+    rows_per_group = weight.shape[0] // layout.groups
+    matrix = scale.reshape(layout.groups, 1, -1).expand(layout.groups, rows_per_group, -1)
     return matrix.reshape([weight.shape[0], weight.shape[1], *kernel_dims])
 
 
-def scale_weight(weight: Tensor, scale: Tensor, *, transposed: bool = False, groups: int = 1) -> Tensor:
+def scale_weight(weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
     """``s * W`` with ``s`` [C_out] on the output-channel axis of ``weight``.
 
     Shape and memory format are those of ``weight`` (a channels-last weight stays
     channels-last); the dtype follows type promotion of the two.
     """
-    return weight * _on_output_axis(scale, weight, transposed=transposed, groups=groups)
+    return weight * _on_output_axis(scale, weight, layout)
 
 
-def channel_inner_product(a: Tensor, b: Tensor, *, transposed: bool = False, groups: int = 1) -> Tensor:
+def channel_inner_product(a: Tensor, b: Tensor, layout: Layout) -> Tensor:
     """``<a, b>`` per output channel, shape [C_out], of two tensors laid out like a weight."""
     product = a * b
-    if not transposed:
+    if not layout.transposed:
         return product.flatten(1).sum(1)
     rows, columns = product.shape[:2]
-    return product.reshape(groups, rows // groups, columns, -1).sum((1, 3)).flatten()
+    by_group = product.reshape(layout.groups, rows // layout.groups, columns, -1)
+    return by_group.sum((1, 3)).flatten()

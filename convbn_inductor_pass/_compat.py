@@ -1,0 +1,130 @@
+"""Every torch-private import and every branch on torch's version, in one place.
+
+Supported: torch 2.11 to 2.15. What differs between them, by name:
+
+* ``pre_grad_custom_pass`` takes one pass up to 2.12 and a list from 2.13 on;
+* pre-grad passes run before AOTAutogradCache's lookup up to 2.11 (and the cache then refuses
+  graphs with functions that it does not know), after it from 2.12 on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
+from torch._guards import TracingContext, tracing
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._logging import trace_structured
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+from torch.torch_version import TorchVersion
+
+__all__ = [
+    "CustomGraphPass",
+    "FakeTensor",
+    "FakeTensorMode",
+    "TracingContext",
+    "check_torch_version",
+    "copy_dynamo_source",
+    "counters_kept",
+    "counters",
+    "functorch_config",
+    "inductor_config",
+    "is_functorch_tensor",
+    "lazy_graph_module",
+    "mark_cacheable",
+    "one_pass_per_hook",
+    "size_hint",
+    "storage_key",
+    "trace_structured",
+    "tracing",
+]
+
+_OLDEST = "2.11"
+_version = TorchVersion(torch.__version__)
+one_pass_per_hook: bool = _version < "2.13.0a0"
+_pre_grad_before_cache: bool = _version < "2.12.0a0"
+
+
+def check_torch_version() -> None:
+    """Raise ImportError where torch is older than what this package is written for."""
+    if _version < f"{_OLDEST}.0a0":
+        raise ImportError(
+            f"convbn_inductor_pass needs torch {_OLDEST} or later, found {torch.__version__}"
+        )
+
+
+def storage_key(value: Any) -> int | None:
+    """Identity of the storage behind a tensor; None if it has none that can be compared.
+
+    Two tensors can alias only if their keys are equal. Fake tensors keep the aliasing of the
+    tensors that they stand for, graph inputs included.
+    """
+    if not isinstance(value, Tensor) or is_functorch_tensor(value):
+        return None
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors and wrapper subclasses
+        return None
+
+
+def is_functorch_tensor(value: Tensor) -> bool:
+    """Whether ``value`` belongs to a level of torch.func (vmap, grad, jvp)."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def mark_cacheable(function: Any, uuid: str) -> None:
+    """Let AOTAutogradCache of torch 2.11 store graphs that call ``function``.
+
+    There, the cache sees the graph after our pass and refuses functions outside torch unless
+    they are listed with a version, which becomes part of the key. Later versions look their
+    cache up before the pass runs, and know the pass by its uuid.
+    """
+    if _pre_grad_before_cache:
+        name = f"{function.__module__}.{function.__name__}"
+        inductor_config.unsafe_marked_cacheable_functions = {
+            **inductor_config.unsafe_marked_cacheable_functions,
+            name: uuid,
+        }
+
+
+def size_hint(value: int | torch.SymInt) -> int:
+    """The number that tracing saw for a possibly symbolic size."""
+    return value if isinstance(value, int) else int(value.node.hint)
+
+
+def lazy_graph_module(root: torch.nn.Module, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """A graph module as Dynamo makes it: its code is not compiled before it is called.
+
+    PyTorch's own efficient_conv_bn_eval needs that: it puts a builtin function among a node's
+    arguments, which does not print as Python.
+    """
+    with _use_lazy_graph_module(True):
+        return _make_graph_module(root, graph)
+
+
+def copy_dynamo_source(old: Any, new: Any) -> None:
+    """Copy what tells AOTAutograd that a graph is Dynamo's and which inputs are parameters.
+
+    Without it parameters count as activations, and the partitioner's choice differs.
+    """
+    for name in ("_dynamo_source", "_param_name_to_source"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+
+
+@contextlib.contextmanager
+def counters_kept() -> Iterator[None]:
+    """Leave Dynamo's and Inductor's counters as they were."""
+    before = {name: counter.copy() for name, counter in counters.items()}
+    try:
+        yield
+    finally:
+        counters.clear()
+        counters.update(before)

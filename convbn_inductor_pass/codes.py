@@ -1,0 +1,55 @@
+"""The decisions that can be made about a batch norm, each with a code.
+
+The same code stands in logs, in ``explain``, in the trace artifact and in tests. The value is
+the sentence that a user reads; a decision adds a detail that names the nodes.
+"""
+
+from __future__ import annotations
+
+import enum
+
+__all__ = ["Code"]
+
+
+class Code(enum.Enum):
+    """Why a batch norm was fused with the layer before it, or left alone."""
+
+    FUSED = "fused: the layer's output is no longer kept for backward"
+
+    # The call cannot be read.
+    UNBOUND_ARGUMENTS = "the arguments do not fit the operator's signature"
+    NON_CONSTANT = "an argument that must be a constant is computed in the graph"
+    MODULE_NOT_PLAIN = "the module is a subclass, or has hooks, parametrizations or a padding mode"
+    NO_METADATA = "the graph does not record shapes and dtypes"
+
+    # There is nothing to fuse.
+    NOT_AFTER_LAYER = "the batch norm does not follow a convolution or linear layer"
+    BATCH_STATISTICS = "the batch norm normalises with batch statistics (training mode)"
+    NO_RUNNING_STATISTICS = "the batch norm has no running statistics"
+    OUTPUT_UNUSED = "the batch norm's result is not used"
+
+    # Fusing would be wrong, or cannot be shown to be right.
+    LAYER_OUTPUT_USED = "the layer's output is used elsewhere too, so it must be kept anyway"
+    STATISTICS_USED = "the batch norm's saved statistics are used"
+    UNBATCHED = "dimension 1, which the batch norm normalises, is not the layer's channels"
+    UNSUPPORTED_TENSOR = "a tensor is a subclass, or not a dense CPU/GPU tensor"
+    UNSUPPORTED_DTYPE = "this mix of dtypes is not supported"
+    UNSUPPORTED_SHAPE = "a batch norm tensor is not one number per output channel"
+    REGION = "autocast, grad mode, a stream or an annotation changes between layer and batch norm"
+    FUNCTORCH = "inside a torch.func transform"
+    INPUT_MUTATED = "the layer's input or parameters may be modified before the batch norm"
+    BIAS_MUTATED = "the layer's bias is modified later; eval mode does not need it in backward"
+    STATISTICS_REQUIRE_GRAD = "the running statistics require a gradient"
+
+    # Fusing would be right, but not pay, or is not wanted.
+    NO_GRAD = "nothing here requires a gradient, so nothing is kept for backward"
+    AFFINE_FROZEN = (
+        "the batch norm's weight needs no gradient: eval mode does not keep the layer's output"
+    )
+    LAYER_FROZEN = "the layer's weight needs no gradient: fusing would have to compute it"
+    WEIGHT_LARGER_THAN_OUTPUT = "objective 'speed': the weight is larger than the layer's output"
+    DENIED = "the options 'allow' and 'deny' leave this module out"
+
+    @property
+    def fused(self) -> bool:
+        return self is Code.FUSED

@@ -1,0 +1,140 @@
+"""``explain``: what the pass does to a model, and what that saves, without compiling it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from torch import fx
+
+from . import pipeline, saved, tracing
+from .codes import Code
+from .config import get_options
+from .report import Record, make_records
+from .saved import SavedForBackward
+
+__all__ = ["Explanation", "explain"]
+
+_MODES: tuple[saved.Mode, ...] = ("eval", "tune", "deploy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Decisions about every batch norm of a model, and bytes kept for backward.
+
+    Attributes:
+        records: one per batch norm, in the order of execution.
+        saved: by mode ("eval", "tune", "deploy"), the new tensors kept for backward.
+        graphs: number of graphs that Dynamo made; more than one means graph breaks.
+
+    ``str(explanation)`` is a table for people, :meth:`to_dict` is for programs.
+    """
+
+    records: tuple[Record, ...]
+    saved: dict[str, SavedForBackward]
+    graphs: int
+
+    @property
+    def fused(self) -> int:
+        """Number of batch norms fused with the layer before them."""
+        return sum(r.code.fused for r in self.records)
+
+    @property
+    def saved_bytes(self) -> dict[str, int]:
+        """New bytes kept for backward, by mode."""
+        return {mode: tensors.new_bytes for mode, tensors in self.saved.items()}
+
+    def left(self, *, except_codes: tuple[Code, ...] = ()) -> tuple[Record, ...]:
+        """Batch norms that are not fused, less those left alone for one of ``except_codes``."""
+        return tuple(r for r in self.records if not r.code.fused and r.code not in except_codes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        return {
+            "fused": self.fused,
+            "batch_norms": len(self.records),
+            "graphs": self.graphs,
+            "saved_bytes": self.saved_bytes,
+            "saved_tensors": {
+                mode: [dataclasses.asdict(t) for t in s.tensors] for mode, s in self.saved.items()
+            },
+            "records": [r.to_dict() for r in self.records],
+        }
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        console = Console(file=text, width=120)
+        if self.records:
+            console.print(self._table())
+        console.print(self._summary())
+        return text.getvalue()
+
+    def _table(self) -> Table:
+        table = Table(title="Batch norms and the layers before them", title_justify="left")
+        for column in ("layer", "batch norm", "layer's output", "bytes", "decision"):
+            table.add_column(column, justify="right" if column == "bytes" else "left")
+        for r in self.records:
+            why = f" ({r.detail})" if r.detail else ""
+            table.add_row(
+                r.layer,
+                r.batch_norm,
+                "x".join(str(s) for s in r.output_shape),
+                decimal(r.output_bytes) if r.output_bytes else "",
+                r.code.name if r.code.fused else f"{r.code.name}: {r.code.value}{why}",
+            )
+        return table
+
+    def _summary(self) -> str:
+        if not self.graphs:
+            return "Dynamo made no graph: there is nothing that torch.compile would compile."
+        if not self.records:
+            return "There is no batch norm in what torch.compile sees of this model."
+        lines = [f"{self.fused} of {len(self.records)} batch norms fused, {self.graphs} graph(s)."]
+        baseline = self.saved_bytes["eval"]
+        for mode, size in self.saved_bytes.items():
+            share = f" ({size / baseline - 1:+.1%})" if baseline and mode != "eval" else ""
+            lines.append(f"kept for backward, {mode} mode: {size:,} bytes{share}")
+        return "\n".join(lines)
+
+
+def explain(
+    model: Callable[..., Any], *example_inputs: Any, dynamic: bool | None = None
+) -> Explanation:
+    """Say what the pass does to ``torch.compile(model)`` and what that saves.
+
+    The flag need not be set and nothing is compiled or run: the model is traced on fake
+    tensors, so that inputs may be made under ``FakeTensorMode`` for batches that do not fit
+    this machine. Compile caches are neither read nor written.
+
+    Args:
+        model: a module or function, in the mode (eval, requires_grad) that it is to be used in.
+        example_inputs: its inputs; tensors may be real or fake, other values are passed on.
+        dynamic: as in ``torch.compile``.
+
+    Example::
+
+        model = torchvision.models.resnet50().eval()
+        with torch._subclasses.FakeTensorMode():
+            batch = torch.empty(64, 3, 224, 224)
+        print(convbn_inductor_pass.explain(model, batch))
+    """
+    records: list[Record] = []
+    total = {mode: SavedForBackward(()) for mode in _MODES}
+    graphs = 0
+
+    def on_graph(gm: fx.GraphModule, inputs: list[Any]) -> None:
+        nonlocal graphs
+        graphs += 1
+        for module in tracing.graph_modules(gm):
+            decisions = pipeline.analyze(module.graph, get_options())
+            records.extend(make_records(decisions).records)
+        for mode in _MODES:
+            total[mode] = total[mode] + saved.saved_by_graph(gm, inputs, mode)
+
+    tracing.trace(model, example_inputs, on_graph, dynamic=dynamic)
+    return Explanation(tuple(records), {str(m): s for m, s in total.items()}, graphs)

@@ -1,0 +1,199 @@
+"""How the pass gets into Inductor, and out again.
+
+``install`` adds a ``CustomGraphPass`` to ``torch._inductor.config.pre_grad_custom_pass``,
+after the passes that are there, and makes PyTorch's own pass of the same flag step aside: it
+runs first and would take the pairs. ``uninstall`` undoes both.
+
+Cache keys: Inductor asks the pass for its ``uuid``, which covers this package's sources, the
+options, and the passes wrapped where torch takes one pass only. The flag itself is part of
+Inductor's key already.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import pathlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from . import _compat, autograd, pipeline, report
+from .config import get_options
+
+__all__ = ["ConvBNEvalPass", "PassFailedWarning", "install", "is_installed", "uninstall"]
+
+
+class PassFailedWarning(UserWarning):
+    """The pass did not run as it should; the compilation went on without it.
+
+    Turn it into an error in tests: ``warnings.simplefilter("error", PassFailedWarning)``.
+    """
+
+
+@functools.cache
+def _sources_hash() -> str:
+    """Hash of this package's Python files, by relative name and content."""
+    digest = hashlib.sha256()
+    root = pathlib.Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _enabled() -> bool:
+    return bool(_compat.inductor_config.efficient_conv_bn_eval_fx_passes)
+
+
+class ConvBNEvalPass(_compat.CustomGraphPass):
+    """The pre-grad pass: gives ``layer -> eval-mode batch norm`` tune mode's gradient.
+
+    Does nothing while ``torch._inductor.config.efficient_conv_bn_eval_fx_passes`` is False.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if not _enabled():
+            return
+        try:
+            decisions = pipeline.analyze(graph, get_options())
+            if not decisions:
+                return
+            made = report.make_records(decisions)
+            report.dump_graph("before", graph)
+            fused = pipeline.apply(decisions)
+        except Exception as error:
+            # A user's compilation must not fail because of an optimisation. Every rewrite
+            # leaves the graph whole, so that what is done so far is right.
+            warnings.warn(
+                f"convbn_inductor_pass failed and was skipped: {type(error).__name__}: {error}",
+                PassFailedWarning,
+                stacklevel=2,
+            )
+            report.log.warning("convbn_inductor_pass failed and was skipped", exc_info=True)
+            return
+        if fused:
+            _compat.counters["inductor"]["efficient_conv_bn_eval"] += fused
+            for function in (autograd.conv_bn_eval, autograd.linear_bn_eval):
+                _compat.mark_cacheable(function, self.uuid())
+        report.dump_graph("after", graph)
+        report.publish(made)
+
+    def uuid(self) -> str:
+        if not _enabled():
+            return "convbn_inductor_pass, off"
+        options = repr(get_options()).encode()
+        return f"convbn_inductor_pass {_sources_hash()} {hashlib.sha256(options).hexdigest()}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # torch 2.11 pickles the pass into cache keys, where only the uuid may count.
+        return _unpickle, (self.uuid(),)
+
+
+def _unpickle(_uuid: str) -> ConvBNEvalPass:
+    return _pass
+
+
+class _InOrder(_compat.CustomGraphPass):
+    """Several passes in the one place that torch 2.11 and 2.12 have for them."""
+
+    def __init__(self, *passes: Callable[[fx.Graph], None]) -> None:
+        self.passes = passes
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for each in self.passes:
+            each(graph)
+
+    def uuid(self) -> Any:
+        uuids = [p.uuid() if isinstance(p, _compat.CustomGraphPass) else None for p in self.passes]
+        return None if None in uuids else tuple(uuids)
+
+
+_pass = ConvBNEvalPass()
+_Passes = tuple[Callable[[fx.Graph], None], ...]
+
+
+def _current_passes() -> _Passes:
+    """The passes of the hook, one by one, in whatever form they are configured."""
+    value = _compat.inductor_config.pre_grad_custom_pass
+    if value is None:
+        return ()
+    if isinstance(value, _InOrder):
+        return value.passes
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _set_passes(passes: _Passes) -> None:
+    value: Any
+    if not passes:
+        value = None
+    elif len(passes) == 1:
+        value = passes[0]
+    else:
+        value = _InOrder(*passes) if _compat.one_pass_per_hook else list(passes)
+    _compat.inductor_config.pre_grad_custom_pass = value
+
+
+class _Installation:
+    """Whether we are installed, and PyTorch's own pass as it was."""
+
+    installed = False
+    builtin_apply: Callable[..., Any] | None = None
+
+
+def install() -> None:
+    """Register the pass with Inductor. Importing the package does this; again is harmless.
+
+    Call it again if other code has overwritten ``pre_grad_custom_pass`` since.
+    """
+    if _pass not in _current_passes():
+        _set_passes((*_current_passes(), _pass))
+    if not _Installation.installed:
+        builtin = _builtin_pass()
+        _Installation.builtin_apply = builtin.__dict__.get("apply")
+        builtin.apply = functools.partial(_instead_of_builtin, builtin.apply)
+        _Installation.installed = True
+
+
+def uninstall() -> None:
+    """Undo :func:`install`: other passes stay, PyTorch's own pass sees the pairs again."""
+    if _pass in _current_passes():
+        _set_passes(tuple(p for p in _current_passes() if p is not _pass))
+    if _Installation.installed:
+        builtin = _builtin_pass()
+        if _Installation.builtin_apply is None:
+            del builtin.apply
+        else:
+            builtin.apply = _Installation.builtin_apply
+        _Installation.installed = False
+
+
+def is_installed() -> bool:
+    """Whether Inductor will run the pass (given the flag)."""
+    return _Installation.installed and _pass in _current_passes()
+
+
+def _builtin_pass() -> Any:
+    return importlib.import_module("torch._inductor.fx_passes.pre_grad").efficient_conv_bn_eval_pass
+
+
+def _instead_of_builtin(builtin_apply: Callable[..., Any], graph: Any) -> int:
+    """Runs where PyTorch's pass of this flag would; leaves the pairs to ours.
+
+    If ours was overwritten, the pairs are left alone rather than given to a pass that is
+    known to be wrong on some of them, and the user is told.
+    """
+    if not _enabled():
+        return builtin_apply(graph)
+    if _pass not in _current_passes():
+        warnings.warn(
+            "convbn_inductor_pass is installed, but pre_grad_custom_pass was overwritten since; "
+            "no pair is fused. Call convbn_inductor_pass.install() after setting your own pass, "
+            "or uninstall() to get PyTorch's pass back.",
+            PassFailedWarning,
+            stacklevel=2,
+        )
+    return 0

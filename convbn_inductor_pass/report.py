@@ -1,0 +1,147 @@
+"""What was decided, for people: records, logs, and the trace artifact.
+
+A record is made when the pass runs on a graph, and holds no tensor and no node. On a warm
+compile cache of torch 2.12 and later the pass does not run at all: then there is no record,
+which does not mean that nothing is fused. ``explain`` always traces anew.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import logging
+import re
+from typing import Any
+
+from torch import fx
+
+from . import _compat
+from .codes import Code
+from .decide import Decision, module_path
+from .torch_ir import ConvCall, tensor_of
+
+__all__ = ["Record", "Records", "clear_records", "records"]
+
+log = logging.getLogger("convbn_inductor_pass")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The decision about one batch norm.
+
+    Attributes:
+        code: what was decided.
+        detail: the nodes that it was about, "" if there is nothing to add.
+        layer: module path of the convolution or linear layer, or its node's name.
+        batch_norm: the same for the batch norm.
+        source: the line of the user's code that called the batch norm, "" if unknown.
+        output_shape: shape of the layer's output, symbolic sizes as strings.
+        output_bytes: its size in bytes, which is what fusing saves; hints for symbolic sizes.
+    """
+
+    code: Code
+    detail: str
+    layer: str
+    batch_norm: str
+    source: str
+    output_shape: tuple[int | str, ...]
+    output_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        return {**dataclasses.asdict(self), "code": self.code.name, "reason": self.code.value}
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """All decisions about one graph."""
+
+    records: tuple[Record, ...]
+
+    @property
+    def fused(self) -> int:
+        return sum(r.code.fused for r in self.records)
+
+    def by_code(self) -> dict[Code, int]:
+        """How often each code was given, most frequent first."""
+        return dict(collections.Counter(r.code for r in self.records).most_common())
+
+    def __str__(self) -> str:
+        lines = [f"{self.fused} of {len(self.records)} batch norms fused"]
+        lines += [f"  {n} x {code.name}: {code.value}" for code, n in self.by_code().items()]
+        return "\n".join(lines)
+
+
+_FILE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+
+
+def _source(node: fx.Node) -> str:
+    """Innermost frame outside torch of the stack trace that tracing recorded."""
+    frames = _FILE_LINE.findall(node.meta.get("stack_trace") or "")
+    outside = [f for f in frames if "/torch/nn/" not in f[0]]
+    return "{}:{}".format(*(outside or frames)[-1]) if frames else ""
+
+
+def _record(decision: Decision) -> Record:
+    candidate = decision.candidate
+    bn, layer = candidate.batch_norm, candidate.layer
+    out = tensor_of(layer.node) if isinstance(layer, ConvCall) else None
+    size = 0 if out is None else _compat.size_hint(out.numel()) * out.element_size()
+    source_node = layer.node if layer is not None else candidate.source
+    return Record(
+        code=decision.code,
+        detail=decision.detail,
+        layer="" if source_node is None else module_path(source_node) or str(source_node),
+        batch_norm=module_path(bn.node) or str(bn.node),
+        source=_source(bn.node),
+        output_shape=()
+        if out is None
+        else tuple(s if isinstance(s, int) else str(s) for s in out.shape),
+        output_bytes=size,
+    )
+
+
+def make_records(decisions: list[Decision]) -> Records:
+    """Records of decisions; call it while the graph is still as it was decided about."""
+    return Records(tuple(_record(d) for d in decisions))
+
+
+# The newest graphs of this process. Bounded: a long-running process compiles many.
+_history: collections.deque[Records] = collections.deque(maxlen=256)
+
+
+def records() -> list[Records]:
+    """Decisions of the graphs that the pass has seen in this process, newest last (256 at most).
+
+    Empty after a warm compile cache hit on torch 2.12 and later, where the pass need not run.
+    """
+    return list(_history)
+
+
+def clear_records() -> None:
+    """Forget the records so far."""
+    _history.clear()
+
+
+def publish(made: Records) -> None:
+    """Keep the records, log them, and add them to the structured trace (``TORCH_TRACE``)."""
+    _history.append(made)
+    if log.isEnabledFor(logging.INFO):
+        log.info("%s", made)
+        for r in made.records:
+            log.debug(
+                "%s -> %s: %s %s (%s)", r.layer, r.batch_norm, r.code.name, r.detail, r.source
+            )
+    _compat.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "convbn_inductor_pass_decisions", "encoding": "json"},
+        payload_fn=lambda: json.dumps([r.to_dict() for r in made.records], indent=1),
+    )
+
+
+def dump_graph(title: str, graph: fx.Graph) -> None:
+    """Log a graph's code at debug level, and only then make it."""
+    if log.isEnabledFor(logging.DEBUG):
+        code = graph.python_code("self", verbose=True).src
+        log.debug("%s\n%s", title, code)

@@ -1,0 +1,265 @@
+"""Helpers for the tests of this package and for the CI of its users.
+
+A model's CI can hold on to what the pass does for it::
+
+    from convbn_inductor_pass import Code, testing
+
+    def test_tune_mode():
+        model = my_model().eval()
+        testing.assert_fused(model, batch, count=53)
+        testing.assert_none_left(model, batch, except_codes=[Code.NOT_AFTER_LAYER])
+        testing.assert_saved_like_deploy(model, batch)
+        testing.assert_numerics(model, batch)
+
+None of these generates code: models are traced by Dynamo, go through the pass, and, where
+numbers are needed, AOTAutograd runs the graphs eagerly (:func:`fast_backend`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from . import _compat, pipeline, saved, tracing
+from .codes import Code
+from .config import get_options
+from .explain import explain
+from .report import Records, make_records
+
+__all__ = [
+    "PassResult",
+    "assert_fused",
+    "assert_none_left",
+    "assert_numerics",
+    "assert_saved_at_most",
+    "assert_saved_like_deploy",
+    "fast_backend",
+    "fresh_compile",
+    "outputs_and_gradients",
+    "run_pass",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class PassResult:
+    """One graph before and after the pass, as code, and what was decided about it."""
+
+    before: str
+    after: str
+    records: Records
+
+    @property
+    def codes(self) -> list[Code]:
+        return [r.code for r in self.records.records]
+
+
+def _code(graph: fx.Graph) -> str:
+    return graph.python_code("self").src.strip()
+
+
+def run_on_graph(gm: fx.GraphModule) -> PassResult:
+    """Apply the pass to one graph module (not to those inside it), whatever the flag says."""
+    before = _code(gm.graph)
+    decisions = pipeline.analyze(gm.graph, get_options())
+    made = make_records(decisions)
+    pipeline.apply(decisions)
+    gm.graph.lint()
+    gm.recompile()
+    return PassResult(before, _code(gm.graph), made)
+
+
+def run_pass(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> list[PassResult]:
+    """Trace ``fn`` on fake tensors and apply the pass: one result per graph, subgraphs first."""
+    results: list[PassResult] = []
+
+    def on_graph(gm: fx.GraphModule, _inputs: list[Any]) -> None:
+        copied = tracing.copy_graph_module(gm)
+        results.extend(run_on_graph(m) for m in tracing.graph_modules(copied))
+
+    tracing.trace(fn, inputs, on_graph, dynamic=dynamic)
+    return results
+
+
+def fast_backend(*, fuse: bool = True) -> Callable[..., Any]:
+    """A backend for ``torch.compile``: the pass, then AOTAutograd, then eager execution.
+
+    With ``fuse=False`` the same without the pass, which is eval mode to compare with. As in
+    Inductor, the partitioner decides what is kept for backward; no code is generated.
+    """
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        gm = tracing.copy_graph_module(gm)
+        if fuse:
+            for module in tracing.graph_modules(gm):
+                run_on_graph(module)
+        return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(gm, example_inputs)
+
+    return backend
+
+
+@contextlib.contextmanager
+def fresh_compile(*, flag: bool = True) -> Iterator[None]:
+    """Compile anew inside, under Inductor: nothing cached, and the flag set as given.
+
+    Neither Dynamo's code nor Inductor's and AOTAutograd's caches are used, so that a graph
+    surely goes through the pass. Code compiled before is dropped (``torch._dynamo.reset``).
+    """
+    torch._dynamo.reset()
+    with (
+        _compat.inductor_config.patch(
+            efficient_conv_bn_eval_fx_passes=flag, fx_graph_cache=False, fx_graph_remote_cache=False
+        ),
+        _compat.functorch_config.patch(enable_autograd_cache=False),
+    ):
+        yield
+    torch._dynamo.reset()
+
+
+def assert_fused(fn: Callable[..., Any], *inputs: Any, count: int) -> None:
+    """Raise AssertionError unless exactly ``count`` batch norms are fused."""
+    explanation = explain(fn, *inputs)
+    if explanation.fused != count:
+        raise AssertionError(f"expected {count} batch norms to be fused\n{explanation}")
+
+
+def assert_none_left(
+    fn: Callable[..., Any], *inputs: Any, except_codes: Iterable[Code] = ()
+) -> None:
+    """Raise AssertionError if a batch norm is left alone for a code not in ``except_codes``."""
+    explanation = explain(fn, *inputs)
+    if left := explanation.left(except_codes=tuple(except_codes)):
+        codes = ", ".join(sorted({r.code.name for r in left}))
+        raise AssertionError(f"{len(left)} batch norms left alone ({codes})\n{explanation}")
+
+
+def assert_saved_at_most(fn: Callable[..., Any], *inputs: Any, nbytes: int) -> None:
+    """Raise AssertionError if tune mode keeps more than ``nbytes`` new bytes for backward."""
+    kept = saved.saved_for_backward(fn, *inputs, mode="tune")
+    if kept.new_bytes > nbytes:
+        largest = sorted(kept.tensors, key=lambda t: -t.nbytes)[:10]
+        lines = "\n".join(f"  {t.name} {t.shape} {t.dtype}: {t.nbytes:,}" for t in largest)
+        raise AssertionError(
+            f"{kept.new_bytes:,} bytes are kept for backward, expected at most {nbytes:,}; "
+            f"the largest:\n{lines}"
+        )
+
+
+def assert_saved_like_deploy(fn: Callable[..., Any], *inputs: Any) -> None:
+    """Raise AssertionError if tune mode keeps more for backward than the merged model does."""
+    deploy = saved.saved_for_backward(fn, *inputs, mode="deploy")
+    assert_saved_at_most(fn, *inputs, nbytes=deploy.new_bytes)
+
+
+def outputs_and_gradients(
+    fn: Callable[..., Any], parameters: Mapping[str, Tensor], inputs: tuple[Any, ...]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Run ``fn`` and backward; returns its tensor outputs and all gradients by name.
+
+    Each output gets a gradient of its own, the same in every call, so that no two parts of a
+    gradient cancel by symmetry. Gradients of inputs are named ``input0``, ``input1``, ...
+    """
+    leaves = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    named = dict(parameters)
+    named.update({f"input{i}": t for i, t in enumerate(leaves) if t.requires_grad})
+    for tensor in named.values():
+        tensor.grad = None
+    outputs = [t for t in pytree.tree_leaves(fn(*inputs)) if isinstance(t, Tensor)]
+    differentiable = [o for o in outputs if o.requires_grad]
+    if differentiable:
+        generator = torch.Generator().manual_seed(0)
+        weights = [
+            torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o)
+            for o in differentiable
+        ]
+        torch.autograd.backward(differentiable, weights)
+    gradients = {n: t.grad.clone() for n, t in named.items() if t.grad is not None}
+    for tensor in named.values():
+        tensor.grad = None
+    return [o.detach().clone() for o in outputs], gradients
+
+
+def _error(value: Tensor, reference: Tensor) -> float:
+    """Largest error relative to the largest number of the reference."""
+    if reference.numel() == 0:
+        return 0.0
+    scale = reference.abs().max().item() or 1.0
+    return (value.to(reference) - reference).abs().max().item() / scale
+
+
+def assert_numerics(
+    model: nn.Module,
+    *inputs: Any,
+    factor: float = 2.0,
+    backend: Callable[..., Any] | None = None,
+    bits: bool = True,
+) -> dict[str, tuple[float, float]]:
+    """Check forward and gradients of tune mode against float64 and against eval mode.
+
+    The tolerance is not a constant: each gradient's error against a float64 run of the model
+    in eval mode may be at most ``factor`` times the error that eval mode itself makes under
+    the same compiler, plus a rounding band of 8 units in the last place of its dtype.
+
+    Args:
+        model: a module whose parameters and inputs are float32 or narrower.
+        inputs: its inputs, real tensors.
+        factor: see above.
+        backend: a backend factory like :func:`fast_backend`, which is the default.
+        bits: also require that the outputs are bit for bit those of eval mode.
+
+    Returns:
+        By output and gradient name: (error of tune mode, error of eval mode), both relative
+        to the largest number of the reference.
+
+    Raises:
+        AssertionError: an error is too large, a gradient is missing or has another dtype.
+    """
+    make_backend = fast_backend if backend is None else backend
+    reference = copy.deepcopy(model).double()
+    doubles = pytree.tree_map(
+        lambda v: (
+            v.detach().double().requires_grad_(v.requires_grad)
+            if isinstance(v, Tensor) and v.is_floating_point()
+            else v
+        ),
+        inputs,
+    )
+    exact = outputs_and_gradients(reference, dict(reference.named_parameters()), doubles)
+    parameters = dict(model.named_parameters())
+    runs = {}
+    for fuse in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=make_backend(fuse=fuse))
+        runs[fuse] = outputs_and_gradients(compiled, parameters, inputs)
+    torch._dynamo.reset()
+    (eval_out, eval_grads), (tune_out, tune_grads) = runs[False], runs[True]
+    if bits:
+        for i, (a, b) in enumerate(zip(tune_out, eval_out, strict=True)):
+            torch.testing.assert_close(
+                a, b, rtol=0, atol=0, equal_nan=True, msg=partial("output {}: {}".format, i)
+            )
+    if tune_grads.keys() != eval_grads.keys():
+        raise AssertionError(f"gradients {sorted(tune_grads)} instead of {sorted(eval_grads)}")
+    errors: dict[str, tuple[float, float]] = {}
+    named = [
+        (f"output{i}", *t) for i, t in enumerate(zip(tune_out, eval_out, exact[0], strict=True))
+    ]
+    named += [(n, tune_grads[n], eval_grads[n], exact[1][n]) for n in eval_grads]
+    for name, tune, by_eval, value in named:
+        if tune.dtype != by_eval.dtype:
+            raise AssertionError(f"{name} is {tune.dtype}, in eval mode {by_eval.dtype}")
+        errors[name] = (_error(tune, value), _error(by_eval, value))
+        band = 8 * torch.finfo(tune.dtype).eps
+        if not errors[name][0] <= factor * errors[name][1] + band:
+            raise AssertionError(
+                f"{name}: error {errors[name][0]:.2e} in tune mode, {errors[name][1]:.2e} in "
+                f"eval mode, allowed {factor} times that plus {band:.1e}"
+            )
+    return errors
