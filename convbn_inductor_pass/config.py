@@ -26,6 +26,9 @@ class Options:
             alone where the convolution's weight is larger than its output: there, scaling
             the weight and taking its inner product in backward costs more than the saved
             activation is worth.
+        fuse_frozen_layers: also fuse where the layer's weight needs no gradient but the batch
+            norm's does (BN-tuning). This keeps one activation per pair instead of two, for
+            the price of a weight gradient that nobody asked for.
         allow: shell-style patterns of module paths (``"backbone.*"``). If given, only pairs
             whose batch norm or convolution matches one of them are fused.
         deny: patterns of module paths that are never fused; wins over ``allow``.
@@ -35,6 +38,7 @@ class Options:
     """
 
     objective: Objective = "memory"
+    fuse_frozen_layers: bool = False
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
 

@@ -98,6 +98,8 @@ _OPERANDS = (
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DEVICES = ("cpu", "cuda", "xpu", "mps", "meta")
 _ROOT = re.compile(r"^[A-Z]\W\w+\.?")  # Dynamo's name of the outermost module: L['self'].
+# Methods that take the shape of their second argument.
+_LIKE_METHODS = {"reshape_as", "view_as", "expand_as"}
 # Calls that ask a tensor for its shape and no data.
 _SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "element_size", "stride"}
 
@@ -122,7 +124,7 @@ def _statistics_used(p: _Pair) -> str | None:
 def _layer_output_used(p: _Pair) -> str | None:
     chain = (*p.candidate.path, p.layer.node)
     for node, next_node in zip(chain, (p.bn.node, *chain), strict=False):
-        others = [u for u in node.users if u is not next_node and not _asks_shape(u)]
+        others = [u for u in node.users if u is not next_node and not _asks_shape(u, node)]
         if others:
             return f"{node} is used by {', '.join(str(u) for u in others)}"
     if p.bn.node.all_input_nodes.count(p.bn.input) > 1 or p.bn.input in (
@@ -135,9 +137,11 @@ def _layer_output_used(p: _Pair) -> str | None:
     return None
 
 
-def _asks_shape(user: fx.Node) -> bool:
+def _asks_shape(user: fx.Node, of: fx.Node) -> bool:
+    """Whether ``user`` uses the shape of ``of`` and none of its data."""
     if user.op == "call_method":
-        return user.target in _SHAPE_METHODS
+        like = user.target in _LIKE_METHODS and of not in user.args[:1]
+        return like or user.target in _SHAPE_METHODS
     if user.target is getattr:
         return user.args[1] in ("shape", "ndim", "dtype", "device")
     return user.target in (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
@@ -252,7 +256,9 @@ def _affine_frozen(p: _Pair) -> str | None:
 
 
 def _layer_frozen(p: _Pair) -> str | None:
-    return None if p.operands["layer.weight"].requires_grad else f"weight of {p.layer.node}"
+    if p.options.fuse_frozen_layers or p.operands["layer.weight"].requires_grad:
+        return None
+    return f"weight of {p.layer.node}"
 
 
 def _weight_larger(p: _Pair) -> str | None:

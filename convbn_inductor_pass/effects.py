@@ -127,7 +127,7 @@ def _function_effect(node: fx.Node) -> Effect:
         return PURE
     if batch_norm is not None or target is F.instance_norm or target is torch.instance_norm:
         return everything
-    if not _records_value(node):
+    if _value(node) is None:
         # Called for its effect alone: autocast, grad mode, streams, functorch levels.
         return Effect(everything.mutated, region=True)
     if node.kwargs.get("out") is not None:
@@ -137,8 +137,8 @@ def _function_effect(node: fx.Node) -> Effect:
     return _written_by_name(node, name)
 
 
-def _records_value(node: fx.Node) -> bool:
-    return node.meta.get("example_value", node.meta.get("val")) is not None
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def _module_effect(node: fx.Node) -> Effect:
@@ -184,8 +184,11 @@ class Effects:
         self._writes_to: dict[int, list[int]] = collections.defaultdict(list)
         self._writes_anywhere: list[int] = []
         self._levels: list[tuple[int, int]] = [(-1, 0)]
+        # Storages that are one although tracing made two of them.
+        self._alias: dict[int, int] = {}
         for i, node in enumerate(graph.nodes):
             self.position[node] = i
+            self._track_alias(node)
             effect = effect_of(node)
             if effect.region:
                 self._regions.append(i)
@@ -196,14 +199,26 @@ class Effects:
                 self._record_write(i, written)
             self.storage_changes = self.storage_changes or effect.storage
 
+    def _track_alias(self, node: fx.Node) -> None:
+        """A dropout that does nothing returns its input; fake tensors return a copy (<= 2.14)."""
+        if not torch_ir.is_idle_dropout(node) or not node.all_input_nodes:
+            return
+        inner, outer = (self._storage(_value(n)) for n in (node.all_input_nodes[0], node))
+        if inner is not None and outer is not None and inner != outer:
+            self._alias[outer] = inner
+
+    def _storage(self, value: Any) -> int | None:
+        key = _compat.storage_key(value)
+        while key in self._alias:
+            key = self._alias[key]
+        return key
+
     def _record_write(self, i: int, written: fx.Node) -> None:
-        value = written.meta.get("example_value", written.meta.get("val"))
+        value = _value(written)
         if isinstance(value, _NUMBERS):
             return
         storages = (
-            [_compat.storage_key(v) for v in pytree.tree_leaves(value)]
-            if value is not None
-            else [None]
+            [self._storage(v) for v in pytree.tree_leaves(value)] if value is not None else [None]
         )
         for storage in storages:
             if storage is None:
@@ -241,8 +256,7 @@ class Effects:
         for operand in operands:
             if operand is None:
                 continue
-            tensor = torch_ir.tensor_of(operand)
-            storage = None if tensor is None else _compat.storage_key(tensor)
+            storage = self._storage(torch_ir.tensor_of(operand))
             # With storages exchanged or unknown, any write may be the one.
             if storage is None or self.storage_changes:
                 writes = self._writes

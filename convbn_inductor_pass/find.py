@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from . import _compat, effects, torch_ir
@@ -65,10 +64,11 @@ def _through(node: fx.Node) -> fx.Node | None:
     input = node.args[0] if node.args else node.kwargs.get("input")
     if not isinstance(input, fx.Node) or effects.effect_of(node) != effects.PURE:
         return None
+    if torch_ir.is_idle_dropout(node):
+        return input
     if node.op == "call_module":
         module = torch_ir._attribute(node.graph.owning_module, str(node.target))
-        idle = type(module) is nn.Dropout and not module.training
-        return input if idle or type(module) is nn.Identity else None
+        return input if type(module) is nn.Identity else None
     before, after = torch_ir.tensor_of(input), torch_ir.tensor_of(node)
     if before is None or after is None:
         return None
@@ -78,17 +78,7 @@ def _through(node: fx.Node) -> fx.Node | None:
 
 
 _SAME_METHODS = {"contiguous", "to", "type", "float", "half", "bfloat16", "double", "type_as"}
-_SAME_FUNCTIONS = {
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-    torch.dropout,
-    torch.ops.aten.contiguous.default,
-    torch.ops.aten.dropout.default,
-}
+_SAME_FUNCTIONS = {torch.ops.aten.contiguous.default}
 _VIEWS = {"view", "reshape", "flatten"}
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "batch_norm_call",
     "conv_call",
     "describe",
+    "is_idle_dropout",
     "tensor_of",
 ]
 
@@ -92,7 +93,7 @@ class BatchNormCall:
     running_mean: Operand
     running_var: Operand
     training: bool
-    eps: float
+    eps: float | fx.Node
     other_outputs_used: bool = False
 
 
@@ -131,6 +132,22 @@ for _target in (torch._native_batch_norm_legit_no_training, _packet, _packet.def
 _packet = aten._native_batch_norm_legit
 for _target in (_packet, _packet.default):
     _BATCH_NORMS[_target] = (_packet.default._schema, None, True)
+
+_DROPOUTS: dict[Any, inspect.Signature | torch.FunctionSchema] = {
+    f: inspect.signature(f)
+    for f in (
+        F.dropout,
+        F.dropout1d,
+        F.dropout2d,
+        F.dropout3d,
+        F.alpha_dropout,
+        F.feature_alpha_dropout,
+    )
+}
+for _name in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"):
+    _packet = getattr(aten, _name)
+    for _target in (getattr(torch, _name), _packet, _packet.default):
+        _DROPOUTS[_target] = _packet.default._schema
 
 _CONV_MODULES = (
     nn.Linear,
@@ -202,6 +219,17 @@ def _attribute(module: nn.Module | None, path: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name, None)
     return value
+
+
+def is_idle_dropout(node: fx.Node) -> bool:
+    """Whether ``node`` is a dropout that returns the very tensor that it gets (no training)."""
+    if node.op == "call_module":
+        module = _attribute(node.graph.owning_module, str(node.target))
+        return isinstance(module, nn.modules.dropout._DropoutNd) and not module.training
+    if node.op != "call_function" or node.target not in _DROPOUTS:
+        return False
+    bound = _bind(_DROPOUTS[node.target], node.args, node.kwargs) or {}
+    return bound.get("training", bound.get("train")) is False
 
 
 def describe(node: fx.Node) -> str:
@@ -327,10 +355,8 @@ def batch_norm_call(node: fx.Node) -> BatchNormCall | Unreadable | None:
         return Unreadable(node, Code.UNBOUND_ARGUMENTS, f"{describe(node)} does not fit")
     training = bound.get("training", fixed_training)
     eps = bound["eps"] if "eps" in bound else bound["epsilon"]
-    if not isinstance(bound["input"], fx.Node) or _has_node((training, eps)):
-        return Unreadable(
-            node, Code.NON_CONSTANT, f"{describe(node)}: training={training}, eps={eps}"
-        )
+    if not isinstance(bound["input"], fx.Node) or _has_node(training):
+        return Unreadable(node, Code.NON_CONSTANT, f"{describe(node)}: training={training}")
     output, others = node, False
     if is_tuple:
         takes_y = [u for u in node.users if _is_getitem(u, 0)]
@@ -346,7 +372,7 @@ def batch_norm_call(node: fx.Node) -> BatchNormCall | Unreadable | None:
         bound["running_mean"],
         bound["running_var"],
         bool(training),
-        float(eps),
+        eps,
         others,
     )
 

@@ -1,0 +1,280 @@
+"""Registration: order, composition, flag, cache keys, failures. Nothing is compiled for real."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from common import ConvBN, Residual
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor import config
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import convbn_inductor_pass as cbn
+from convbn_inductor_pass import _compat, hook, pipeline, testing
+
+
+def stop_before_codegen(gm, inputs, **kwargs):
+    return gm
+
+
+def inductor_up_to_codegen(gm, inputs):
+    return compile_fx(gm, inputs, inner_compile=stop_before_codegen)
+
+
+def compiled(model, x, flag=True, **patches):
+    """Number of pairs fused when Inductor compiles ``model`` (without code generation)."""
+    counters.clear()
+    with testing.fresh_compile(flag=flag), config.patch(patches):
+        torch.compile(model, backend=inductor_up_to_codegen)(x)
+    return counters["inductor"]["efficient_conv_bn_eval"]
+
+
+class Recorder(CustomGraphPass):
+    """Somebody else's pass: remembers the targets that it saw."""
+
+    def __init__(self, uuid="recorder"):
+        self._uuid, self.seen = uuid, []
+
+    def __call__(self, graph):
+        self.seen.append([getattr(n.target, "__name__", "") for n in graph.nodes])
+
+    def uuid(self):
+        return self._uuid
+
+
+@pytest.fixture(name="x")
+def _x():
+    return torch.randn(2, 3, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def _restore():
+    before = config.pre_grad_custom_pass
+    yield
+    config.pre_grad_custom_pass = before
+    cbn.install()
+    cbn.clear_records()
+    assert cbn.is_installed()
+
+
+def test_flag_decides(x):
+    assert compiled(Residual(), x, flag=True) == Residual.pairs
+    assert compiled(Residual(), x, flag=False) == 0
+
+
+def test_options_of_torch_compile_turn_it_on(x):
+    counters.clear()
+    with testing.fresh_compile(flag=False):
+        torch.compile(Residual(), options={"efficient_conv_bn_eval_fx_passes": True})
+        compile_with = torch._TorchCompileInductorWrapper(
+            "default", {"efficient_conv_bn_eval_fx_passes": True}, None
+        )
+
+        def backend(gm, inputs):
+            with config.patch(compile_with.config):
+                return inductor_up_to_codegen(gm, inputs)
+
+        torch.compile(Residual(), backend=backend)(x)
+    assert counters["inductor"]["efficient_conv_bn_eval"] == Residual.pairs
+
+
+def test_freezing_does_not_turn_it_off_under_grad(x):
+    assert compiled(Residual(), x, freezing=True) == Residual.pairs
+
+
+def test_builtin_pass_stands_aside_and_comes_back(x):
+    cbn.uninstall()
+    assert not cbn.is_installed()
+    assert compiled(Residual(), x) == Residual.pairs  # PyTorch's own
+    assert cbn.records() == []
+    cbn.install()
+    assert compiled(Residual(), x) == Residual.pairs  # ours
+    assert [r.fused for r in cbn.records()] == [Residual.pairs]
+
+
+def test_uninstall_restores_everything():
+    builtin = hook._builtin_pass()
+    assert "apply" in vars(builtin)
+    cbn.uninstall()
+    assert config.pre_grad_custom_pass is None
+    assert "apply" not in vars(builtin)
+    cbn.uninstall()
+    assert config.pre_grad_custom_pass is None
+
+
+def test_install_twice_is_once(x):
+    cbn.install()
+    cbn.install()
+    assert hook._current_passes() == (hook._pass,)
+    assert compiled(Residual(), x) == Residual.pairs
+
+
+def test_passes_set_before_run_before(x):
+    cbn.uninstall()
+    other = Recorder()
+    config.pre_grad_custom_pass = other
+    cbn.install()
+    assert hook._current_passes() == (other, hook._pass)
+    assert compiled(Residual(), x) == Residual.pairs
+    assert other.seen[0].count("conv2d") == Residual.pairs  # it saw the graph before us
+    cbn.uninstall()
+    assert config.pre_grad_custom_pass is other
+
+
+def test_passes_added_after_run_after(x):
+    other = Recorder()
+    if _compat.one_pass_per_hook:
+        ours = config.pre_grad_custom_pass
+        config.pre_grad_custom_pass = hook._InOrder(ours, other)
+    else:
+        config.pre_grad_custom_pass = [*hook._current_passes(), other]
+    assert compiled(Residual(), x) == Residual.pairs
+    assert other.seen[0].count("conv_bn_eval") == Residual.pairs
+
+
+def test_being_overwritten_is_noticed(x):
+    config.pre_grad_custom_pass = Recorder()
+    assert not cbn.is_installed()
+    with pytest.warns(cbn.PassFailedWarning, match="was overwritten since"):
+        assert compiled(Residual(), x) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", cbn.PassFailedWarning)
+        assert compiled(Residual(), x, flag=False) == 0  # nothing to notice
+        cbn.install()
+        assert compiled(Residual(), x) == Residual.pairs
+
+
+def test_a_failure_does_not_fail_the_compilation(x, monkeypatch):
+    def broken(graph, options):
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(pipeline, "analyze", broken)
+    with pytest.warns(cbn.PassFailedWarning, match="RuntimeError: on purpose"):
+        assert compiled(Residual(), x) == 0
+
+
+def test_a_failure_half_way_leaves_a_right_graph(x, monkeypatch):
+    calls = []
+    rewrite = pipeline.rewrite
+
+    def fails_the_third_time(decision):
+        calls.append(decision)
+        if len(calls) == 3:
+            raise RuntimeError("on purpose")
+        return rewrite(decision)
+
+    monkeypatch.setattr(pipeline, "rewrite", fails_the_third_time)
+    model = Residual()
+    with pytest.warns(cbn.PassFailedWarning), testing.fresh_compile():
+        y = torch.compile(model, backend=inductor_up_to_codegen)(x)
+    torch.testing.assert_close(y, model(x))
+
+
+class TestUuid:
+    def test_constant_while_off(self):
+        with config.patch(efficient_conv_bn_eval_fx_passes=False):
+            off = hook._pass.uuid()
+            with cbn.options(objective="speed"):
+                assert hook._pass.uuid() == off
+
+    def test_covers_flag_and_options(self):
+        uuids = [hook._pass.uuid()]
+        with config.patch(efficient_conv_bn_eval_fx_passes=True):
+            uuids.append(hook._pass.uuid())
+            assert hook._pass.uuid() == uuids[-1]
+            for changes in ({"objective": "speed"}, {"deny": ("a",)}, {"deny": ("b",)}):
+                with cbn.options(**changes):
+                    uuids.append(hook._pass.uuid())
+        assert len(set(uuids)) == len(uuids)
+
+    def test_covers_sources(self, tmp_path, monkeypatch):
+        before = hook._sources_hash()
+        package = tmp_path / "copy"
+        package.mkdir()
+        for path in hook.pathlib.Path(hook.__file__).parent.glob("*.py"):
+            (package / path.name).write_bytes(path.read_bytes())
+        monkeypatch.setattr(hook, "__file__", str(package / "hook.py"))
+        hook._sources_hash.cache_clear()
+        assert hook._sources_hash() == before  # wherever the package lies
+        (package / "fold.py").write_bytes(b"# another version")
+        hook._sources_hash.cache_clear()
+        assert hook._sources_hash() != before
+        hook._sources_hash.cache_clear()
+
+    def test_of_several_passes_covers_each(self):
+        combined = hook._InOrder(Recorder("a"), hook._pass)
+        assert combined.uuid() == hook._InOrder(Recorder("a"), hook._pass).uuid()
+        assert combined.uuid() != hook._InOrder(Recorder("b"), hook._pass).uuid()
+        assert combined.uuid() != hook._InOrder(hook._pass, Recorder("a")).uuid()
+        # A pass without uuid() cannot be cached, and so neither can the two of them.
+        assert hook._InOrder(lambda graph: None, hook._pass).uuid() is None
+
+    def test_pickles_to_its_uuid_alone(self):
+        assert pickle.dumps(hook._pass) == pickle.dumps(copy.deepcopy(hook._pass))
+        assert pickle.loads(pickle.dumps(hook._pass)) is hook._pass
+        with config.patch(efficient_conv_bn_eval_fx_passes=True):
+            plain = pickle.dumps(hook._pass)
+            with cbn.options(objective="speed"):
+                assert pickle.dumps(hook._pass) != plain
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"objective": "fast"}, "objective must be one of 'memory', 'speed', got 'fast'"),
+            ({"deny": "backbone"}, "deny must be a sequence of module path patterns"),
+            ({"denied": ()}, "unknown option denied; there are: objective, "),
+        ],
+    )
+    def test_wrong_ones_change_nothing(self, changes, message):
+        before = cbn.get_options()
+        with pytest.raises(ValueError, match=message):
+            cbn.set_options(**changes)
+        assert cbn.get_options() is before
+
+    def test_context_restores(self):
+        before = cbn.get_options()
+        with cbn.options(objective="speed", allow=["a.*"]) as inside:
+            assert cbn.get_options() is inside
+            assert inside.allow == ("a.*",)
+        assert cbn.get_options() is before
+
+
+def test_records_and_logs(x, caplog):
+    with caplog.at_level("DEBUG", logger="convbn_inductor_pass"):
+        compiled(Residual(), x)
+    (records,) = cbn.records()
+    assert records.fused == len(records.records) == Residual.pairs
+    first = records.records[0]
+    assert (first.layer, first.batch_norm) == ("stem", "stem_bn")
+    assert first.output_shape == (2, 8, 8, 8)
+    assert first.output_bytes == 2 * 8 * 8 * 8 * 4
+    assert first.source.split(":")[0].endswith("common.py")
+    assert "6 of 6 batch norms fused" in caplog.text
+    assert "before\n" in caplog.text
+    assert "after\n" in caplog.text
+    assert "convbn_inductor_pass_autograd_conv_bn_eval(" in caplog.text
+
+
+def test_trace_artifact(x, monkeypatch):
+    import json
+
+    artifacts = {}
+
+    def capture(kind, metadata_fn=dict, payload_fn=lambda: None, **kwargs):
+        artifacts[metadata_fn().get("name")] = payload_fn()
+
+    monkeypatch.setattr(_compat, "trace_structured", capture)
+    compiled(ConvBN(nn.Conv2d(3, 4, 3)), x)
+    (record,) = json.loads(artifacts["convbn_inductor_pass_decisions"])
+    assert record["code"] == "FUSED"
+
+
+def test_nothing_is_logged_by_default(x, caplog):
+    compiled(Residual(), x)
+    assert not [r for r in caplog.records if r.name == "convbn_inductor_pass"]
