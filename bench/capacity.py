@@ -8,6 +8,7 @@ run at that batch confirms it and gives the throughput. Each batch size is compi
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -43,10 +44,13 @@ def capacity(
     Raises:
         NotApplicable, MissingLibrary: as :func:`bench.workload.setup`.
     """
+    whole = dataclasses.replace(budget, deadline=math.inf)
+    once = dataclasses.replace(whole, rounds=1)
+    seconds_each = 0.0
     for provider in providers:
-        if time.monotonic() > budget.deadline:
+        started = time.monotonic()
+        if started + seconds_each > budget.deadline:
             break
-        once = dataclasses.replace(budget, rounds=1)
         needed = []
         for batch in (settings.batch, 2 * settings.batch):
             values = _last(dataclasses.replace(settings, batch=batch), provider, once)
@@ -55,16 +59,15 @@ def capacity(
         result: dict[str, Any] = {"cap_bytes": cap_bytes, "needed_bytes": needed}
         result["largest_batch"] = batch
         if batch > 0:
-            values = _last(dataclasses.replace(settings, batch=batch), provider, budget)
+            values = _last(dataclasses.replace(settings, batch=batch), provider, whole)
             seconds = sorted(values["step_ms"])[len(values["step_ms"]) // 2] / 1e3
             result["confirmed_bytes"] = values["resident_bytes"] + values["peak_bytes"]
             result["examples_per_s"] = round(batch / seconds, 2)
+        seconds_each = time.monotonic() - started
         yield provider.name, result
 
 
 def _last(settings: Settings, provider: Provider, budget: Budget) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for _, values in measure(settings, [provider], budget):
-        pass
+    *_, (_, values) = measure(settings, [provider], budget)
     torch._dynamo.reset()
     return values

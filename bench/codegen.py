@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from convbn_inductor_pass.hook import ConvBNEvalPass
 from torch._inductor import metrics
 from torch._inductor.fx_passes import pre_grad
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import ExternKernelSchedulerNode
+
+from convbn_inductor_pass.hook import ConvBNEvalPass
 
 __all__ = ["Codegen", "recording"]
 

@@ -19,7 +19,6 @@ from torch._dynamo import config as dynamo_config
 from torch._inductor.utils import fresh_cache
 
 from . import codegen, memory
-from .protocols import NotApplicable
 from .providers import Provider
 from .workload import Settings, Workload, setup
 
@@ -31,7 +30,7 @@ class Budget:
     """How long to measure: at most ``rounds``, and no new one after ``seconds`` of timing.
 
     ``deadline``, on the clock of :func:`time.monotonic`, is for a run that must end: no
-    provider is compiled and no round begun after it.
+    provider is begun that is likely to compile beyond it, and no round after it.
     """
 
     rounds: int = 20
@@ -114,14 +113,11 @@ def measure(
         NotApplicable, MissingLibrary: as :func:`bench.workload.setup`.
     """
     workload = setup(settings)
-    trains = workload.protocol.trains
-    providers = [p for p in providers if (p.trains if trains else p.infers)]
-    if not providers:
-        raise NotApplicable("none of the providers is for this protocol")
     reference = _reference(workload)
     runners: list[_Runner] = []
     for provider in providers:
-        if time.monotonic() > budget.deadline:
+        longest = max((r.values["first_step_s"] for r in runners), default=0.0)
+        if time.monotonic() + longest > budget.deadline:
             break
         runner = _start(provider, workload, reference)
         runners.append(runner)
@@ -146,8 +142,6 @@ def _take_turns(runners: list[_Runner], budget: Budget) -> None:
 def _start(provider: Provider, workload: Workload, reference: _Results) -> _Runner:
     """Prepare, compile, check against eager eval mode, and take the peak of memory."""
     device = workload.settings.device
-    memory.release()
-    before = memory.allocated_bytes(device)
     model, function = provider.prepare(workload)
     runner = _Runner(provider, workload, model, function, {})
     with provider.active(), fresh_cache(), codegen.recording() as code:
@@ -162,7 +156,7 @@ def _start(provider: Provider, workload: Workload, reference: _Results) -> _Runn
     runner.values |= _errors(runner, reference)
     runner.clear()
     memory.release()
-    runner.values["resident_bytes"] = memory.allocated_bytes(device) - before
+    runner.values["resident_bytes"] = memory.resident_bytes(model, workload.inputs)
     runner.values["peak_bytes"] = memory.peak_bytes(runner.step, device)
     runner.clear()
     return runner

@@ -6,9 +6,10 @@ import gc
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["allocated_bytes", "peak_bytes", "release"]
+__all__ = ["peak_bytes", "release", "resident_bytes"]
 
 
 def release() -> None:
@@ -18,9 +19,9 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def allocated_bytes(device: str) -> int:
-    """Bytes allocated now; on CPU, where nobody keeps count, 0."""
-    return torch.cuda.memory_allocated() if device == "cuda" else 0
+def resident_bytes(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+    """Bytes of parameters, buffers and inputs, which are there before, in and after a step."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *inputs))
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int:

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from convbn_inductor_pass import fold
 from torch import Tensor, nn
+
+from convbn_inductor_pass import fold
 
 from .protocols import is_batch_norm
 
@@ -75,9 +76,8 @@ def _scale_and_shift(bn: nn.Module) -> tuple[Tensor, Tensor]:
 def _merged(layer: nn.Module, bn: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one layer that does what ``bn(layer(x))`` does."""
     scale, shift = _scale_and_shift(bn)
-    transposed = isinstance(layer, _TRANSPOSED)
-    groups = getattr(layer, "groups", 1)
-    weight = fold.scale_weight(layer.weight, scale, transposed=transposed, groups=groups)
+    layout = fold.Layout(isinstance(layer, _TRANSPOSED), getattr(layer, "groups", 1))
+    weight = fold.scale_weight(layer.weight, scale, layout)
     bias = shift if layer.bias is None else torch.addcmul(shift, scale, layer.bias)
     return weight.to(layer.weight.dtype), bias.to(layer.weight.dtype)
 

@@ -8,14 +8,16 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import convbn_inductor_pass
 import torch
-from convbn_inductor_pass.saved import Mode
 from torch import fx, nn
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
+import convbn_inductor_pass
+from convbn_inductor_pass.saved import Mode
+
 from .module_pairs import merge, tune_eagerly
+from .protocols import Protocol
 from .workload import Workload
 
 __all__ = ["BUDGETS", "PROVIDERS", "Provider"]
@@ -53,6 +55,9 @@ class Provider:
     trains: bool = True
     infers: bool = True
 
+    def is_for(self, protocol: Protocol) -> bool:
+        return self.trains if protocol.trains else self.infers
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Configure compilation for this provider, with no cache in use."""
@@ -89,7 +94,7 @@ class Provider:
             model = copy.deepcopy(workload.model)
         if not self.compiled:
             return model, model
-        dynamic = True if workload.settings.dynamic else False
+        dynamic = workload.settings.dynamic
         return model, torch.compile(model, backend=_fresh_backend(), dynamic=dynamic)
 
 

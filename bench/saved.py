@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import convbn_inductor_pass
-from convbn_inductor_pass.saved import SavedForBackward, saved_by_graph, trace
 from torch import fx
 from torch._functorch import config as functorch_config
+
+import convbn_inductor_pass
+from convbn_inductor_pass.saved import SavedForBackward, saved_by_graph
+from convbn_inductor_pass.tracing import trace
 
 from .protocols import NotApplicable
 from .providers import Provider

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from .cases import CASES, Case
+from .cases import CASES
 from .protocols import PROTOCOLS, NotApplicable, Protocol, is_batch_norm
 
 __all__ = ["PRECISIONS", "Settings", "Workload", "setup"]
@@ -137,9 +137,7 @@ def setup(settings: Settings, *, fake: bool = False, seed: int = 0) -> Workload:
     kwargs: dict[str, Any] = {}
     if channels_last:
         rank = len(settings.shape)
-        kwargs["memory_format"] = (
-            torch.channels_last if rank == 3 else torch.channels_last_3d
-        )
+        kwargs["memory_format"] = torch.channels_last if rank == 3 else torch.channels_last_3d
         network.to(**kwargs)
     with FakeTensorMode() if fake else contextlib.nullcontext():
         x = torch.randn(settings.batch, *settings.shape, device=settings.device, dtype=dtype)
