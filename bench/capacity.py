@@ -68,6 +68,6 @@ def capacity(
 
 
 def _last(settings: Settings, provider: Provider, budget: Budget) -> dict[str, Any]:
-    *_, (_, values) = measure(settings, [provider], budget)
+    *_, (_, values) = measure(settings, [provider], budget, cold=False)
     torch._dynamo.reset()
     return values

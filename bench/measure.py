@@ -7,6 +7,7 @@ The samples of every round are kept; reports take medians, quantiles and ratios 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -102,12 +103,13 @@ class _Clock:
 
 
 def measure(
-    settings: Settings, providers: list[Provider], budget: Budget
+    settings: Settings, providers: list[Provider], budget: Budget, *, cold: bool = True
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (provider, values) twice: once compiled, with memory, and again with the times.
 
     Whoever writes results as they come keeps the first ones if the run is cut off; the second
-    ones contain them.
+    ones contain them. With ``cold``, each provider compiles into an empty cache folder, so that
+    none finds kernels of another; without, the first step's time means little.
 
     Raises:
         NotApplicable, MissingLibrary: as :func:`bench.workload.setup`.
@@ -119,7 +121,7 @@ def measure(
         longest = max((r.values["first_step_s"] for r in runners), default=0.0)
         if time.monotonic() + longest > budget.deadline:
             break
-        runner = _start(provider, workload, reference)
+        runner = _start(provider, workload, reference, cold)
         runners.append(runner)
         yield provider.name, dict(runner.values)
     _take_turns(runners, budget)
@@ -139,12 +141,13 @@ def _take_turns(runners: list[_Runner], budget: Budget) -> None:
                 runner.clear()
 
 
-def _start(provider: Provider, workload: Workload, reference: _Results) -> _Runner:
+def _start(provider: Provider, workload: Workload, reference: _Results, cold: bool) -> _Runner:
     """Prepare, compile, check against eager eval mode, and take the peak of memory."""
     device = workload.settings.device
     model, function = provider.prepare(workload)
     runner = _Runner(provider, workload, model, function, {})
-    with provider.active(), fresh_cache(), codegen.recording() as code:
+    empty = fresh_cache() if cold else contextlib.nullcontext()
+    with provider.active(), empty, codegen.recording() as code:
         if workload.settings.dynamic:
             torch._dynamo.mark_dynamic(workload.inputs[0], 0)
         start = time.perf_counter()

@@ -60,7 +60,7 @@ class Provider:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Configure compilation for this provider, with no cache in use."""
+        """Configure compilation for this provider, with no cached graphs in use."""
         ours, flag = self.mode == "tune", self.mode in ("tune", "builtin")
         was_installed = convbn_inductor_pass.is_installed()
         (convbn_inductor_pass.install if ours else convbn_inductor_pass.uninstall)()
@@ -68,7 +68,8 @@ class Provider:
             with (
                 inductor_config.patch(
                     efficient_conv_bn_eval_fx_passes=flag,
-                    force_disable_caches=True,
+                    fx_graph_cache=False,
+                    fx_graph_remote_cache=False,
                     **self.inductor,
                 ),
                 functorch_config.patch(

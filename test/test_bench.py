@@ -139,10 +139,8 @@ def test_frozen_stages_need_stages():
 def test_setup_repeats_and_settles_batch_norms():
     first, again = setup(TINY), setup(TINY)
     assert torch.equal(first.inputs[0], again.inputs[0])
-    for a, b in zip(
-        first.model.state_dict().values(), again.model.state_dict().values(), strict=True
-    ):
-        assert torch.equal(a, b)
+    states = [workload.model.state_dict().values() for workload in (first, again)]
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
     norm = next(m for m in first.model.modules() if protocols.is_batch_norm(m))
     assert not norm.training
     assert norm.momentum == 0.1
