@@ -9,6 +9,7 @@ To add a refusal: a member of :class:`~convbn_inductor_pass.codes.Code`, a row h
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 
@@ -69,7 +70,7 @@ class _Pair:
         owner, _, attribute = name.partition(".")
         return tensor_of(getattr(getattr(self, owner), attribute))
 
-    @property
+    @functools.cached_property
     def operands(self) -> dict[str, Tensor]:
         """All tensors of the pair by name; only those that exist, metadata checked before."""
         found = {name: self.tensor(name) for name in _OPERANDS}

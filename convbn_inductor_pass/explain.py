@@ -129,12 +129,16 @@ def explain(
 
     def on_graph(gm: fx.GraphModule, inputs: list[Any]) -> None:
         nonlocal graphs
-        graphs += 1
+        found: list[Record] = []
         for module in tracing.graph_modules(gm):
             decisions = pipeline.analyze(module.graph, get_options())
-            records.extend(make_records(decisions).records)
+            found.extend(make_records(decisions).records)
+        kept = {mode: saved.saved_by_graph(gm, inputs, mode) for mode in _MODES}
+        # Only now, because Dynamo may give up on a graph above and trace anew (dynamic floats).
+        graphs += 1
+        records.extend(found)
         for mode in _MODES:
-            total[mode] = total[mode] + saved.saved_by_graph(gm, inputs, mode)
+            total[mode] = total[mode] + kept[mode]
 
     tracing.trace(model, example_inputs, on_graph, dynamic=dynamic)
     return Explanation(tuple(records), {str(m): s for m, s in total.items()}, graphs)

@@ -115,7 +115,6 @@ def saved_by_graph(gm: fx.GraphModule, example_inputs: list[Any], mode: Mode) ->
             module.recompile()
     with (
         _only_builtin_pass() if mode == "builtin" else _no_pass(),
-        _compat.counters_kept(),
         _compat.inductor_config.patch(fx_graph_cache=False, freezing=False),
         _compat.functorch_config.patch(
             enable_autograd_cache=False, force_non_lazy_backward_lowering=True

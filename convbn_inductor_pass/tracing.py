@@ -26,7 +26,7 @@ def trace(
     """Trace ``fn`` with Dynamo on fake tensors; ``on_graph`` gets every graph.
 
     Returns what ``fn`` returns, as fake tensors. Graph breaks give several graphs. Leaves no
-    compiled code behind for ``fn`` itself.
+    compiled code behind for ``fn`` itself, and counters as they were.
     """
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -53,7 +53,7 @@ def trace(
         ),
         inputs,
     )
-    with fake_mode:
+    with fake_mode, _compat.counters_kept():
         return torch.compile(fresh, backend=backend, dynamic=dynamic)(fn, fakes)
 
 

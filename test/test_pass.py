@@ -28,7 +28,7 @@ def test_every_layer_is_fused_and_right(name):
     model = ConvBN(LAYERS[name]())
     x = example_input(model.layer, requires_grad=True)
     assert passed(model, x).codes == [Code.FUSED]
-    testing.assert_numerics(model, x, factor=4)
+    testing.assert_numerics(model, x)
 
 
 class GraphTest(expecttest.TestCase):
@@ -133,7 +133,7 @@ def test_spellings_read_alike(x, spelling, conv):
 
     model = Model().eval()
     assert passed(model, x).codes == [Code.FUSED]
-    testing.assert_numerics(model, x, factor=4)
+    testing.assert_numerics(model, x)
 
 
 class Linears(nn.Module):
@@ -173,7 +173,7 @@ def test_linear(form, shape, code):
     result = passed(model, x)
     assert result.codes == [code]
     assert (result.before == result.after) is (code is not Code.FUSED)
-    testing.assert_numerics(model, x, factor=4)
+    testing.assert_numerics(model, x)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_nodes_that_do_nothing_are_seen_through(x, nothing):
     model = ConvBN(nn.Conv2d(4, 6, 3))
     fn = nn.Sequential(model.layer, Apply(nothing), model.bn).eval()
     assert passed(fn, x).codes == [Code.FUSED]
-    testing.assert_numerics(fn.double(), x.double(), factor=4)
+    testing.assert_numerics(fn.double(), x.double())
 
 
 class Apply(nn.Module):
@@ -256,7 +256,7 @@ def test_frozen_layers_are_fused_on_request(x):
     assert passed(model, x).codes == [Code.LAYER_FROZEN]
     with cbn.options(fuse_frozen_layers=True):
         assert passed(model, x).codes == [Code.FUSED]
-        testing.assert_numerics(model, x, factor=4)
+        testing.assert_numerics(model, x)
 
 
 def test_running_the_pass_again_changes_nothing():

@@ -1,0 +1,70 @@
+"""Inductor's caches across processes: warm hits, and never another configuration's artifact."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+SCRIPT = """
+import json, sys
+import torch
+import convbn_inductor_pass as cbn
+from common import ConvBN
+from torch._dynamo.utils import counters
+
+flag, changes = json.loads(sys.argv[1])
+torch._inductor.config.efficient_conv_bn_eval_fx_passes = flag
+cbn.set_options(**changes)
+torch.manual_seed(0)
+model = ConvBN(torch.nn.Conv2d(3, 4, 3))
+x = torch.randn(2, 3, 8, 8)
+y = torch.compile(model)(x)
+y.square().sum().backward()
+print(json.dumps({
+    "hits": counters["aot_autograd"]["autograd_cache_hit"],
+    "misses": counters["aot_autograd"]["autograd_cache_miss"],
+    "bypasses": counters["aot_autograd"]["autograd_cache_bypass"],
+    "fused": counters["inductor"]["efficient_conv_bn_eval"],
+    "y": y.double().sum().item(),
+    "gamma": model.bn.weight.grad.double().sum().item(),
+}))
+"""
+
+
+@pytest.fixture(scope="module", name="run")
+def _run(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    here = os.path.dirname(os.path.abspath(__file__))
+
+    def run(flag=True, **changes):
+        env = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(cache), OMP_NUM_THREADS="1")
+        env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(here), here])
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(SCRIPT), json.dumps([flag, changes])],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+def test_warm_cache_and_other_configurations(run):
+    cold = run()
+    assert (cold["hits"], cold["misses"], cold["bypasses"], cold["fused"]) == (0, 1, 0, 1)
+    warm = run()
+    assert (warm["hits"], warm["misses"], warm["bypasses"]) == (1, 0, 0)
+    assert (warm["y"], warm["gamma"]) == (cold["y"], cold["gamma"])
+    off = run(flag=False)
+    assert (off["hits"], off["misses"], off["fused"]) == (0, 1, 0)
+    assert off["y"] == cold["y"]
+    denied = run(deny=["layer"])
+    assert denied["hits"] == 0
+    assert denied["fused"] == 0
+    assert run(deny=["layer"])["hits"] == 1

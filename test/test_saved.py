@@ -1,0 +1,267 @@
+"""Bytes kept for backward: tune mode's are deploy's, and never more than eval mode's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import LAYERS, ConvBN, Residual, example_input
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+import convbn_inductor_pass as cbn
+from convbn_inductor_pass import testing
+from convbn_inductor_pass.saved import saved_for_backward
+
+
+class UNet(nn.Module):
+    """Two levels, transposed convolutions on the way up, skip connections."""
+
+    def __init__(self, width=4):
+        super().__init__()
+
+        def block(i, o):
+            return nn.Sequential(
+                nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(inplace=True)
+            )
+
+        self.down1, self.down2 = block(3, width), block(width, 2 * width)
+        self.up = nn.Sequential(
+            nn.ConvTranspose2d(2 * width, width, 2, 2), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        self.out = block(2 * width, width)
+        self.eval()
+
+    def forward(self, x):
+        skip = self.down1(x)
+        y = self.up(self.down2(F.max_pool2d(skip, 2)))
+        return self.out(torch.cat([y, skip], 1))
+
+
+class Frozen(nn.Module):
+    """A residual model whose batch norms are written out, with buffers: FrozenBatchNorm2d."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        for i in (1, 2):
+            self.register_buffer(f"scale{i}", torch.rand(1, 8, 1, 1))
+            self.register_buffer(f"shift{i}", torch.rand(1, 8, 1, 1))
+
+    def forward(self, x):
+        x = F.relu(self.conv1(x) * self.scale1 + self.shift1)
+        return F.relu(self.conv2(x) * self.scale2 + self.shift2)
+
+
+def freeze(model, *kinds):
+    for module in model.modules():
+        if isinstance(module, kinds):
+            module.requires_grad_(False)
+    return model
+
+
+CONVS = (nn.Conv2d, nn.ConvTranspose2d)
+
+
+@pytest.mark.parametrize("model", [Residual, UNet])
+def test_as_deploy_where_all_is_trainable(model):
+    model, x = model(), torch.randn(2, 3, 16, 16)
+    kept = {m: saved_for_backward(model, x, mode=m) for m in ("eval", "builtin", "tune", "deploy")}
+    assert kept["tune"].new_bytes == kept["deploy"].new_bytes
+    assert kept["tune"].new_bytes < kept["builtin"].new_bytes < kept["eval"].new_bytes
+    assert kept["tune"].bytes_of("weight") == 0 < kept["builtin"].bytes_of("weight")
+    testing.assert_saved_like_deploy(model, x)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_as_deploy_for_every_layer(name):
+    model = ConvBN(LAYERS[name]())
+    x = example_input(model.layer, requires_grad=True)
+    testing.assert_saved_like_deploy(model, x)
+
+
+@pytest.mark.parametrize("model", [Residual, UNet])
+@pytest.mark.parametrize("kinds", [(nn.BatchNorm2d,), CONVS, (nn.BatchNorm2d, *CONVS)])
+def test_never_more_than_eval(model, kinds):
+    model = freeze(model(), *kinds)
+    x = torch.randn(2, 3, 16, 16, requires_grad=True)
+    explanation = cbn.explain(model, x)
+    assert explanation.fused == 0
+    assert explanation.saved_bytes["tune"] == explanation.saved_bytes["eval"]
+    with cbn.options(fuse_frozen_layers=True):
+        kept = cbn.explain(model, x).saved_bytes
+    assert kept["tune"] <= kept["eval"]
+
+
+def test_frozen_layers_on_request_keep_less():
+    model, x = freeze(Residual(), *CONVS), torch.randn(2, 3, 16, 16)
+    with cbn.options(fuse_frozen_layers=True):
+        kept = cbn.explain(model, x).saved_bytes
+    assert kept["tune"] < kept["eval"]
+
+
+def test_batch_norm_written_out_is_as_it_was():
+    kept = cbn.explain(Frozen(), torch.randn(2, 3, 16, 16)).saved_bytes
+    assert kept["tune"] == kept["eval"] == kept["deploy"]
+
+
+def test_exact_numbers():
+    # conv -> bn -> relu, and a gradient for the input: eval mode keeps x (an input: not new),
+    # the conv's output and relu's mask; tune mode the mask alone.
+    model = ConvBN(nn.Conv2d(4, 6, 3, padding=1))
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    numbers = 2 * 6 * 8 * 8
+    kept = {m: saved_for_backward(model, x, mode=m) for m in ("eval", "tune", "deploy")}
+    assert [(t.kind, t.nbytes) for t in kept["eval"].tensors] == [
+        ("activation", 4 * numbers),
+        ("mask", numbers),
+    ]
+    for mode in ("tune", "deploy"):
+        assert [(t.kind, t.nbytes) for t in kept[mode].tensors] == [("mask", numbers)]
+
+
+def test_agrees_with_what_autograd_is_given(monkeypatch):
+    """The prediction against the tensors that a compiled function really saves."""
+    model, x = Residual(), torch.randn(2, 3, 16, 16)
+    alive = {t.data_ptr() for t in (x, *model.parameters(), *model.buffers())}
+    for fuse, mode in ((False, "eval"), (True, "tune")):
+        torch._dynamo.reset()
+        from torch._inductor.compile_fx import compile_fx
+
+        def backend(gm, inputs, fuse=fuse):
+            if fuse:
+                testing.run_on_graph(gm)
+            return compile_fx(gm, inputs, inner_compile=lambda gm, inputs, **kwargs: gm)
+
+        packed = {}
+
+        def pack(t, packed=packed):
+            if t.data_ptr() not in alive:
+                packed[t.data_ptr()] = t.numel() * t.element_size()
+            return t
+
+        with (
+            torch._functorch.config.patch(enable_autograd_cache=False),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        ):
+            torch.compile(model, backend=backend)(x)
+        assert sum(packed.values()) == saved_for_backward(model, x, mode=mode).new_bytes
+
+
+def test_allocates_nothing_and_runs_nothing():
+    model = Residual()
+    with FakeTensorMode():
+        x = torch.empty(2**16, 3, 512, 512)  # 200 GB
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    explanation = cbn.explain(model, x)
+    assert explanation.fused == Residual.pairs
+    assert explanation.saved_bytes["tune"] > 2**40
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+        assert not isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def test_leaves_counters_and_records_alone():
+    from torch._dynamo.utils import counters
+
+    cbn.clear_records()
+    before = {k: dict(v) for k, v in counters.items()}
+    cbn.explain(Residual(), torch.randn(2, 3, 8, 8))
+    saved_for_backward(Residual(), torch.randn(2, 3, 8, 8), mode="builtin")
+    assert {k: dict(v) for k, v in counters.items()} == before
+    assert cbn.records() == []
+    assert cbn.is_installed()
+
+
+def test_dynamic_shapes():
+    kept = cbn.explain(Residual(), torch.randn(2, 3, 16, 16), dynamic=True)
+    assert kept.fused == Residual.pairs
+    assert isinstance(kept.records[0].output_shape[0], str)
+    static = cbn.explain(Residual(), torch.randn(2, 3, 16, 16))
+    assert kept.saved_bytes["tune"] == static.saved_bytes["tune"] == kept.saved_bytes["deploy"]
+
+
+def test_unknown_mode():
+    with pytest.raises(ValueError, match="mode must be one of eval, builtin, tune, deploy, got"):
+        saved_for_backward(Residual(), torch.randn(2, 3, 8, 8), mode="train")
+
+
+class TestExplain:
+    def test_text_and_dict(self):
+        import json
+
+        explanation = cbn.explain(UNet(), torch.randn(2, 3, 16, 16))
+        text = str(explanation)
+        assert "down1.0" in text
+        assert "FUSED" in text
+        assert "4 of 4 batch norms fused, 1 graph(s)." in text
+        kept = explanation.saved_bytes
+        assert f"tune mode: {kept['tune']:,} bytes" in text
+        data = json.loads(json.dumps(explanation.to_dict()))
+        assert data["fused"] == data["batch_norms"] == 4
+        assert data["saved_bytes"] == kept
+        assert sum(t["nbytes"] for t in data["saved_tensors"]["tune"]) == kept["tune"]
+
+    def test_no_batch_norm(self):
+        text = str(cbn.explain(nn.Linear(3, 4), torch.randn(2, 3)))
+        assert "There is no batch norm in what torch.compile sees" in text
+
+    def test_graph_breaks(self):
+        class Broken(Residual):
+            def forward(self, x):
+                x = F.relu(self.stem_bn(self.stem(x)))
+                torch._dynamo.graph_break()
+                return F.relu(self.down_bn(self.down(x)))
+
+        explanation = cbn.explain(Broken(), torch.randn(2, 3, 8, 8))
+        assert explanation.graphs == 2
+        assert explanation.fused == 2
+
+    def test_reasons_are_told(self):
+        model = Residual()
+        model.stem_bn.train()
+        freeze(model.convs, nn.Conv2d)
+        explanation = cbn.explain(model, torch.randn(2, 3, 8, 8))
+        codes = [r.code.name for r in explanation.records]
+        assert codes == ["BATCH_STATISTICS"] + ["LAYER_FROZEN"] * 4 + ["FUSED"]
+        # rich wraps long cells: compare words
+        words = " ".join(str(explanation).replace("│", " ").split())
+        assert "batch statistics" in words
+        left = explanation.left(except_codes=(cbn.Code.LAYER_FROZEN,))
+        assert [r.batch_norm for r in left] == ["stem_bn"]
+
+
+class TestHelpers:
+    x = torch.randn(2, 3, 8, 8)
+
+    def test_assert_fused(self):
+        testing.assert_fused(Residual(), self.x, count=Residual.pairs)
+        with pytest.raises(AssertionError, match="expected 5 batch norms to be fused"):
+            testing.assert_fused(Residual(), self.x, count=5)
+
+    def test_assert_none_left(self):
+        model = Residual()
+        testing.assert_none_left(model, self.x)
+        freeze(model.convs, nn.BatchNorm2d, nn.Conv2d)
+        model.bns.requires_grad_(False)
+        with pytest.raises(AssertionError, match=r"4 batch norms left alone \(AFFINE_FROZEN\)"):
+            testing.assert_none_left(model, self.x)
+        testing.assert_none_left(model, self.x, except_codes=[cbn.Code.AFFINE_FROZEN])
+
+    def test_assert_saved_at_most(self):
+        nbytes = saved_for_backward(Residual(), self.x).new_bytes
+        testing.assert_saved_at_most(Residual(), self.x, nbytes=nbytes)
+        with pytest.raises(AssertionError, match="bytes are kept for backward, expected at most"):
+            testing.assert_saved_at_most(Residual(), self.x, nbytes=nbytes - 1)
+
+    def test_assert_saved_like_deploy(self):
+        model = freeze(Residual(), *CONVS)  # left alone: the convolutions' outputs are kept
+        with pytest.raises(AssertionError, match="expected at most"):
+            testing.assert_saved_like_deploy(model, self.x)
+
+    def test_assert_numerics_sees_a_wrong_gradient(self, monkeypatch):
+        from convbn_inductor_pass import fold
+
+        testing.assert_numerics(Residual(), self.x)
+        right = fold.channel_inner_product
+        monkeypatch.setattr(fold, "channel_inner_product", lambda *a: right(*a) * 1.001)
+        with pytest.raises(AssertionError, match=r"bn.*weight: error .* in tune mode"):
+            testing.assert_numerics(Residual(), self.x)
