@@ -147,7 +147,10 @@ def _execute(jobs: list[Job], path: Path, budget: Budget, arguments: dict[str, o
             progress.update(bar, description=str(job), completed=begun)
             begun += 1
 
-        run_jobs(jobs, file, budget, on_start=on_start, on_row=lambda r: progress.print(_line(r)))
+        def show(row: Row) -> None:
+            progress.print(_line(row), soft_wrap=True)
+
+        run_jobs(jobs, file, budget, on_start=on_start, on_row=show)
         done = begun == len(jobs)
         progress.update(bar, description="done" if done else "out of time", completed=begun)
     console.print(f"results in {path}")

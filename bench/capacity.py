@@ -1,14 +1,17 @@
 """The largest batch that fits a given memory, and the throughput there.
 
-What a step needs is affine in the batch size: parameters and gradients, plus so much per
-example. Two measured peaks give the line, the line gives the largest batch under the cap, and a
-run at that batch confirms it and gives the throughput. Each batch size is compiled anew.
+At each moment of a step, what is allocated is affine in the batch size: so much for parameters
+and gradients, plus so much per example. The peak is the largest of these, so it may grow faster
+from some batch on. Two measured peaks give a line, the line gives the largest batch under the
+cap, and a run there confirms it and gives the throughput; if it needs more than the cap, the
+line is drawn anew, through that point. Each batch size is compiled anew.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +23,8 @@ from .providers import Provider
 from .workload import Settings
 
 __all__ = ["capacity", "largest_batch"]
+
+_TRIES = 4
 
 
 def largest_batch(small: tuple[int, float], large: tuple[int, float], cap: float) -> int:
@@ -51,23 +56,30 @@ def capacity(
         started = time.monotonic()
         if started + seconds_each > budget.deadline:
             break
-        needed = []
-        for batch in (settings.batch, 2 * settings.batch):
-            values = _last(dataclasses.replace(settings, batch=batch), provider, once)
-            needed.append((batch, values["resident_bytes"] + values["peak_bytes"]))
-        batch = largest_batch(needed[0], needed[1], cap_bytes)
-        result: dict[str, Any] = {"cap_bytes": cap_bytes, "needed_bytes": needed}
-        result["largest_batch"] = batch
-        if batch > 0:
-            values = _last(dataclasses.replace(settings, batch=batch), provider, whole)
-            seconds = sorted(values["step_ms"])[len(values["step_ms"]) // 2] / 1e3
-            result["confirmed_bytes"] = values["resident_bytes"] + values["peak_bytes"]
-            result["examples_per_s"] = round(batch / seconds, 2)
+        small, large = (
+            _point(settings, provider, batch, once)[0]
+            for batch in (settings.batch, 2 * settings.batch)
+        )
+        result: dict[str, Any] = {"cap_bytes": cap_bytes, "largest_batch": 0}
+        for _ in range(_TRIES):
+            batch = largest_batch(small, large, cap_bytes)
+            if batch == 0:
+                break
+            point, step_ms = _point(settings, provider, batch, whole)
+            if point[1] <= cap_bytes:
+                result["largest_batch"], result["needed_bytes"] = point
+                result["examples_per_s"] = round(batch / statistics.median(step_ms) * 1e3, 2)
+                break
+            large = point
         seconds_each = time.monotonic() - started
         yield provider.name, result
 
 
-def _last(settings: Settings, provider: Provider, budget: Budget) -> dict[str, Any]:
-    *_, (_, values) = measure(settings, [provider], budget, cold=False)
+def _point(
+    settings: Settings, provider: Provider, batch: int, budget: Budget
+) -> tuple[tuple[int, int], list[float]]:
+    """(batch, bytes needed there) and the times of the steps."""
+    settings = dataclasses.replace(settings, batch=batch)
+    *_, (_, values) = measure(settings, [provider], budget, thorough=False)
     torch._dynamo.reset()
-    return values
+    return (batch, values["resident_bytes"] + values["peak_bytes"]), values["step_ms"]

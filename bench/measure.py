@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -103,30 +104,40 @@ class _Clock:
 
 
 def measure(
-    settings: Settings, providers: list[Provider], budget: Budget, *, cold: bool = True
+    settings: Settings, providers: list[Provider], budget: Budget, *, thorough: bool = True
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (provider, values) twice: once compiled, with memory, and again with the times.
 
     Whoever writes results as they come keeps the first ones if the run is cut off; the second
-    ones contain them. With ``cold``, each provider compiles into an empty cache folder, so that
-    none finds kernels of another; without, the first step's time means little.
+    ones contain them. With ``thorough``, each provider compiles into an empty cache folder,
+    so that none finds kernels of another, and is checked against eager eval mode. Without, the
+    first step's time means little, and no eager step is run, which may not fit the memory.
 
     Raises:
         NotApplicable, MissingLibrary: as :func:`bench.workload.setup`.
     """
+    _warm_up(settings.device)
     workload = setup(settings)
-    reference = _reference(workload)
+    reference = _results(workload, workload.model, workload.model) if thorough else None
     runners: list[_Runner] = []
     for provider in providers:
         longest = max((r.values["first_step_s"] for r in runners), default=0.0)
         if time.monotonic() + longest > budget.deadline:
             break
-        runner = _start(provider, workload, reference, cold)
+        runner = _start(provider, workload, reference)
         runners.append(runner)
         yield provider.name, dict(runner.values)
     _take_turns(runners, budget)
     for runner in runners:
         yield runner.provider.name, {**runner.values, **runner.samples}
+
+
+@functools.cache
+def _warm_up(device: str) -> None:
+    """Compile something small once: the first compilation of a process pays for imports."""
+    x = torch.randn(2, device=device, requires_grad=True)
+    torch.compile(torch.sin)(x).sum().backward()
+    torch._dynamo.reset()
 
 
 def _take_turns(runners: list[_Runner], budget: Budget) -> None:
@@ -141,12 +152,12 @@ def _take_turns(runners: list[_Runner], budget: Budget) -> None:
                 runner.clear()
 
 
-def _start(provider: Provider, workload: Workload, reference: _Results, cold: bool) -> _Runner:
-    """Prepare, compile, check against eager eval mode, and take the peak of memory."""
+def _start(provider: Provider, workload: Workload, reference: _Results | None) -> _Runner:
+    """Prepare, compile, check against the reference if there is one, take the peak of memory."""
     device = workload.settings.device
     model, function = provider.prepare(workload)
     runner = _Runner(provider, workload, model, function, {})
-    empty = fresh_cache() if cold else contextlib.nullcontext()
+    empty = fresh_cache() if reference is not None else contextlib.nullcontext()
     with provider.active(), empty, codegen.recording() as code:
         if workload.settings.dynamic:
             torch._dynamo.mark_dynamic(workload.inputs[0], 0)
@@ -156,7 +167,8 @@ def _start(provider: Provider, workload: Workload, reference: _Results, cold: bo
         runner.clear()
     if provider.compiled:
         runner.values |= dataclasses.asdict(code)
-    runner.values |= _errors(runner, reference)
+    if reference is not None:
+        runner.values |= _errors(runner, reference)
     runner.clear()
     memory.release()
     runner.values["resident_bytes"] = memory.resident_bytes(model, workload.inputs)
@@ -182,10 +194,6 @@ def _results(workload: Workload, model: nn.Module, function: Callable[..., Any])
     return _Results([o.detach().clone() for o in outputs], gradients)
 
 
-def _reference(workload: Workload) -> _Results:
-    return _results(workload, workload.model, workload.model)
-
-
 def _errors(runner: _Runner, reference: _Results) -> dict[str, float]:
     """Largest difference from eager eval mode, relative to each tensor's largest number.
 
@@ -206,5 +214,7 @@ def _worst(pairs: Iterator[tuple[Tensor, Tensor]] | zip[tuple[Tensor, Tensor]]) 
     for value, expected in pairs:
         scale = expected.abs().max().item() or 1.0
         error = (value.double() - expected.double()).abs().max().item() / scale
+        if math.isnan(error):
+            return error
         worst = max(worst, error)
     return float(f"{worst:.3g}")

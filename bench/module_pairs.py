@@ -65,7 +65,7 @@ def find_pairs(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, str]:
     }
 
 
-def _scale_and_shift(bn: nn.Module) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(bn: Any) -> tuple[Tensor, Tensor]:
     scale = (bn.running_var + bn.eps).rsqrt()
     if bn.weight is not None:
         scale = scale * bn.weight
@@ -73,7 +73,7 @@ def _scale_and_shift(bn: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, shift if bn.bias is None else shift + bn.bias
 
 
-def _merged(layer: nn.Module, bn: nn.Module) -> tuple[Tensor, Tensor]:
+def _merged(layer: Any, bn: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one layer that does what ``bn(layer(x))`` does."""
     scale, shift = _scale_and_shift(bn)
     layout = fold.Layout(isinstance(layer, _TRANSPOSED), getattr(layer, "groups", 1))
@@ -94,12 +94,12 @@ class _Tuned(nn.Module):
         return _apply(self.layer, x, weight, bias)
 
 
-def _apply(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _apply(layer: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
     if isinstance(layer, _TRANSPOSED):
         function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[x.ndim - 3]
-        geometry = (layer.stride, layer.padding, layer.output_padding, layer.groups)
+        geometry: Any = (layer.stride, layer.padding, layer.output_padding, layer.groups)
         return function(x, weight, bias, *geometry, layer.dilation)
     return layer._conv_forward(x, weight, bias)
 

@@ -84,8 +84,8 @@ def _bars(
     height = 0.8 / len(names)
     figure, axes = plt.subplots(figsize=(8, 1.5 + 0.16 * len(names) * len(chosen)))
     for i, name in enumerate(names):
-        points = [(y, value(group, name)) for y, group in enumerate(chosen)]
-        points = [(y, v) for y, v in points if v is not None]
+        found = [(y, value(group, name)) for y, group in enumerate(chosen)]
+        points = [(y, v) for y, v in found if v is not None]
         axes.barh(
             [y + (i - (len(names) - 1) / 2) * height for y, _ in points],
             [v for _, v in points],
@@ -123,8 +123,7 @@ def _scatter(group: Group, title: str, path: Path) -> Path:
     for name in ("builtin", "deploy", "eval", "ours"):
         for x, y in points([name]):
             axes.scatter(x, y, s=70, color=_COLOURS[name], zorder=3)
-            offset = {"textcoords": "offset points", "xytext": (6, 6)}
-            axes.annotate(PROVIDERS[name].title, (x, y), **offset)
+            axes.annotate(PROVIDERS[name].title, (x, y), xytext=(6, 6), textcoords="offset points")
     axes.set_xlabel("peak memory, MB")
     axes.set_ylabel("step time relative to compiled eval mode")
     axes.grid(alpha=0.3)

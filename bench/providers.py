@@ -109,7 +109,8 @@ def _fresh_backend() -> Callable[..., Any]:
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(gm, example_inputs)
+        compiled: Any = compile_fx(gm, example_inputs)
+        return compiled
 
     return backend
 

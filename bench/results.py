@@ -47,7 +47,7 @@ class Row:
         return (self.metric, self.settings, self.provider)
 
     def to_json(self, run: str) -> str:
-        line = {"kind": "result", "run": run, "metric": self.metric}
+        line: dict[str, Any] = {"kind": "result", "run": run, "metric": self.metric}
         line |= dataclasses.asdict(self.settings) | {"provider": self.provider}
         line |= {"problem": self.problem} if self.problem else {"values": self.values}
         return json.dumps(line)
@@ -121,7 +121,7 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[Row]]:
 
 def environment() -> dict[str, Any]:
     """What a reader must know about where results come from; no name of a person or host."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for library in _LIBRARIES:
         try:
             versions[library] = importlib.metadata.version(library)

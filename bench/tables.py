@@ -212,7 +212,7 @@ def capacities(rows: list[Row]) -> str:
                 continue
             where = f"{group.settings.case} ({group.settings.device})"
             cap, batch = _megabytes(v["cap_bytes"]), str(v["largest_batch"])
-            needed, speed = _megabytes(v.get("confirmed_bytes")), v.get("examples_per_s")
+            needed, speed = _megabytes(v.get("needed_bytes")), v.get("examples_per_s")
             body.append([where, PROVIDERS[name].title, cap, batch, needed, _number(speed, ",.1f")])
     return markdown(["workload", "", "cap MB", "batch", "needed there MB", "examples/s"], body)
 

@@ -164,4 +164,5 @@ def _settle_batch_norms(network: nn.Module, settings: Settings) -> None:
     for norm, momentum in zip(trained, momenta, strict=True):
         norm.eval()
         norm.momentum = momentum
-        norm.num_batches_tracked.zero_()
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.zero_()

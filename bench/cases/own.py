@@ -7,8 +7,7 @@ from .base import Case
 
 __all__ = ["CASES"]
 
-_RESNET_STAGES = ("stem", "stage1")
-_REPVGG_STAGES = ("stem", "stages.0")
+_FIRST_STAGES = ("stem", "stages.0")
 _ICLR2022 = "parameter-free layers, arXiv 2202.02777"
 
 CASES = [
@@ -16,14 +15,14 @@ CASES = [
         "r50_max",
         "parameter-free",
         parameter_free.resnet50_max,
-        first_stages=_RESNET_STAGES,
+        first_stages=_FIRST_STAGES,
         note=_ICLR2022,
     ),
     Case(
         "r50_hybrid",
         "parameter-free",
         parameter_free.resnet50_hybrid,
-        first_stages=_RESNET_STAGES,
+        first_stages=_FIRST_STAGES,
         note=_ICLR2022,
     ),
     Case(
@@ -42,8 +41,8 @@ CASES = [
         small_batch=2,
         note="no batch norm: a control",
     ),
-    Case("repvgg_a0", "classification", repvgg.repvgg_a0, first_stages=_REPVGG_STAGES),
-    Case("repvgg_b0", "classification", repvgg.repvgg_b0, first_stages=_REPVGG_STAGES),
+    Case("repvgg_a0", "classification", repvgg.repvgg_a0, first_stages=_FIRST_STAGES),
+    Case("repvgg_b0", "classification", repvgg.repvgg_b0, first_stages=_FIRST_STAGES),
     Case(
         "unet",
         "segmentation",

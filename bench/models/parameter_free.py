@@ -74,6 +74,7 @@ class BottleneckNet(nn.Module):
         self.stem = nn.Sequential(
             *_conv_bn(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)
         )
+        self.stages = nn.Sequential()
         channels = 64
         for stage, blocks in enumerate((3, 4, 6, 3)):
             width = 64 * 2**stage
@@ -82,12 +83,11 @@ class BottleneckNet(nn.Module):
                 stride = 2 if block == 0 and stage > 0 else 1
                 layers.append(_Bottleneck(channels, width, stride, spatial(stride)))
                 channels = 4 * width
-            setattr(self, f"stage{stage + 1}", layers)
+            self.stages.append(layers)
         self.fc = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stage4(self.stage3(self.stage2(self.stage1(self.stem(x)))))
-        return self.fc(x.mean((2, 3)))
+        return self.fc(self.stages(self.stem(x)).mean((2, 3)))
 
 
 def resnet50() -> nn.Module:
