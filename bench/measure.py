@@ -141,6 +141,8 @@ def _warm_up(device: str) -> None:
 
 
 def _take_turns(runners: list[_Runner], budget: Budget) -> None:
+    if not runners:  # out of time before the first
+        return
     end = min(time.monotonic() + budget.seconds, budget.deadline)
     with dynamo_config.patch(error_on_recompile=True):
         for turn in range(budget.rounds):

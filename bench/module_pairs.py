@@ -98,8 +98,8 @@ def _apply(layer: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
     if isinstance(layer, _TRANSPOSED):
-        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[x.ndim - 3]
-        geometry: Any = (layer.stride, layer.padding, layer.output_padding, layer.groups)
+        function: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[x.ndim - 3]
+        geometry = (layer.stride, layer.padding, layer.output_padding, layer.groups)
         return function(x, weight, bias, *geometry, layer.dilation)
     return layer._conv_forward(x, weight, bias)
 
