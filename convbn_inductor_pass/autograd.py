@@ -103,10 +103,16 @@ def _layer_backward(
     return dx, dw
 
 
+def _is_autocast_enabled(device_type: str) -> bool:
+    # The meta device, for one, knows no autocast and raises when asked for it.
+    known = torch.amp.is_autocast_available(device_type)
+    return known and torch.is_autocast_enabled(device_type)
+
+
 @contextlib.contextmanager
 def _autocast_off(device_type: str) -> Iterator[None]:
     """Compute in the dtypes given: autocast's casts were made before, where autograd sees them."""
-    if torch.is_autocast_enabled(device_type):
+    if _is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             yield
     else:
@@ -187,7 +193,7 @@ class ConvBNEval(torch.autograd.Function):
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast makes layers compute in here; None if it leaves ``x`` as it is."""
     device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+    if not _is_autocast_enabled(device_type) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(device_type)
 
