@@ -9,10 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("typer")
-pytest.importorskip("matplotlib")
-
-from bench import analysis, cases, module_pairs, protocols, report, results, runner, suites
+from bench import analysis, cases, module_pairs, protocols, results, runner, suites
 from bench.capacity import largest_batch
 from bench.measure import Budget
 from bench.models import other_ranks, parameter_free, repvgg, transposed
@@ -244,6 +241,9 @@ def _measured(provider, factor):
 
 
 def test_report_renders(tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench import report
+
     file = results.ResultFile(tmp_path / "tiny.jsonl", arguments={})
     for provider, kept in (("eval", 200), ("builtin", 150), ("ours", 100), ("deploy", 100)):
         values = {"bytes": kept, "activation_bytes": kept, "weight_bytes": 0, "mask_bytes": 0}
@@ -261,6 +261,22 @@ def test_report_renders(tmp_path):
     assert "## GPU\n\nnot measured" in page
     assert all(path.stat().st_size > 1000 for path in written)
     assert len(written) == 6
+
+
+def test_command_line(tmp_path):
+    pytest.importorskip("matplotlib")
+    testing = pytest.importorskip("typer.testing")
+    from bench.__main__ import app
+
+    run = testing.CliRunner().invoke
+    assert "r50_hybrid" in run(app, ["list"]).output
+    refused = run(app, ["run", "--case", "nothing"])
+    assert refused.exit_code == 2
+    out = tmp_path / "out.jsonl"
+    arguments = ["--case", "dcgan_generator", "--metric", "saved", "--provider", "eval"]
+    done = run(app, ["run", *arguments, "--output", str(out)])
+    assert done.exit_code == 0
+    assert "132.1 MB kept for backward" in done.output
 
 
 def test_ratios_are_taken_round_by_round():
