@@ -170,7 +170,9 @@ class ConvBNEval(torch.autograd.Function):
             # What the forward multiplied with: under autocast, the weight after its cast.
             used_weight = weight.to(x.dtype).to(acc)
             if need_dx or need_dw or need_dgamma:
-                folded = fold.scale_weight(used_weight, scale, layout).to(x.dtype)
+                folded = weight.to(x.dtype)  # for its shape and layout, unless dx is wanted
+                if need_dx:
+                    folded = fold.scale_weight(used_weight, scale, layout).to(x.dtype)
                 dx, dfolded = _layer_backward(dy, x, folded, conv, need_dx, need_dw or need_dgamma)
             if need_db or need_dgamma or need_dbeta:
                 sum_dy = dy.sum([d for d in range(dy.ndim) if d != 1], dtype=acc)

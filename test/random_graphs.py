@@ -317,8 +317,9 @@ class _Drawer:
         form = self.pick("keywords", "keywords", "positional", "aten", "convolution", "defaults")
         if form == "convolution" and not isinstance(padding, str):
             template = (
-                f"torch.ops.aten.convolution.default(INPUT, {w}, {b}, {list(stride)}, {list(padding)}, "
-                f"{list(dilation)}, {transposed}, {list(output_padding)}, {groups})"
+                f"torch.ops.aten.convolution.default(INPUT, {w}, {b}, {list(stride)}, "
+                f"{list(padding)}, {list(dilation)}, {transposed}, {list(output_padding)}, "
+                f"{groups})"
             )
         elif form == "positional" or (form == "aten" and isinstance(padding, str)):
             order = (
