@@ -20,7 +20,7 @@ DEMO = ["scikit-learn>=1.3"]
 TEST = ["pytest>=8", "expecttest>=0.2", "hypothesis>=6.100", *DEMO]
 # Exact: their verdicts change from version to version.
 DEV = [*TEST, "mypy==2.4.1", "pre-commit>=4", "ruff==0.17.5"]
-BENCH = ["timm>=1.0", "torchvision"]
+BENCH = ["matplotlib>=3.8", "timm>=1.0", "torchvision", "transformers>=4.48", "typer>=0.12"]
 
 setup(
     name="convbn-inductor-pass",

@@ -156,7 +156,9 @@ def _function_effect(node: fx.Node) -> Effect:
         by_schema = any(s.is_mutable for s in schemas) and (
             name.endswith("_") or "out" in node.kwargs or all(s.is_mutable for s in schemas)
         )
-        return everything if by_schema or _may_write_without_underscore(name) else PURE
+        if by_schema or _may_write_without_underscore(name):
+            return everything
+        return _written_by_name(node, name)
     conventional = _CONVENTIONAL.fullmatch(module) if module else inspect.isbuiltin(target)
     if not conventional or _value(node) is None:
         # Called for its effect alone: autocast, grad mode, streams, functorch levels.

@@ -240,7 +240,7 @@ def describe(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _plain_module(node: fx.Node, kinds: tuple[type, ...]) -> Any:
+def _plain_module(node: fx.Node, kinds: tuple[type[nn.Module], ...]) -> Any:
     """The module that ``node`` calls, if one of ``kinds`` that does just what its class says.
 
     Unreadable if it is one of ``kinds`` but may do something else; None if it is none of them.

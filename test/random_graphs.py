@@ -196,7 +196,7 @@ class _Drawer:
         self.bn_dtype = self.dtype
         if self.dtype is torch.bfloat16 and self.chance(70):
             self.bn_dtype = torch.float32
-        self.ambient = self.dtype is torch.float32 and self.chance(6)
+        self.ambient = self.dtype is torch.float32 and self.chance(12)
         self.spatial = self.pick(2, 2, 2, 1, 1, 3, 0, 0)
         self.channels_last = self.spatial >= 2 and self.chance(15)
         self.dynamic = self.pick(False, False, False, False, True, None)

@@ -280,6 +280,17 @@ class TestDtypes:
     def test_autocast_ambient(self):
         check(conv_bn, arguments(grad=("x",)), Code.FUSED, context=bf16)
 
+    @pytest.mark.parametrize("i", range(len(TestArguments.CONVS)))
+    def test_autocast_of_every_spelling(self, i):
+        """Autocast casts for conv2d; torch.convolution it does not know and leaves in float32."""
+        conv = TestArguments.CONVS[i]
+        check(
+            lambda x, w, b, *rest: bn(conv(x, w, b), *rest),
+            arguments(grad=("x",)),
+            Code.FUSED,
+            context=bf16,
+        )
+
     def test_autocast_ambient_and_off_inside(self):
         def fn(*args):
             with torch.autocast("cpu", enabled=False):
@@ -557,6 +568,16 @@ class TestMutation:
             return bn(c, g, beta, m, v)
 
         check(fn, arguments(z=(2, 3, 6, 6)), Code.INPUT_MUTATED)
+
+    def test_storage_freed(self):
+        """An operator whose schema does not say what it does to its argument."""
+
+        def fn(x, w, b, *rest):
+            c = F.conv2d(x, w, b)
+            x.untyped_storage().resize_(0)
+            return bn(c, *rest)
+
+        check(fn, arguments(), Code.INPUT_MUTATED)
 
     def test_alias_through_an_operator(self):
         def fn(x, w, b, *rest):
@@ -1480,7 +1501,7 @@ CASES: dict[Code, Callable[[], testing.PassResult]] = {
     Code.NO_GRAD: lambda: _traced(frozen=PARAMETERS),
     Code.AFFINE_FROZEN: lambda: _traced(frozen=("g",)),
     Code.LAYER_FROZEN: lambda: _traced(frozen=("w",)),
-    Code.WEIGHT_LARGER_THAN_OUTPUT: _speed,
+    Code.LARGE_WEIGHT: _speed,
     Code.DENIED: _denied,
 }
 
