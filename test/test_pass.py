@@ -47,7 +47,7 @@ relu = torch.nn.functional.relu(batch_norm)""",
             after,
             """\
 conv_bn_eval = FUSED(x, weight, None, gamma, beta, mean, var, 1e-05, (1, 1), (0, 0), (1, 1), \
-False, (0, 0), 1)
+False, (0, 0), 1, dtype = torch.float32)
 relu = torch.nn.functional.relu(conv_bn_eval)""",
         )
 
