@@ -237,9 +237,7 @@ def conv_bn_eval(
         else:  # "valid"
             padding = (0,) * len(stride)
     conv = Conv(stride, padding, dilation, transposed, output_padding, groups)
-    return function.apply(
-        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, conv
-    )
+    return function.apply(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, conv)
 
 
 def linear_bn_eval(
@@ -260,6 +258,4 @@ def linear_bn_eval(
     """
     if (dtype := _autocast_dtype(x)) is not None:
         x = x.to(dtype)
-    return function.apply(
-        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, None
-    )
+    return function.apply(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, None)
