@@ -132,8 +132,8 @@ def turn_off(model: nn.Module) -> nn.Module:
     norms = dict(model.named_modules(remove_duplicate=False))
     for path, training in state.training.items():
         norm = norms.get(path)
-        # A batch norm that is training by now was put there by somebody else.
-        if norm is not None and not norm.training:
+        # One that is not as turn_on left it was changed by somebody else.
+        if norm is not None and norm.training == (state.mode == "train"):
             norm.train(training)
     delattr(model, _ATTRIBUTE)
     return model

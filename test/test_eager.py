@@ -1,6 +1,7 @@
 """``turn_on``: the pairs that it finds, what they compute and keep, and what must run as written."""
 
 import copy
+import importlib
 import io
 import pickle
 import warnings
@@ -400,7 +401,7 @@ AS_WRITTEN = {
         used_after: Code.LAYER_OUTPUT_USED,
         used_after_write: Code.INPUT_MUTATED,
         used_before: Code.LAYER_OUTPUT_USED,
-        changed_in_place: Code.LAYER_OUTPUT_USED,
+        changed_in_place: Code.NOT_AFTER_LAYER,
         changed_through_view: Code.LAYER_OUTPUT_USED,
         two_norms: Code.LAYER_OUTPUT_USED,
         returned: Code.LAYER_OUTPUT_USED,
@@ -430,7 +431,12 @@ def test_runs_as_written(name, grad):
         for a, b in zip(got, expected, strict=True):
             assert type(a) is torch.Tensor
             # A forward that was fused before the second use was seen is right, but rounded.
-            exact = repeat == 1 or code is not Code.LAYER_OUTPUT_USED
+            exact = repeat == 1 or forward not in (
+                used_after,
+                used_after_write,
+                two_norms,
+                returned,
+            )
             torch.testing.assert_close(a, b, **({"rtol": 0, "atol": 0} if exact else {}))
         for n in gradients:
             torch.testing.assert_close(tune_gradients[n], gradients[n], rtol=1e-4, atol=1e-5)
@@ -535,13 +541,26 @@ def test_custom_autograd_function(function, first):
         torch.testing.assert_close(tune_gradients[n], g, rtol=1e-4, atol=1e-4)
 
 
-def test_write_that_torch_does_not_show():
-    """A write in an autograd.Function cannot be foreseen; it must not go unnoticed."""
-
+def test_write_in_an_autograd_function():
     def forward(m, x):
         x = x * 1
         c = m.conv(x)
         WritesInPlace.apply(x)
+        return m.bn(c)
+
+    model, x = Fn(forward).requires_grad_(False), torch.randn(2, 4, 6, 6)
+    expected = model(x)
+    assert torch.equal(turn_on(model)(x), expected)
+
+
+def test_write_that_torch_does_not_show():
+    """What an extension writes cannot be foreseen; it must not go unnoticed."""
+
+    def forward(m, x):
+        x = x * 1
+        c = m.conv(x)
+        with torch._C.DisableTorchFunction():
+            x.mul_(2)
         return m.bn(c)
 
     model = turn_on(Fn(forward))
@@ -818,7 +837,7 @@ def test_modes_set_the_batch_norms_only():
     turn_on(model, "train")
     assert all(m.training for m in model.bns)
     assert not model.training
-    model.train()
+    turn_off(model).train()
     turn_on(model, "eval")
     assert not any(m.training for m in model.bns)
     assert model.training
@@ -914,7 +933,10 @@ def test_deploy_leaves_no_trace_of_its_example():
 
 @pytest.mark.parametrize("package", ["torchvision", "timm"])
 def test_models_of_other_packages(package):
-    library = pytest.importorskip(package)
+    try:
+        library = importlib.import_module(package)
+    except (ImportError, RuntimeError) as error:  # not installed, or not for this torch
+        pytest.skip(str(error))
     names = {
         "torchvision": ["resnet18", "regnet_y_400mf", "mobilenet_v3_small", "densenet121"],
         "timm": ["resnet18", "efficientnet_b0", "inception_v3"],
