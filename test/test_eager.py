@@ -1,4 +1,4 @@
-"""``turn_on``: the pairs that it finds, what they compute and keep, and what must run as written."""
+"""``turn_on``: the pairs it finds, what they compute and keep, what must run as written."""
 
 import copy
 import importlib
@@ -90,7 +90,7 @@ def test_models(name):
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n not in ("retina", "levit")])
 def test_keeps_what_deploy_keeps(name):
-    model, x, pairs = make(name)
+    model, x, _ = make(name)
     deploy = copy.deepcopy(model)
     with pytest.warns(UserWarning, match="unstable"):
         turn_on(deploy, "deploy", example_inputs=(x,))
@@ -692,8 +692,8 @@ def test_interrupt_leaves_nothing_behind():
     assert type(F.conv2d(x, model.conv.weight)) is torch.Tensor
     model(x)
     assert codes(model) == [Code.FUSED]
-    stop.append(ValueError)
-    with pytest.raises(ValueError, match=""):
+    stop.append(ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError):
         model(x)
     assert torch.overrides._get_current_function_mode() is None
     assert type(model.conv(x)) is torch.Tensor
@@ -815,7 +815,7 @@ def test_turn_off_restores_everything(mode):
     model, x = Residual(), torch.randn(2, 3, 8, 8)
     model.bns[0].train()
     flags = {n: m.training for n, m in model.named_modules()}
-    tensors = {n: p for n, p in model.named_parameters()}
+    tensors = dict(model.named_parameters())
     names = list(model.state_dict())
     expected = copy.deepcopy(model)(x)
     with warnings.catch_warnings():
@@ -888,9 +888,9 @@ def test_nothing_to_pair(model):
 
 
 def test_deploy():
-    model, x, pairs = make("unet")
+    model, x, _ = make("unet")
     expected = model(x)
-    before = {n: p for n, p in model.named_parameters()}
+    before = dict(model.named_parameters())
     with pytest.warns(UserWarning, match="mode='tune' to train"):
         turn_on(model, "deploy")
     first = model(x)  # finds the pairs
