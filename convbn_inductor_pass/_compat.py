@@ -129,9 +129,17 @@ def mark_cacheable(function: Any, uuid: str) -> None:
         }
 
 
+_UNBACKED = 8192  # what Inductor guesses for a size that depends on data
+
+
 def size_hint(value: int | torch.SymInt) -> int:
-    """The number that tracing saw for a possibly symbolic size."""
-    return value if isinstance(value, int) else int(value.node.hint)
+    """The number that tracing saw for a possibly symbolic size; a guess if it saw none."""
+    if isinstance(value, int):
+        return value
+    if value.node.has_hint():
+        return int(value.node.hint)
+    expression = value.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, _UNBACKED)))
 
 
 def lazy_graph_module(root: torch.nn.Module, graph: torch.fx.Graph) -> torch.fx.GraphModule:

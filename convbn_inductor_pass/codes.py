@@ -38,7 +38,7 @@ class Code(enum.Enum):
     REGION = "autocast, grad mode, a stream or an annotation changes between layer and batch norm"
     FUNCTORCH = "inside a torch.func transform"
     INPUT_MUTATED = "the layer's input or parameters may be modified before the batch norm"
-    BIAS_MUTATED = "the layer's bias is modified later; eval mode does not need it in backward"
+    MUTATED_LATER = "a tensor that the gradient is computed from may be modified later"
     STATISTICS_REQUIRE_GRAD = "the running statistics require a gradient"
 
     # Fusing would be right, but not pay, or is not wanted.

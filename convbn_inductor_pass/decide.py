@@ -9,6 +9,7 @@ To add a refusal: a member of :class:`~convbn_inductor_pass.codes.Code`, a row h
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 
@@ -69,7 +70,7 @@ class _Pair:
         owner, _, attribute = name.partition(".")
         return tensor_of(getattr(getattr(self, owner), attribute))
 
-    @property
+    @functools.cached_property
     def operands(self) -> dict[str, Tensor]:
         """All tensors of the pair by name; only those that exist, metadata checked before."""
         found = {name: self.tensor(name) for name in _OPERANDS}
@@ -193,12 +194,15 @@ def _unsupported_dtype(p: _Pair) -> str | None:
 
 
 def _unbatched(p: _Pair) -> str | None:
-    x, out = p.operands["layer.input"], p.out
+    x, out, normalised = p.operands["layer.input"], p.out, tensor_of(p.bn.input)
     if not p.layer.is_linear:
-        if x.ndim != p.layer.spatial + 2:
+        if not x.ndim == out.ndim == p.layer.spatial + 2:
             return f"{p.layer.node} has an input of {x.ndim} dimensions, without a batch"
+        if normalised is None or normalised.ndim != out.ndim:
+            return f"{p.bn.node} normalises a view of {p.layer.node}"
         return None
-    normalised = tensor_of(p.bn.input)
+    if p.operands["layer.weight"].ndim != 2:
+        return f"{p.layer.node} has a single output channel and drops its dimension"
     if out.ndim == 2 or (out.ndim > 2 and normalised is not None and normalised.ndim == 2):
         return None
     return f"{p.layer.node} returns {out.ndim} dimensions with its channels last"
@@ -227,9 +231,16 @@ def _input_mutated(p: _Pair) -> str | None:
     return f"between {p.layer.node} and {p.bn.node}" if written else None
 
 
-def _bias_mutated(p: _Pair) -> str | None:
-    written = p.layer.bias is not None and p.effects.writer((p.layer.bias,), after=p.layer.node)
-    return f"{p.layer.bias} after {p.layer.node}" if written else None
+def _mutated_later(p: _Pair) -> str | None:
+    # Where autograd sees such a write, it raises, and nothing is lost by declining. Where it does
+    # not (``.data``; a bias, which eval mode does not keep), the gradient would differ.
+    layer = (p.layer.input, p.layer.weight, p.layer.bias)
+    bn = (p.bn.weight, p.bn.running_mean, p.bn.running_var)
+    for node, operands in ((p.layer.node, layer), (p.bn.node, bn)):
+        for operand in operands:
+            if p.effects.writer((operand,), after=node):
+                return f"{operand} after {node}"
+    return None
 
 
 def _statistics_require_grad(p: _Pair) -> str | None:
@@ -285,7 +296,7 @@ LEGALITY: tuple[Row, ...] = (
     (Code.UNSUPPORTED_SHAPE, _unsupported_shape),
     (Code.REGION, _region),
     (Code.INPUT_MUTATED, _input_mutated),
-    (Code.BIAS_MUTATED, _bias_mutated),
+    (Code.MUTATED_LATER, _mutated_later),
     (Code.STATISTICS_REQUIRE_GRAD, _statistics_require_grad),
 )
 

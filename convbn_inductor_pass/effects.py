@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -40,11 +39,20 @@ PURE = Effect()
 
 _INPLACE_OPERATORS = {
     getattr(operator, name)
-    for name in dir(operator)
-    if name.startswith("i") and name[1:] in dir(operator) and not name.startswith("is")
-} | {operator.setitem, operator.delitem}
+    for name in (
+        *("iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior"),
+        *("ipow", "irshift", "isub", "itruediv", "ixor", "setitem", "delitem"),
+    )
+}
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 _STORAGE_METHODS = {"set_", "resize_", "resize_as_", "swap_", "set_data"}
+# Modules of torch whose functions follow the conventions below. Others, such as Dynamo's wrappers
+# of NumPy functions (``wrapped_iadd``), need not.
+_CONVENTIONAL = re.compile(
+    r"torch(\._C(\._\w+)?|\._VF|\.functional|\.nn\.functional|\._jit_internal|\._tensor|\._ops(\.\w+)?)?"
+)
+# Operators that write to what their schema, if they have one, does not say: running statistics.
+_WRITES_UNSAID = re.compile(r"batch_norm|instance_norm|moving_avg|flatten_weight")
 _FUNCTORCH_LEVEL = re.compile(r"_(?:vmap|grad|jvp|func\w*)_(increment|decrement)_nesting")
 
 
@@ -76,60 +84,85 @@ def _by_name(node: fx.Node, name: str) -> Any:
 
 
 def _schema_effect(node: fx.Node, schema: torch.FunctionSchema) -> Effect:
-    mutated: list[fx.Node] = []
+    name = schema.name.rsplit("::")[-1]
+    mutated = list(_written_by_name(node, name).mutated)
     for i, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
             mutated.extend(_nodes(value))
-    return Effect(tuple(mutated), storage=schema.name.rsplit("::")[-1] in _STORAGE_METHODS)
+    return Effect(tuple(mutated), storage=name in _STORAGE_METHODS)
 
 
 def _written_by_name(node: fx.Node, name: str) -> Effect:
     """The trailing-underscore convention, for methods and functions without a schema."""
+    first = _nodes(node.args[:1] or node.kwargs)
     if name.startswith("__") and name.endswith("__"):
         is_inplace = name in ("__setitem__", "__delitem__") or name.startswith("__i")
         is_inplace = is_inplace and name not in ("__index__", "__int__", "__invert__")
-        return Effect(_nodes(node.args[:1])) if is_inplace else PURE
+        return Effect(first) if is_inplace else PURE
+    if name in _STORAGE_METHODS:
+        return Effect(first, storage=True)
     if not name.endswith("_"):
         return PURE
     every_list = name.startswith(("_foreach", "_fused", "_amp"))
-    return Effect(
-        _nodes((node.args, node.kwargs) if every_list else node.args[:1]),
-        storage=name in _STORAGE_METHODS,
-    )
+    return Effect(_nodes((node.args, node.kwargs)) if every_list else first)
+
+
+@functools.cache
+def _may_write_without_underscore(name: str) -> bool:
+    """Whether a function of aten writes to an argument other than ``out``, by name or schema."""
+    if _WRITES_UNSAID.search(name):
+        return True
+    packet = getattr(torch.ops.aten, name, None)
+    if name.startswith("__") or not isinstance(packet, torch._ops.OpOverloadPacket):
+        return False
+    schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
+    arguments = [a for schema in schemas for a in schema.arguments if "Tensor" in str(a.type)]
+    return any(a.alias_info and a.alias_info.is_write and not a.is_out for a in arguments)
+
+
+def _bodies_write_nothing(node: fx.Node) -> bool:
+    """Whether a higher-order operator runs graphs of which none writes to what it is given."""
+    owner = node.graph.owning_module
+    values = [
+        torch_ir._attribute(owner, str(n.target))
+        for n in node.all_input_nodes
+        if n.op == "get_attr"
+    ]
+    bodies = [value for value in values if isinstance(value, fx.GraphModule)]
+    return bool(bodies) and not any(Effects(body.graph).writes_outside for body in bodies)
 
 
 def _function_effect(node: fx.Node) -> Effect:
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return _schema_effect(node, target._schema)
     everything = Effect(_nodes((node.args, node.kwargs)))
+    worst = Effect(everything.mutated, region=True)
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return everything
+        return PURE if _bodies_write_nothing(node) else everything
     if target in _INPLACE_OPERATORS:
         return Effect(_nodes(node.args[:1]))
     module = getattr(target, "__module__", None) or ""
     if module in ("_operator", "builtins", "math") and not node.kwargs:
         return PURE if target is not setattr else Effect(_nodes(node.args[:1]), storage=True)
-    name = str(getattr(target, "__name__", ""))
-    in_torch = module.split(".")[0] == "torch" or (inspect.isbuiltin(target) and not module)
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        overloads = [getattr(target, o)._schema for o in target.overloads()]
-        if any(s.is_mutable for s in overloads) and (
-            name.endswith("_") or "out" in node.kwargs or all(s.is_mutable for s in overloads)
-        ):
-            return everything
-        return PURE
-    if not in_torch:
-        return Effect(everything.mutated, region=True)
     batch_norm = torch_ir.batch_norm_call(node)
     if isinstance(batch_norm, torch_ir.BatchNormCall) and not batch_norm.training:
         return PURE
-    if batch_norm is not None or target is F.instance_norm or target is torch.instance_norm:
-        return everything
-    if _value(node) is None:
+    name = str(getattr(target, "__name__", ""))
+    if isinstance(target, torch._ops.OpOverload):
+        unsaid = _WRITES_UNSAID.search(name) is not None
+        return everything if unsaid else _schema_effect(node, target._schema)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        schemas = [getattr(target, overload)._schema for overload in target.overloads()]
+        by_schema = any(s.is_mutable for s in schemas) and (
+            name.endswith("_") or "out" in node.kwargs or all(s.is_mutable for s in schemas)
+        )
+        return everything if by_schema or _may_write_without_underscore(name) else PURE
+    conventional = _CONVENTIONAL.fullmatch(module) if module else inspect.isbuiltin(target)
+    if not conventional or _value(node) is None:
         # Called for its effect alone: autocast, grad mode, streams, functorch levels.
-        return Effect(everything.mutated, region=True)
+        return worst
+    if _may_write_without_underscore(name):
+        return everything
     if node.kwargs.get("out") is not None:
         return Effect(_nodes(node.kwargs["out"]))
     if _by_name(node, "inplace") or _by_name(node, "max_norm") is not None:
@@ -144,23 +177,38 @@ def _value(node: fx.Node) -> Any:
 def _module_effect(node: fx.Node) -> Effect:
     module = torch_ir._attribute(node.graph.owning_module, str(node.target))
     everything = Effect(_nodes((node.args, node.kwargs)))
-    has_hooks = any(getattr(module, h, None) for h in ("_forward_hooks", "_forward_pre_hooks"))
-    if not type(module).__module__.startswith("torch.nn.modules") or has_hooks:
-        return Effect(everything.mutated, region=True)
-    children = list(module.modules())
-    if any(getattr(m, "inplace", False) for m in children):
+    worst = Effect(everything.mutated, region=True)
+    if not isinstance(module, nn.Module):
+        return worst
+    modules = list(module.modules())
+    if not all(torch_ir.is_as_its_class_says(m) for m in modules):
+        return worst
+    if any(getattr(m, "inplace", False) for m in modules):
         return everything
     writes_buffers = any(
-        isinstance(m, (nn.modules.batchnorm._NormBase, nn.modules.instancenorm._InstanceNorm))
-        and m.training
-        for m in children
+        getattr(m, "max_norm", None) is not None
+        or (
+            isinstance(m, (nn.modules.batchnorm._NormBase, nn.modules.instancenorm._InstanceNorm))
+            and m.training
+        )
+        for m in modules
     )
-    return Effect(everything.mutated, region=True) if writes_buffers else PURE
+    return worst if writes_buffers else PURE
+
+
+def _is_no_tensor(node: fx.Node) -> bool:
+    """Whether a node without a recorded value is a graph for an operator, or a mode entered."""
+    if node.op == "get_attr":
+        value = torch_ir._attribute(node.graph.owning_module, str(node.target))
+        return isinstance(value, nn.Module)
+    return str(getattr(node.target, "__name__", "")).startswith("_enter_")
 
 
 def effect_of(node: fx.Node) -> Effect:
     """What ``node`` may do beside returning a value."""
     if node.op == "call_method":
+        if _value(node) is None:
+            return Effect(_nodes((node.args, node.kwargs)), region=True)
         return _written_by_name(node, str(node.target))
     if node.op == "call_module":
         return _module_effect(node)
@@ -178,6 +226,7 @@ class Effects:
     def __init__(self, graph: fx.Graph) -> None:
         self.position: dict[fx.Node, int] = {}
         self.storage_changes = False
+        self._graph = graph
         self._regions: list[int] = []
         self._writes: list[int] = []
         # Positions of writes by the storage written to; those whose storage is unknown.
@@ -215,7 +264,7 @@ class Effects:
 
     def _record_write(self, i: int, written: fx.Node) -> None:
         value = _value(written)
-        if isinstance(value, _NUMBERS):
+        if isinstance(value, _NUMBERS) or (value is None and _is_no_tensor(written)):
             return
         storages = (
             [self._storage(v) for v in pytree.tree_leaves(value)] if value is not None else [None]
@@ -225,6 +274,24 @@ class Effects:
                 self._writes_anywhere.append(i)
             else:
                 self._writes_to[storage].append(i)
+
+    @functools.cached_property
+    def writes_outside(self) -> list[int]:
+        """Positions of writes to storages that the graph did not, or may not have made itself."""
+        made_here: set[int | None] = set()
+        outside: set[int | None] = set()
+        for node in self._graph.nodes:
+            makes = node.op == "call_method" or (
+                node.op == "call_function"
+                and not isinstance(node.target, torch._ops.HigherOrderOperator)
+            )
+            for leaf in pytree.tree_leaves(_value(node)):
+                storage = self._storage(leaf)
+                if storage not in made_here and storage not in outside:
+                    (made_here if makes else outside).add(storage)
+        outside.discard(None)
+        positions = {i for key, at in self._writes_to.items() if key in outside for i in at}
+        return sorted(positions.union(self._writes_anywhere))
 
     def _track_level(self, i: int, node: fx.Node) -> None:
         name = str(getattr(node.target, "__name__", node.target))
@@ -260,6 +327,9 @@ class Effects:
             # With storages exchanged or unknown, any write may be the one.
             if storage is None or self.storage_changes:
                 writes = self._writes
+            elif isinstance(operand, torch_ir.ModuleTensor):
+                # Real, while those recorded at nodes are fake: they cannot be compared.
+                writes = self.writes_outside
             else:
                 writes = self._writes_to.get(storage, [])
             if _any_within(writes, first, last):

@@ -240,24 +240,42 @@ def describe(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _plain_module(node: fx.Node, kinds: tuple[type, ...]) -> Any:
+def _plain_module(node: fx.Node, kinds: tuple[type[nn.Module], ...]) -> Any:
     """The module that ``node`` calls, if one of ``kinds`` that does just what its class says.
 
     Unreadable if it is one of ``kinds`` but may do something else; None if it is none of them.
     """
-    module = _attribute(node.graph.owning_module, str(node.target))
+    module: Any = _attribute(node.graph.owning_module, str(node.target))
     if not isinstance(module, kinds):
         return None
     if type(module) not in kinds:
         return Unreadable(
             node, Code.MODULE_NOT_PLAIN, f"{node.target} is a {type(module).__name__}, a subclass"
         )
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, h) for h in hooks) or hasattr(module, "parametrizations"):
+    if not is_as_its_class_says(module):
         return Unreadable(
-            node, Code.MODULE_NOT_PLAIN, f"{node.target} has hooks or parametrizations"
+            node,
+            Code.MODULE_NOT_PLAIN,
+            f"{node.target} has hooks, parametrizations or methods of its own",
         )
     return module
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_as_its_class_says(module: nn.Module) -> bool:
+    """Whether ``module`` is of a class of torch.nn and calling it runs that class's forward.
+
+    Not so with hooks and parametrizations, nor where an instance was given methods of its own,
+    as in ``module.forward = ...``.
+    """
+    return (
+        type(module).__module__.startswith("torch.nn.modules")
+        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        and not hasattr(module, "parametrizations")
+        and not any(callable(getattr(type(module), name, None)) for name in vars(module))
+    )
 
 
 def _module_input(node: fx.Node) -> fx.Node | None:

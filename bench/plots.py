@@ -1,0 +1,138 @@
+"""Result rows as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from .analysis import Group, groups, ratio
+from .protocols import PROTOCOLS
+from .providers import PROVIDERS
+from .results import Row
+
+__all__ = ["draw"]
+
+# Okabe and Ito's palette, which people with any colour vision can tell apart.
+_COLOURS = {"eval": "#999999", "builtin": "#E69F00", "ours": "#0072B2", "deploy": "#009E73"}
+
+
+def draw(rows: list[Row], folder: Path) -> dict[str, Path]:
+    """Draw what there are results for; returns the pictures by title."""
+    pictures: dict[str, Path] = {}
+    kept = [
+        g
+        for g in groups(rows, "saved")
+        if g.settings.protocol == "all" and g.values("eval") and g.values("ours")
+    ]
+    kept = list({g.settings.case: g for g in reversed(kept)}.values())[::-1]
+    if kept:
+        title = "Kept for backward, relative to compiled eval mode"
+        pictures[title] = _bars(kept, title, _saved_ratio, folder / "saved.png")
+    for device in ("cpu", "cuda"):
+        timed = [
+            g
+            for g in groups(rows, "measure")
+            if g.settings.device == device
+            and PROTOCOLS[g.settings.protocol].trains
+            and ratio(g, "ours", "eval") is not None
+        ]
+        if timed:
+            title = f"Step time on {device}, relative to compiled eval mode"
+            path = folder / f"time-{device}.png"
+            pictures[title] = _bars(timed, title, lambda g, p: ratio(g, p, "eval"), path)
+            title = f"Peak memory on {device}, relative to compiled eval mode"
+            pictures[title] = _bars(timed, title, _peak_ratio, folder / f"peak-{device}.png")
+        for group in timed:
+            if any("budget" in name and ratio(group, name, "eval") for name in group.rows):
+                title = f"Memory and time, {group.settings.case} on {device}"
+                path = folder / f"recompute-{group.settings.case}-{device}.png"
+                pictures[title] = _scatter(group, title, path)
+    capacities = [g for g in groups(rows, "capacity") if g.values("ours")]
+    if capacities:
+        title = "Largest batch under the memory cap"
+        path = folder / "capacity.png"
+        pictures[title] = _bars(
+            capacities, title, lambda g, p: g.values(p).get("largest_batch"), path
+        )
+    return pictures
+
+
+def _saved_ratio(group: Group, provider: str) -> float | None:
+    value, baseline = group.values(provider).get("bytes"), group.values("eval")["bytes"]
+    return value / baseline if value is not None and baseline else None
+
+
+def _peak_ratio(group: Group, provider: str) -> float | None:
+    pair = [group.peak(name) for name in (provider, "eval")]
+    return pair[0] / pair[1] if pair[0] and pair[1] else None
+
+
+def _batch(group: Group, provider: str) -> float | None:
+    return group.values(provider).get("largest_batch")
+
+
+def _bars(
+    chosen: list[Group], title: str, value: Callable[[Group, str], float | None], path: Path
+) -> Path:
+    """Horizontal bars, one group of providers per workload."""
+    names = [p for p in _COLOURS if any(value(g, p) is not None for g in chosen)]
+    height = 0.8 / len(names)
+    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.16 * len(names) * len(chosen)))
+    for i, name in enumerate(names):
+        found = [(y, value(group, name)) for y, group in enumerate(chosen)]
+        points = [(y, v) for y, v in found if v is not None]
+        axes.barh(
+            [y + (i - (len(names) - 1) / 2) * height for y, _ in points],
+            [v for _, v in points],
+            height,
+            label=PROVIDERS[name].title,
+            color=_COLOURS[name],
+        )
+    axes.set_yticks(range(len(chosen)), [g.label() for g in chosen])
+    axes.invert_yaxis()
+    axes.set_ylim(len(chosen) - 0.4, -0.6)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.set_title(title, loc="left")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return _save(figure, path)
+
+
+def _scatter(group: Group, title: str, path: Path) -> Path:
+    """Peak memory against step time, with the curves that activation budgets give."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+
+    def points(names: list[str]) -> list[tuple[float, float]]:
+        pairs = [(group.peak(n), ratio(group, n, "eval")) for n in names]
+        return [(p / 1e6, r) for p, r in pairs if p is not None and r is not None]
+
+    for who in ("eval", "ours"):
+        budgets = [n for n in PROVIDERS if n.startswith(f"{who}-budget-") and n in group.rows]
+        curve = points([who, *budgets])
+        axes.plot(
+            *zip(*curve, strict=True),
+            marker=".",
+            color=_COLOURS[who],
+            label=f"{PROVIDERS[who].title}, recomputing more and more",
+        )
+    for name in ("builtin", "deploy", "eval", "ours"):
+        for x, y in points([name]):
+            axes.scatter(x, y, s=70, color=_COLOURS[name], zorder=3)
+            axes.annotate(PROVIDERS[name].title, (x, y), xytext=(6, 6), textcoords="offset points")
+    axes.set_xlabel("peak memory, MB")
+    axes.set_ylabel("step time relative to compiled eval mode")
+    axes.grid(alpha=0.3)
+    axes.set_title(title, loc="left")
+    axes.legend(frameon=False)
+    return _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    return path

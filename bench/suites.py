@@ -1,0 +1,153 @@
+"""Which jobs a run consists of, and in what order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .cases import CASES, Case
+from .protocols import PROTOCOLS
+from .providers import BUDGETS
+from .runner import Job
+from .workload import PRECISIONS, Settings
+
+__all__ = ["SUITES", "custom", "gpu", "settings_of"]
+
+SAVED = ("eval", "builtin", "ours", "deploy")
+TRAINING = ("eval", "ours", "deploy", "builtin")  # those worth most first
+INFERENCE = ("eval", "ours", "deploy", "builtin", "freezing")
+BUDGETED = tuple(f"{who}-budget-{b}" for b in BUDGETS for who in ("eval", "ours"))
+EAGER = ("eager-eval", "eager-tune")
+
+_GB = 10**9
+
+
+def settings_of(case: Case, *, small: bool = False, **fields: Any) -> Settings:
+    """Settings of a case at its real size, or at the size for a laptop's CPU."""
+    batch, shape = (case.small_batch, case.small_shape) if small else (case.batch, case.shape)
+    return Settings(**{"case": case.name, "batch": batch, "shape": shape, **fields})
+
+
+def _saved(name: str, providers: tuple[str, ...] = SAVED, **fields: Any) -> Job:
+    fields.setdefault("precision", CASES[name].precision)
+    return Job("saved", settings_of(CASES[name], **fields), providers)
+
+
+def _measured(name: str, device: str, providers: tuple[str, ...], **fields: Any) -> Job:
+    settings = settings_of(CASES[name], small=device == "cpu", device=device, **fields)
+    return Job("measure", settings, providers)
+
+
+def quick(device: str) -> list[Job]:
+    """Ten networks and the protocols exactly, a few measured; under 10 minutes on 2 cores."""
+    names = (
+        "resnet18",
+        "resnet50",
+        "vgg16_bn",
+        "mobilenet_v2",
+        "repvgg_a0",
+        "r50_max",
+        "r50_hybrid",
+        "unet",
+        "dcgan_generator",
+        "timeseries_fcn",
+    )
+    jobs = [_saved(name) for name in names]
+    jobs += [_saved("resnet18", protocol=p) for p in _OTHER_PROTOCOLS]
+    jobs += [_saved("resnet18", BUDGETED)]
+    jobs += [_measured("resnet18", device, TRAINING)]
+    jobs += [_measured("timeseries_fcn", device, ("eval", "ours", "deploy"))]
+    jobs += [_measured("timeseries_fcn", device, INFERENCE, protocol="inference")]
+    return jobs
+
+
+_OTHER_PROTOCOLS = ("frozen-stages", "frozen-bn", "bn-tuning", "adversarial")
+_VARIED = ("resnet50", "mobilenet_v2", "repvgg_a0", "faster_rcnn_resnet50")
+
+
+def paper(device: str) -> list[Job]:
+    """Every exact metric: all networks at real sizes, all protocols, precisions, budgets."""
+    jobs = [_saved(name) for name in CASES]
+    for name in _VARIED:
+        protocols = [p for p in _OTHER_PROTOCOLS if p != "frozen-stages"]
+        if CASES[name].first_stages:
+            protocols.insert(0, "frozen-stages")
+        jobs += [_saved(name, protocol=p) for p in protocols]
+    jobs += [_saved(name, BUDGETED) for name in ("resnet50", "faster_rcnn_resnet50")]
+    others = [p for p in PRECISIONS if p != "float32"]
+    jobs += [_saved("resnet50", precision=p) for p in others]
+    jobs += [_saved("resnet50", memory_format="channels_last")]
+    jobs += [_saved("resnet50", dynamic=True)]
+    return jobs
+
+
+def full(device: str) -> list[Job]:
+    """``paper``, and everything measured on ``device``. Takes hours on a CPU."""
+    everyone = (*TRAINING, "ours-speed", *EAGER)
+    jobs = paper(device)
+    jobs += [_measured(name, device, everyone) for name in CASES if CASES[name].batch <= 128]
+    jobs += [_measured(name, device, (*TRAINING, *BUDGETED)) for name in ("resnet18", "resnet50")]
+    jobs += [_measured("resnet50", device, TRAINING, protocol=p) for p in _OTHER_PROTOCOLS]
+    jobs += [
+        _measured(name, device, INFERENCE, protocol="inference")
+        for name in ("resnet18", "resnet50", "mobilenet_v2", "repvgg_a0", "r50_hybrid")
+    ]
+    jobs += [
+        _measured("resnet50", device, TRAINING, **fields)
+        for fields in (
+            {"memory_format": "channels_last"},
+            {"precision": "bf16-autocast"},
+            {"precision": "bf16-autocast", "memory_format": "channels_last"},
+            {"precision": "bf16"},
+            {"dynamic": True},
+        )
+    ]
+    return [*jobs, *_capacity(device)]
+
+
+def _capacity(device: str) -> list[Job]:
+    providers = ("eval", "builtin", "ours", "deploy")
+    if device == "cpu":
+        settings = settings_of(CASES["resnet18"], small=True)
+        return [Job("capacity", settings, providers, cap_bytes=_GB // 2)]
+    settings = settings_of(CASES["resnet50"], device=device)
+    return [Job("capacity", settings, providers, cap_bytes=24 * _GB)]
+
+
+def gpu(device: str = "cuda") -> list[Job]:
+    """What is wanted of a GPU, most valuable first, for a run that may be cut off."""
+    fast = {"precision": "bf16-autocast", "memory_format": "channels_last"}
+    return [
+        _measured("resnet50", device, TRAINING),
+        _measured("resnet50", device, TRAINING, **fast),
+        _measured("faster_rcnn_resnet50", device, TRAINING),
+        _measured("resnet50", device, INFERENCE, protocol="inference", **fast),
+        _measured("resnet50", device, ("eval-budget-0.7", "eval-budget-0.5", "eval-budget-0.3")),
+        _measured("resnet50", device, ("eager-eval", "eager-tune")),
+        _measured("repvgg_a0", device, TRAINING),
+        _measured("r50_hybrid", device, TRAINING),
+        *_capacity(device),
+        _measured("mobilenet_v2", device, TRAINING),
+        _measured("faster_rcnn_hrnet_w32", device, TRAINING),
+    ]
+
+
+SUITES = {"quick": quick, "paper": paper, "full": full, "gpu": gpu}
+
+
+def custom(
+    cases: list[Case], metrics: list[str], providers: list[str], small: bool, **fields: Any
+) -> list[Job]:
+    """Jobs for cases that were named on the command line; no ``providers`` means the usual ones."""
+    protocol = PROTOCOLS[fields.get("protocol", "all")]
+    usual = {"saved": SAVED, "measure": TRAINING if protocol.trains else INFERENCE}
+    jobs = []
+    for case in cases:
+        for metric in metrics:
+            device = "cpu" if metric == "saved" else fields.get("device", "cpu")
+            settings = settings_of(
+                case, small=small and metric != "saved", **{**fields, "device": device}
+            )
+            names = tuple(providers) or usual.get(metric, SAVED)
+            cap = 0 if metric != "capacity" else _GB // 2 if device == "cpu" else 24 * _GB
+            jobs.append(Job(metric, settings, names, cap))
+    return jobs

@@ -1,0 +1,327 @@
+"""The default demonstration: fine-tune a small ResNet in eval mode and in tune mode, and compare.
+
+A ResNet learns the handwritten digits 0 to 4 in train mode, which gives its batch norms
+statistics and weights that differ from channel to channel. It gets a new head, and two copies
+of it are fine-tuned on the digits 5 to 9 with batch norms in eval mode, both compiled by
+Inductor, on the same batches: one with the pass off (eval mode), one with it on (tune mode).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from . import saved
+from .explain import explain
+
+__all__ = ["Result", "SmallResNet", "run", "small_resnet"]
+
+_PRETRAIN_STEPS = 60
+_WARM_UP = 3  # Steps whose time does not count: the first compiles, the next ones fill caches.
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions with batch norms, and a shortcut around them."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class SmallResNet(nn.Module):
+    """A ResNet with basic blocks (He et al., 2015) for small images.
+
+    Takes [N, 1, H, W], returns logits [N, classes].
+    """
+
+    def __init__(self, classes: int = 10, width: int = 16, stages: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        widths = [width * 2**i for i in range(stages)]
+        self.blocks = nn.Sequential(
+            *(
+                _Block(widths[max(i - 1, 0)], w, stride=1 if i == 0 else 2)
+                for i, w in enumerate(widths)
+            )
+        )
+        self.head = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def small_resnet() -> SmallResNet:
+    """The demonstration's network, for ``explain convbn_inductor_pass.demo:small_resnet``."""
+    return SmallResNet()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Digits:
+    images: Tensor  # [N, 1, 8, 8], zero mean, unit variance
+    labels: Tensor  # [N]
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        # On the CPU, so that every device draws the same batches.
+        index = torch.randint(len(self.labels), (size,), generator=generator)
+        index = index.to(self.labels.device)
+        return self.images[index], self.labels[index]
+
+    def only(self, first: int, last: int) -> _Digits:
+        wanted = (self.labels >= first) & (self.labels <= last)
+        return _Digits(self.images[wanted], self.labels[wanted])
+
+
+def _load_digits(device: torch.device) -> _Digits:
+    """8x8 handwritten digits of the UCI repository, which scikit-learn ships."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32, device=device).unsqueeze(1)
+    labels = torch.tensor(data.target, dtype=torch.long, device=device)
+    return _Digits((images - images.mean()) / images.std(), labels)
+
+
+class _FineTuning:
+    """One copy of the network under fine-tuning with batch norms in eval mode."""
+
+    def __init__(self, pretrained: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        self.model = copy.deepcopy(pretrained).to(dtype)
+        self.dtype = dtype
+        self.forward: Callable[[Tensor], Tensor] = self.model
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.02, momentum=0.9)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.first_gradients: dict[str, Tensor] = {}
+        self.kept_bytes = 0
+
+    def compile(self, *, tune: bool) -> _FineTuning:
+        # Through ``options`` rather than the global flag: Dynamo does not guard on the flag,
+        # and would let one copy run the code of the other.
+        self.forward = torch.compile(self.model, options={"efficient_conv_bn_eval_fx_passes": tune})
+        return self
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        images = images.to(self.dtype)
+        _synchronize(images.device)
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        logits = self.forward(images)
+        if not self.losses:
+            self.kept_bytes = _kept_bytes(logits, self.model, images)
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        if not self.losses:
+            self.first_gradients = {
+                n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None
+            }
+        self.optimizer.step()
+        self.losses.append(loss.item())
+        _synchronize(images.device)
+        self.seconds.append(time.perf_counter() - start)
+
+    @torch.no_grad()
+    def accuracy(self, digits: _Digits) -> float:
+        predicted = self.model(digits.images).argmax(1)
+        return (predicted == digits.labels).float().mean().item()
+
+    def loss_difference(self, other: _FineTuning) -> float:
+        """Largest difference of the losses of a step."""
+        return max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True))
+
+    def gradient_difference(self, other: _FineTuning) -> float:
+        """Largest difference of a gradient at the first step, relative to its largest number."""
+        return max(
+            ((self.first_gradients[name].to(g) - g).abs().max() / g.abs().max()).item()
+            for name, g in other.first_gradients.items()
+        )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _kept_bytes(output: Tensor, model: nn.Module, images: Tensor) -> int:
+    """Bytes that the compiled forward really holds for backward, beside what is alive anyway."""
+    alive = {t.data_ptr() for t in (*model.parameters(), *model.buffers(), images)}
+    tensors = [t for t in getattr(output.grad_fn, "saved_tensors", ()) if t is not None]
+    return sum(t.nbytes for t in tensors if t.data_ptr() not in alive)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What the demonstration found.
+
+    "Exact" stands for the same fine-tuning in eval mode, float64, without compilation.
+
+    Attributes:
+        fused, batch_norms: how many of the network's batch norms are fused.
+        kept_bytes: by mode, new bytes kept for backward as predicted; "builtin" is PyTorch's
+            own pass.
+        measured_bytes: the same of the two modes that ran, counted on what autograd held.
+        steps: number of fine-tuning steps.
+        losses: first and last loss, by mode.
+        equal_losses: in how many steps the two losses had the same bits.
+        loss_difference: largest difference between the two losses of a step.
+        loss_errors: by mode, largest difference from the exact loss of a step.
+        gradient_difference: largest relative difference between the modes at the first step.
+        gradient_errors: by mode, largest relative difference from the exact gradients there.
+        accuracy: on all images of the new digits after the last step, by mode.
+        time_ratio: a step's time in tune mode over that of the same step in eval mode, run
+            right before or after it; the median of the steps after the first three (which
+            compile and fill caches), None if there are none.
+    """
+
+    fused: int
+    batch_norms: int
+    kept_bytes: dict[str, int]
+    measured_bytes: dict[str, int]
+    steps: int
+    losses: dict[str, tuple[float, float]]
+    equal_losses: int
+    loss_difference: float
+    loss_errors: dict[str, float]
+    gradient_difference: float
+    gradient_errors: dict[str, float]
+    accuracy: dict[str, float]
+    time_ratio: float | None
+
+    def table(self) -> Table:
+        """The closing table."""
+        table = Table(
+            title="Fine-tuning with batch norms in eval mode",
+            title_justify="left",
+            caption="Built-in is PyTorch's own pass; deploy, batch norms merged for good, is the\n"
+            "limit. Loss vs: largest difference of a step. Gradients vs: largest difference\n"
+            "at the first step, relative to the gradient's largest number; float64 is not\n"
+            "compiled. Time: median ratio of interleaved steps here, without compilation.",
+            caption_justify="left",
+        )
+        table.add_column("", no_wrap=True)
+        for column in ("eval", "built-in", "tune", "deploy"):
+            table.add_column(column, justify="right", no_wrap=True)
+
+        def row(name: str, values: dict[str, str]) -> None:
+            table.add_row(name, *(values.get(m, "") for m in ("eval", "builtin", "tune", "deploy")))
+
+        ratio = "too few steps" if self.time_ratio is None else f"{self.time_ratio:.3f}"
+        row("fused pairs", {"tune": f"{self.fused} of {self.batch_norms}"})
+        row("bytes kept for backward", {m: f"{b:,}" for m, b in self.kept_bytes.items()})
+        row("  measured", {m: f"{b:,}" for m, b in self.measured_bytes.items()})
+        row("loss, first step", {m: f"{first:.6f}" for m, (first, _) in self.losses.items()})
+        row("loss, last step", {m: f"{last:.6f}" for m, (_, last) in self.losses.items()})
+        row("  same bits as eval", {"tune": f"{self.equal_losses} of {self.steps} steps"})
+        row("  vs eval", {"tune": f"{self.loss_difference:.1e}"})
+        row("  vs float64", {m: f"{e:.1e}" for m, e in self.loss_errors.items()})
+        row("gradients", {})
+        row("  vs eval", {"tune": f"{self.gradient_difference:.1e}"})
+        row("  vs float64", {m: f"{e:.1e}" for m, e in self.gradient_errors.items()})
+        row("accuracy", {m: f"{a:.1%}" for m, a in self.accuracy.items()})
+        row("time of a step", {"eval": "1", "tune": ratio})
+        return table
+
+
+def _pretrain(digits: _Digits, generator: torch.Generator, batch_size: int) -> SmallResNet:
+    """A network that knows these digits, with a new head, in eval mode."""
+    # Channels last, as Inductor would lay the weights out anyway: else it keeps copies of them
+    # for backward, in every mode.
+    model = SmallResNet().to(digits.images.device)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(_PRETRAIN_STEPS):
+        images, labels = digits.batch(batch_size, generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    model.head.reset_parameters()
+    return model.eval()
+
+
+def run(
+    *,
+    steps: int = 40,
+    batch_size: int = 128,
+    device: str = "cpu",
+    seed: int = 0,
+    console: Console | None = None,
+) -> Result:
+    """Run the demonstration; progress goes to ``console`` (standard error by default).
+
+    Raises:
+        ImportError: scikit-learn, whose digits are the data, is not installed.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    digits = _load_digits(torch.device(device))
+    new_digits = digits.only(5, 9)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console or Console(stderr=True),
+    ) as progress:
+        task = progress.add_task("pretraining in train mode", total=steps + 2)
+        pretrained = _pretrain(digits.only(0, 4), generator, batch_size)
+        images, labels = new_digits.batch(batch_size, generator)
+
+        progress.update(task, description="predicting saved bytes", advance=1)
+        explanation = explain(pretrained, images)
+        builtin = saved.saved_for_backward(pretrained, images, mode="builtin").new_bytes
+        progress.advance(task)
+
+        exact = _FineTuning(pretrained, torch.float64)
+        by_eval = _FineTuning(pretrained).compile(tune=False)
+        by_tune = _FineTuning(pretrained).compile(tune=True)
+        progress.update(task, description="compiling both modes")
+        for step in range(steps):
+            # Interleaved, and in turns, so that whatever slows this machine down hits both.
+            for each in (by_eval, by_tune) if step % 2 else (by_tune, by_eval):
+                each.step(images, labels)
+            exact.step(images, labels)
+            progress.update(task, description="fine-tuning", advance=1)
+            images, labels = new_digits.batch(batch_size, generator)
+        progress.update(task, description="done")
+
+    modes = {"eval": by_eval, "tune": by_tune}
+    seconds = zip(by_tune.seconds[_WARM_UP:], by_eval.seconds[_WARM_UP:], strict=True)
+    ratios = [a / b for a, b in seconds]
+    return Result(
+        fused=explanation.fused,
+        batch_norms=len(explanation.records),
+        kept_bytes={**explanation.saved_bytes, "builtin": builtin},
+        measured_bytes={mode: each.kept_bytes for mode, each in modes.items()},
+        steps=steps,
+        losses={mode: (each.losses[0], each.losses[-1]) for mode, each in modes.items()},
+        equal_losses=sum(a == b for a, b in zip(by_eval.losses, by_tune.losses, strict=True)),
+        loss_difference=by_tune.loss_difference(by_eval),
+        loss_errors={mode: each.loss_difference(exact) for mode, each in modes.items()},
+        gradient_difference=by_tune.gradient_difference(by_eval),
+        gradient_errors={mode: each.gradient_difference(exact) for mode, each in modes.items()},
+        accuracy={mode: each.accuracy(new_digits) for mode, each in modes.items()},
+        time_ratio=statistics.median(ratios) if ratios else None,
+    )

@@ -1,0 +1,239 @@
+"""The command line: explain for people and programs, its error messages, the demonstration."""
+
+import functools
+import io
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from convbn_inductor_pass import __main__ as cli
+from convbn_inductor_pass import __version__, demo, explain
+from convbn_inductor_pass.testing import fresh_compile
+
+DEMO = "convbn_inductor_pass.demo:small_resnet"
+PAIRS = 9  # the stem, and in three blocks two each, and two shortcuts
+
+# Models for the command line to import.
+instance = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+not_a_model = 3
+
+
+class Nested:
+    model = instance
+
+
+def needs_arguments(width):
+    return nn.Conv2d(width, width, 3)
+
+
+def returns_a_tensor():
+    return torch.zeros(3)
+
+
+def raises():
+    raise ValueError("no weights here\nnor anywhere")
+
+
+def train_mode_and_frozen():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    model[1].weight.requires_grad_(False)
+    return model
+
+
+def run(capsys, *arguments):
+    cli.main(arguments)
+    return capsys.readouterr().out
+
+
+def fails(capsys, *arguments):
+    """The line on standard error; the exit code must be 2 and nothing else printed."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    out, err = capsys.readouterr()
+    assert (caught.value.code, out) == (2, "")
+    assert err.startswith("convbn_inductor_pass: ")
+    assert err.count("\n") == 1
+    return err.removeprefix("convbn_inductor_pass: ").rstrip("\n")
+
+
+def test_explain_as_a_process():
+    done = subprocess.run(
+        [sys.executable, "-m", "convbn_inductor_pass", "explain", DEMO, "--input", "8x1x8x8"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"{PAIRS} of {PAIRS} batch norms fused" in done.stdout
+    assert "blocks.1.shortcut.0" in done.stdout
+    assert "kept for backward, deploy mode" in done.stdout
+
+
+def test_explain_json(capsys):
+    told = json.loads(run(capsys, "explain", DEMO, "--input", "8x1x8x8", "--json"))
+    assert (told["fused"], told["batch_norms"], told["graphs"]) == (PAIRS, PAIRS, 1)
+    assert told["saved_bytes"]["tune"] == told["saved_bytes"]["deploy"]
+    assert told["saved_bytes"]["tune"] < told["saved_bytes"]["eval"]
+    expected = explain(demo.small_resnet().eval(), torch.randn(8, 1, 8, 8))
+    assert told == json.loads(json.dumps(expected.to_dict()))
+
+
+def test_explain_allocates_nothing(capsys):
+    told = json.loads(run(capsys, "explain", DEMO, "--input", "1024x1x4096x4096", "--json"))
+    assert told["fused"] == PAIRS
+    assert told["saved_bytes"]["tune"] > 2**40
+
+
+def test_explain_dtype(capsys):
+    arguments = ("explain", DEMO, "--input", "8x1x8x8", "--json", "--dtype")
+    wide, narrow = (json.loads(run(capsys, *arguments, d)) for d in ("float64", "bfloat16"))
+    assert wide["saved_bytes"]["eval"] == 4 * narrow["saved_bytes"]["eval"]
+
+
+@pytest.mark.parametrize("name", ["instance", "Nested.model"])
+def test_explain_takes_modules_and_dotted_names(capsys, name):
+    out = run(capsys, "explain", f"{__name__}:{name}", "--input", "2x3x8x8")
+    assert "1 of 1 batch norms fused" in out
+
+
+def test_explain_uses_eval_mode_and_keeps_requires_grad(capsys):
+    out = run(
+        capsys, "explain", f"{__name__}:train_mode_and_frozen", "--input", "2x3x8x8", "--json"
+    )
+    assert [r["code"] for r in json.loads(out)["records"]] == ["AFFINE_FROZEN"]
+
+
+SHAPE = ("--input", "2x3x8x8")
+FORM = "expected package.module:factory, such as torchvision.models:resnet50"
+A_MODEL = "expected a torch.nn.Module, or something that returns one when called without arguments"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet50", *SHAPE), f"'resnet50' names no model; {FORM}"),
+        ((":resnet50", *SHAPE), f"':resnet50' names no model; {FORM}"),
+        (
+            ("no_such_package.models:net", *SHAPE),
+            "cannot import 'no_such_package.models' "
+            f"(ModuleNotFoundError: No module named 'no_such_package'); {FORM}",
+        ),
+        (
+            ("convbn_inductor_pass.demo:smal_resnet", *SHAPE),
+            "convbn_inductor_pass.demo has no 'smal_resnet'; did you mean small_resnet or "
+            "SmallResNet?",
+        ),
+        (
+            ("math:zzzzzz", *SHAPE),
+            "math has no 'zzzzzz'; it has, for example, acos, acosh, asin, asinh, atan",
+        ),
+        ((f"{__name__}:not_a_model", *SHAPE), f"{__name__}:not_a_model has type int; {A_MODEL}"),
+        (
+            (f"{__name__}:returns_a_tensor", *SHAPE),
+            f"what {__name__}:returns_a_tensor returns has type Tensor; {A_MODEL}",
+        ),
+        (
+            (f"{__name__}:needs_arguments", *SHAPE),
+            f"calling {__name__}:needs_arguments without arguments failed (TypeError: "
+            f"needs_arguments() missing 1 required positional argument: 'width'); {FORM}, where "
+            "the factory needs no arguments",
+        ),
+        (
+            (f"{__name__}:raises", *SHAPE),
+            f"calling {__name__}:raises without arguments failed (ValueError: no weights here); "
+            f"{FORM}, where the factory needs no arguments",
+        ),
+        ((DEMO,), "the following arguments are required: --input"),
+        *(
+            (
+                (DEMO, "--input", shape),
+                f"argument --input: {shape!r} is not a shape; expected positive sizes joined "
+                "by x, such as 2x3x800x1333",
+            )
+            for shape in ("2x3x", "2,3,8,8", "2x0x8x8", "2x3x8.5", "batch")
+        ),
+        (
+            (DEMO, "--input", "2x1x8x8", "--input", "2x1x8x8"),
+            f"{DEMO} does not run on 2x1x8x8, 2x1x8x8 of float32 (TypeError: SmallResNet.forward() "
+            "takes 2 positional arguments but 3 were given); expected one --input for each of "
+            "its inputs, of a shape that it takes",
+        ),
+    ],
+)
+def test_explain_says_what_is_wrong(capsys, arguments, message):
+    assert fails(capsys, "explain", *arguments) == message
+
+
+def test_explain_says_that_a_shape_does_not_fit(capsys):
+    message = fails(capsys, "explain", DEMO, "--input", "2x3x8x8")
+    assert message.startswith(f"{DEMO} does not run on 2x3x8x8 of float32 (RuntimeError: ")
+    assert "to have 1 channels, but got 3 channels" in message
+
+
+def test_explain_lists_the_dtypes(capsys):
+    message = fails(capsys, "explain", DEMO, *SHAPE, "--dtype", "int8")
+    assert message.startswith("argument --dtype: invalid choice: 'int8' (choose from ")
+    assert re.findall(r"\b\w*float\w*\b", message) == ["float32", "bfloat16", "float16", "float64"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--steps", "0"), "argument --steps: '0' is not a positive whole number"),
+        (
+            ("demo", "--batch-size", "many"),
+            "argument --batch-size: 'many' is not a positive whole number",
+        ),
+        (("--step-size", "1"), "unrecognized arguments: --step-size 1"),
+    ],
+)
+def test_demo_says_what_is_wrong(capsys, arguments, message):
+    assert fails(capsys, *arguments) == message
+
+
+def test_demo_says_which_devices(capsys):
+    message = fails(capsys, "--device", "abacus")
+    assert message.startswith("argument --device: 'abacus' cannot be used (RuntimeError: ")
+    assert message.endswith("; expected cpu, cuda or cuda:N")
+
+
+def test_demo_says_where_its_data_is(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert fails(capsys, "demo") == (
+        "the demonstration's data comes with scikit-learn, which is not installed; "
+        "pip install scikit-learn"
+    )
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_demo_under_inductor(monkeypatch):
+    """Small, but the real thing: both modes compiled, run, and compared."""
+    monkeypatch.setattr(demo, "_PRETRAIN_STEPS", 5)
+    monkeypatch.setattr(demo, "SmallResNet", functools.partial(demo.SmallResNet, stages=1))
+    with fresh_compile(flag=False):
+        result = demo.run(steps=1, batch_size=32, console=Console(quiet=True))
+    assert (result.fused, result.batch_norms, result.steps) == (3, 3, 1)
+    assert result.measured_bytes["tune"] == result.kept_bytes["tune"]
+    assert result.measured_bytes["eval"] == result.kept_bytes["eval"]
+    assert result.kept_bytes["tune"] == result.kept_bytes["deploy"]
+    assert result.kept_bytes["tune"] < result.kept_bytes["builtin"] < result.kept_bytes["eval"]
+    assert result.equal_losses == 1
+    assert result.gradient_errors["tune"] <= 2 * result.gradient_errors["eval"] + 1e-6
+    assert result.time_ratio is None
+    table = io.StringIO()
+    Console(file=table, width=80).print(result.table())
+    assert "3 of 3" in table.getvalue()
+    assert "1 of 1 steps" in table.getvalue()
+    assert "…" not in table.getvalue()

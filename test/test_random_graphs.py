@@ -1,0 +1,66 @@
+"""Random graphs of layers, batch norms and hazards: never anything but what eval mode does.
+
+By default 150 examples, always the same. ``CONVBN_FUZZ_EXAMPLES=5000`` draws that many, and
+``CONVBN_FUZZ_SEED=7`` other ones; a failing example prints as source code.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import warnings
+
+import hypothesis
+import torch
+from oracle import assert_same_as_unfused, run
+from random_graphs import RandomFunction, random_functions
+
+EXAMPLES = int(os.environ.get("CONVBN_FUZZ_EXAMPLES", "150"))
+SEED = os.environ.get("CONVBN_FUZZ_SEED")
+
+settings = hypothesis.settings(
+    max_examples=EXAMPLES,
+    derandomize=SEED is None,
+    deadline=None,
+    database=None,
+    print_blob=False,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+
+
+class TestRandomGraphs:
+    def check(self, function: RandomFunction, codes: collections.Counter) -> None:
+        def ambient():
+            if function.ambient_autocast:
+                return torch.autocast("cpu", dtype=torch.bfloat16)
+            return contextlib.nullcontext()
+
+        with warnings.catch_warnings():
+            # Autograd points at the operation that a raised error is about.
+            warnings.simplefilter("ignore")
+            recorder = assert_same_as_unfused(
+                function.function(),
+                function.arguments,
+                make_function=function.function,
+                exact=lambda: run(function.function(), function.arguments(double=True)),
+                context=ambient,
+                always=False,
+                dynamic=function.dynamic,
+            )
+        codes.update(code.name for code in recorder.codes)
+        codes["functions"] += 1
+        codes["functions with a fused pair"] += recorder.fused > 0
+
+    def test_random_functions(self) -> None:
+        codes: collections.Counter = collections.Counter()
+
+        @settings
+        @hypothesis.given(random_functions())
+        def check(function: RandomFunction) -> None:
+            self.check(function, codes)
+
+        (check if SEED is None else hypothesis.seed(int(SEED))(check))()
+        print(dict(codes.most_common()))
+        # Else the draws test nothing.
+        assert codes["functions with a fused pair"] > codes["functions"] // 3
