@@ -149,8 +149,13 @@ class LayerCall:
             t is not None and t.requires_grad for t in self.operands
         )
 
+    @property
+    def is_modified(self) -> bool:
+        """Whether an operand was written to since the call."""
+        return self.versions != tuple(_version(t) for t in self.operands)
+
     def check_unmodified(self) -> None:
-        if self.versions != tuple(_version(t) for t in self.operands):
+        if self.is_modified:
             raise RuntimeError(
                 "the input, weight or bias of a convolution was modified in place between the "
                 "convolution and the first use of its output, in a way that tune mode does not "

@@ -34,7 +34,7 @@ from .autograd import conv_bn_eval, linear_bn_eval
 from .calls import BATCH_NORMS, BatchNormCall, Context, LayerCall, is_plain
 from .codes import Code
 from .config import get_options
-from .folded import ConvBNFolded
+from .folded import ConvBNFoldedEager
 
 __all__ = ["Deferred", "decide", "fuse", "live"]
 
@@ -92,8 +92,8 @@ def fuse(call: LayerCall, bn: BatchNormCall) -> Tensor:
     tensors = (call.input, call.weight, call.bias, bn.weight, bn.bias, *statistics)
     with _compat.torch_functions_off():
         if call.geometry is None:
-            return linear_bn_eval(*tensors, function=ConvBNFolded)
-        return conv_bn_eval(*tensors, *call.geometry, function=ConvBNFolded)
+            return linear_bn_eval(*tensors, function=ConvBNFoldedEager)
+        return conv_bn_eval(*tensors, *call.geometry, function=ConvBNFoldedEager)
 
 
 class _Defer(torch.autograd.Function):

@@ -16,13 +16,15 @@ Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.1
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import fold
 from .autograd import Conv, ConvBNEval, accumulation_dtype, apply_layer, autocast_off
 
-__all__ = ["ConvBNFolded", "fold_affine"]
+__all__ = ["ConvBNFolded", "ConvBNFoldedEager", "fold_affine"]
 
 
 def fold_affine(
@@ -70,3 +72,16 @@ class ConvBNFolded(ConvBNEval):
                 weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, layout, x.dtype
             )
             return apply_layer(x, folded, shift, conv)
+
+
+class ConvBNFoldedEager(ConvBNFolded):
+    """The same outside torch.func, which spares binding the signature anew in every call."""
+
+    generate_vmap_rule = False
+    setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = ConvBNFolded.forward(*inputs)
+        ConvBNFolded.setup_context(ctx, inputs, output)
+        return output

@@ -175,7 +175,8 @@ class _Region(TorchFunctionMode):
 
     def run_live(self) -> None:
         for d in deferred.live(self.live):
-            d.result()
+            if not d.call.is_modified:  # else its use, if there is any, is an error
+                d.result()
 
     def end(self) -> None:
         self.frame = None
