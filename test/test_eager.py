@@ -498,6 +498,13 @@ def test_norm_without_running_statistics():
     assert codes(model)[0] in (Code.BATCH_STATISTICS, Code.NO_RUNNING_STATISTICS)
 
 
+def test_norm_told_later_not_to_track_statistics():
+    """It still has some, and uses them in eval mode."""
+    model, x = Fn(lambda m, x: m.bn(m.conv(x))), torch.randn(2, 4, 6, 6)
+    model.bn.track_running_stats = False
+    assert_like_eval(model, x, fused=1)
+
+
 # --- What must not get in the way -----------------------------------------------------------
 
 
