@@ -170,7 +170,9 @@ class ConvBNEval(torch.autograd.Function):
             # What the forward multiplied with: under autocast, the weight after its cast.
             used_weight = weight.to(x.dtype).to(acc)
             if need_dx or need_dw or need_dgamma:
-                folded = fold.scale_weight(used_weight, scale, layout).to(x.dtype)
+                folded = weight.to(x.dtype)  # for its shape and layout, unless dx is wanted
+                if need_dx:
+                    folded = fold.scale_weight(used_weight, scale, layout).to(x.dtype)
                 dx, dfolded = _layer_backward(dy, x, folded, conv, need_dx, need_dw or need_dgamma)
             if need_db or need_dgamma or need_dbeta:
                 sum_dy = dy.sum([d for d in range(dy.ndim) if d != 1], dtype=acc)
@@ -227,6 +229,8 @@ def conv_bn_eval(
     transposed: bool,
     output_padding: tuple[int, ...],
     groups: int,
+    *,
+    dtype: torch.dtype | None = None,
     function: type[ConvBNEval] = ConvBNEval,
 ) -> Tensor:
     """Batched 1-d, 2-d or 3-d convolution, plain or transposed, then eval-mode batch norm.
@@ -234,9 +238,11 @@ def conv_bn_eval(
     ``x`` [N, C_in, *spatial]; ``weight`` as in :mod:`convbn_inductor_pass.fold`; all else of
     channel size is [C_out] or None. Returns [N, C_out, *spatial'] in the dtype that
     ``F.batch_norm(conv(x), ..., training=False)`` returns, autocast included, with its bits.
+    ``dtype`` is what the convolution computes in, if that is not what autocast makes of
+    ``F.conv2d`` (it leaves ``torch.convolution`` alone).
     ``function`` may replace the forward, never the gradient.
     """
-    if (dtype := _autocast_dtype(x)) is not None:
+    if (dtype := dtype or _autocast_dtype(x)) is not None:
         x = x.to(dtype)
     if isinstance(padding, str):
         if padding == "same":
@@ -256,13 +262,15 @@ def linear_bn_eval(
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
+    *,
+    dtype: torch.dtype | None = None,
     function: type[ConvBNEval] = ConvBNEval,
 ) -> Tensor:
     """Linear layer, its result viewed as [rows, C_out], then eval-mode batch norm over the rows.
 
     ``x`` [..., C_in] with at least two dimensions, ``weight`` [C_out, C_in]; returns
-    [prod(...), C_out].
+    [prod(...), C_out]. ``dtype`` is as for :func:`conv_bn_eval`.
     """
-    if (dtype := _autocast_dtype(x)) is not None:
+    if (dtype := dtype or _autocast_dtype(x)) is not None:
         x = x.to(dtype)
     return function.apply(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, None)

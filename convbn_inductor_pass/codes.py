@@ -47,7 +47,7 @@ class Code(enum.Enum):
         "the batch norm's weight needs no gradient: eval mode does not keep the layer's output"
     )
     LAYER_FROZEN = "the layer's weight needs no gradient: fusing would have to compute it"
-    WEIGHT_LARGER_THAN_OUTPUT = "objective 'speed': the weight is larger than the layer's output"
+    LARGE_WEIGHT = "objective 'speed': the weight is large next to the layer's output"
     DENIED = "the options 'allow' and 'deny' leave this module out"
 
     @property

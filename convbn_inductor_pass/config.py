@@ -23,9 +23,9 @@ class Options:
 
     Attributes:
         objective: ``"memory"`` fuses every pair that saves bytes. ``"speed"`` leaves a pair
-            alone where the convolution's weight is larger than its output: there, scaling
-            the weight and taking its inner product in backward costs more than the saved
-            activation is worth.
+            alone where five times the layer's weight is larger than its output: there,
+            scaling the weight and its gradient moves more bytes than reading the output
+            once in backward, which is what fusing spares.
         fuse_frozen_layers: also fuse where the layer's weight needs no gradient but the batch
             norm's does (BN-tuning). This keeps one activation per pair instead of two, for
             the price of a weight gradient that nobody asked for.

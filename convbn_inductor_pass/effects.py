@@ -156,7 +156,9 @@ def _function_effect(node: fx.Node) -> Effect:
         by_schema = any(s.is_mutable for s in schemas) and (
             name.endswith("_") or "out" in node.kwargs or all(s.is_mutable for s in schemas)
         )
-        return everything if by_schema or _may_write_without_underscore(name) else PURE
+        if by_schema or _may_write_without_underscore(name):
+            return everything
+        return _written_by_name(node, name)
     conventional = _CONVENTIONAL.fullmatch(module) if module else inspect.isbuiltin(target)
     if not conventional or _value(node) is None:
         # Called for its effect alone: autocast, grad mode, streams, functorch levels.
@@ -281,10 +283,9 @@ class Effects:
         made_here: set[int | None] = set()
         outside: set[int | None] = set()
         for node in self._graph.nodes:
-            makes = node.op == "call_method" or (
-                node.op == "call_function"
-                and not isinstance(node.target, torch._ops.HigherOrderOperator)
-            )
+            makes = node.op in ("call_function", "call_method", "call_module")
+            makes = makes and not effect_of(node).region  # else it may return anything
+            makes = makes and not isinstance(node.target, torch._ops.HigherOrderOperator)
             for leaf in pytree.tree_leaves(_value(node)):
                 storage = self._storage(leaf)
                 if storage not in made_here and storage not in outside:

@@ -52,9 +52,11 @@ def scale_weight(weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
 
 def channel_inner_product(a: Tensor, b: Tensor, layout: Layout) -> Tensor:
     """``<a, b>`` per output channel, shape [C_out], of two tensors laid out like a weight."""
+    # Summed over the dimensions as they are: flattening them would fix the order in which
+    # Inductor has to go through tensors whose layouts differ.
     product = a * b
     if not layout.transposed:
-        return product.flatten(1).sum(1)
-    rows, columns = product.shape[:2]
-    by_group = product.reshape(layout.groups, rows // layout.groups, columns, -1)
-    return by_group.sum((1, 3)).flatten()
+        return product.sum(list(range(1, product.ndim)))
+    rows, columns, *kernel = product.shape
+    by_group = product.reshape(layout.groups, rows // layout.groups, columns, *kernel)
+    return by_group.sum([1, *range(3, by_group.ndim)]).flatten()

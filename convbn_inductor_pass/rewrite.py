@@ -15,7 +15,7 @@ from torch import fx
 
 from . import autograd
 from .decide import Decision
-from .torch_ir import ModuleTensor, Operand
+from .torch_ir import ModuleTensor, Operand, tensor_of
 
 __all__ = ["rewrite"]
 
@@ -62,8 +62,13 @@ def rewrite(decision: Decision) -> fx.Node:
                     layer.output_padding,
                     layer.groups,
                 )
+            out = tensor_of(layer.node)
             fused = graph.create_node(
-                "call_function", target, (*tensors, bn.eps, *rest), name="conv_bn_eval"
+                "call_function",
+                target,
+                (*tensors, bn.eps, *rest),
+                {"dtype": None if out is None else out.dtype},
+                name="conv_bn_eval",
             )
             new_nodes.append(fused)
             fused.meta = dict(bn.output.meta)

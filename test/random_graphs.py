@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["RandomFunction", "TensorSpec", "random_functions"]
+__all__ = ["WRITES", "WRITES_STATISTICS", "RandomFunction", "TensorSpec", "random_functions"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ _AUTOCAST = 'torch.autocast("cpu", dtype=torch.bfloat16)'
 
 # Ways to write to a tensor ``{t}``, most of them behind autograd's back: what autograd sees
 # raises in eager mode too, which is less of a test.
-_WRITES = (
+WRITES = (
     "{t}.data.mul_(0.5)",
     "{t}.data.add_(1.0)",
     "with torch.no_grad():\n    {t}.mul_(0.5)",
@@ -117,7 +117,7 @@ _WRITES = (
     "{t}.data.transpose(0, -1).mul_(2.0)",
     "{t}.data.requires_grad_(False).neg_()",
 )
-_WRITES_STATISTICS = (
+WRITES_STATISTICS = (
     "F.batch_norm(torch.ones(3, {c}, 2).to({t}.dtype), {t}.data, {t}.data.abs(), training=True)",
     "torch.ops.aten.batch_norm.default(torch.ones(3, {c}, 2).to({t}.dtype), None, None, {t}.data,"
     " {t}.data.abs(), True, 0.3, 1e-5, False)",
@@ -196,7 +196,7 @@ class _Drawer:
         self.bn_dtype = self.dtype
         if self.dtype is torch.bfloat16 and self.chance(70):
             self.bn_dtype = torch.float32
-        self.ambient = self.dtype is torch.float32 and self.chance(6)
+        self.ambient = self.dtype is torch.float32 and self.chance(12)
         self.spatial = self.pick(2, 2, 2, 1, 1, 3, 0, 0)
         self.channels_last = self.spatial >= 2 and self.chance(15)
         self.dynamic = self.pick(False, False, False, False, True, None)
@@ -316,10 +316,9 @@ class _Drawer:
             rest["output_padding"] = output_padding
         form = self.pick("keywords", "keywords", "positional", "aten", "convolution", "defaults")
         if form == "convolution" and not isinstance(padding, str):
-            template = (
-                f"torch.ops.aten.convolution.default(INPUT, {w}, {b}, {list(stride)}, {list(padding)}, "
-                f"{list(dilation)}, {transposed}, {list(output_padding)}, {groups})"
-            )
+            lists = [list(values) for values in (stride, padding, dilation, output_padding)]
+            values = f"{lists[0]}, {lists[1]}, {lists[2]}, {transposed}, {lists[3]}, {groups}"
+            template = f"torch.ops.aten.convolution.default(INPUT, {w}, {b}, {values})"
         elif form == "positional" or (form == "aten" and isinstance(padding, str)):
             order = (
                 ("stride", "padding", "output_padding", "groups", "dilation")
@@ -391,9 +390,9 @@ class _Drawer:
         target = self.pick(*targets)
         spec = next((t for t in self.tensors if t.name == target), None)
         if spec is not None and len(spec.shape) == 1 and self.chance(15):
-            text = self.pick(*_WRITES_STATISTICS).format(t=target, c=spec.shape[0])
+            text = self.pick(*WRITES_STATISTICS).format(t=target, c=spec.shape[0])
         else:
-            text = self.pick(*_WRITES).format(t=target)
+            text = self.pick(*WRITES).format(t=target)
         return text.split("\n")
 
     def block(self, x: str, i: int) -> str:

@@ -95,6 +95,14 @@ def test_explain_dtype(capsys):
     assert wide["saved_bytes"]["eval"] == 4 * narrow["saved_bytes"]["eval"]
 
 
+def test_explain_dynamic(capsys):
+    told = json.loads(run(capsys, "explain", DEMO, "--input", "8x1x6x7", "--json", "--dynamic"))
+    assert (told["fused"], told["batch_norms"]) == (PAIRS, PAIRS)
+    batch, channels, height, width = told["records"][0]["output_shape"]
+    assert channels == 16
+    assert all(isinstance(size, str) for size in (batch, height, width))
+
+
 @pytest.mark.parametrize("name", ["instance", "Nested.model"])
 def test_explain_takes_modules_and_dotted_names(capsys, name):
     out = run(capsys, "explain", f"{__name__}:{name}", "--input", "2x3x8x8")

@@ -241,13 +241,13 @@ def test_options_by_module_path(x):
     assert passed(model, x).codes == [Code.FUSED] * Residual.pairs
 
 
-def test_objective_speed(x):
-    model = ConvBN(nn.Conv2d(4, 64, 3))
-    small = torch.randn(1, 4, 3, 3)
+def test_objective_speed():
+    model = ConvBN(nn.Conv2d(4, 64, 3))  # five times its weight: 11,520 numbers
+    small, large = torch.randn(8, 4, 4, 4), torch.randn(8, 4, 8, 8)  # 2,048 and 18,432 out
     assert passed(model, small).codes == [Code.FUSED]
     with cbn.options(objective="speed"):
-        assert passed(model, small).codes == [Code.WEIGHT_LARGER_THAN_OUTPUT]
-        assert passed(model, x).codes == [Code.FUSED]
+        assert passed(model, small).codes == [Code.LARGE_WEIGHT]
+        assert passed(model, large).codes == [Code.FUSED]
 
 
 def test_frozen_layers_are_fused_on_request(x):
