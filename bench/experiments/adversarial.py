@@ -66,7 +66,7 @@ def main() -> None:
     for ax, image in zip(axes, (x[0], found["eval"][0], found["tune"][0]), strict=True):
         ax.imshow(image[0], cmap="gray", vmin=-1, vmax=1)
         ax.axis("off")
-    lab.write("adversarial", {"summary": summary, "seconds": times}, fig, out, started)
+    lab.write("adversarial", {"summary": summary, "attack_seconds": times}, fig, out, started)
 
 
 if __name__ == "__main__":
