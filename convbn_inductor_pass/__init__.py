@@ -6,6 +6,7 @@
 
 Fine-tuning a convnet with its batch norms in eval mode then keeps one activation per
 conv-BN pair for backward instead of two. The forward's bits and the gradients are eval mode's.
+Without a compiler, ``convbn_inductor_pass.turn_on(model)`` does the same in eager mode.
 
 The story in the order of the code: ``hook`` (how Inductor calls us) -> ``pipeline`` (find,
 decide, rewrite, record) -> ``autograd`` (the gradient). ``explain`` says what was done and
@@ -18,6 +19,7 @@ _compat.check_torch_version()
 
 from .codes import Code  # noqa: E402
 from .config import Options, get_options, options, set_options  # noqa: E402
+from .eager import decisions, turn_off, turn_on  # noqa: E402
 from .explain import Explanation, explain  # noqa: E402
 from .hook import PassFailedWarning, install, is_installed, uninstall  # noqa: E402
 from .report import Record, Records, clear_records, records  # noqa: E402
@@ -33,6 +35,7 @@ __all__ = [
     "Records",
     "__version__",
     "clear_records",
+    "decisions",
     "explain",
     "get_options",
     "install",
@@ -40,6 +43,8 @@ __all__ = [
     "options",
     "records",
     "set_options",
+    "turn_off",
+    "turn_on",
     "uninstall",
 ]
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, tracing
@@ -22,26 +23,35 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging import trace_structured
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 from torch.torch_version import TorchVersion
+from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = [
     "CustomGraphPass",
     "FakeTensor",
     "FakeTensorMode",
+    "OptimizedModule",
     "TracingContext",
+    "WeakIdKeyDictionary",
     "check_torch_version",
     "copy_dynamo_source",
     "counters_kept",
     "counters",
     "functorch_config",
+    "in_functional_transform",
     "inductor_config",
     "is_functorch_tensor",
     "lazy_graph_module",
     "mark_cacheable",
     "one_pass_per_hook",
+    "remove_function_mode",
+    "saved_tensors_hooks",
     "size_hint",
     "storage_key",
+    "torch_functions_off",
     "trace_structured",
     "tracing",
 ]
@@ -77,6 +87,31 @@ def storage_key(value: Any) -> int | None:
 def is_functorch_tensor(value: Tensor) -> bool:
     """Whether ``value`` belongs to a level of torch.func (vmap, grad, jvp)."""
     return torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def in_functional_transform() -> bool:
+    """Whether torch.func or forward-mode automatic differentiation is at work here."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
+
+
+def saved_tensors_hooks() -> tuple[Any, Any] | None:
+    """The innermost ``torch.autograd.graph.saved_tensors_hooks``; checkpoint uses them, too."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def torch_functions_off() -> contextlib.AbstractContextManager[None]:
+    """Call torch with no ``__torch_function__``, of a mode or of a subclass, in between."""
+    return torch._C.DisableTorchFunction()
+
+
+def remove_function_mode(mode: TorchFunctionMode) -> bool:
+    """Leave ``mode`` without its ``__exit__``, if it is the innermost; whether it was."""
+    if _get_current_function_mode() is not mode:
+        return False
+    _pop_mode()
+    return True
 
 
 def mark_cacheable(function: Any, uuid: str) -> None:

@@ -59,11 +59,11 @@ class Conv(NamedTuple):
     groups: int
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _apply_layer(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None) -> Tensor:
+def apply_layer(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None) -> Tensor:
     if conv is None:
         out = F.linear(x, weight, bias)
         return out.reshape(-1, out.shape[-1]) if out.ndim > 2 else out
@@ -110,7 +110,7 @@ def _is_autocast_enabled(device_type: str) -> bool:
 
 
 @contextlib.contextmanager
-def _autocast_off(device_type: str) -> Iterator[None]:
+def autocast_off(device_type: str) -> Iterator[None]:
     """Compute in the dtypes given: autocast's casts were made before, where autograd sees them."""
     if _is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
@@ -141,9 +141,9 @@ class ConvBNEval(torch.autograd.Function):
         eps: float,
         conv: Conv | None,
     ) -> Tensor:
-        with _autocast_off(x.device.type):
+        with autocast_off(x.device.type):
             bias = None if bias is None else bias.to(x.dtype)
-            c = _apply_layer(x, weight.to(x.dtype), bias, conv)
+            c = apply_layer(x, weight.to(x.dtype), bias, conv)
             return F.batch_norm(
                 c, running_mean, running_var, bn_weight, bn_bias, training=False, eps=eps
             )
@@ -163,8 +163,8 @@ class ConvBNEval(torch.autograd.Function):
         layout = fold.Layout() if conv is None else fold.Layout(conv.transposed, conv.groups)
         dx: Any = None
         dw = db = dgamma = dbeta = dfolded = sum_dy = dx
-        with _autocast_off(x.device.type):
-            acc = _accumulation_dtype(dy.dtype)
+        with autocast_off(x.device.type):
+            acc = accumulation_dtype(dy.dtype)
             invstd = (running_var.to(acc) + ctx.eps).rsqrt()
             scale = invstd if bn_weight is None else bn_weight.to(acc) * invstd
             # What the forward multiplied with: under autocast, the weight after its cast.
@@ -231,6 +231,7 @@ def conv_bn_eval(
     groups: int,
     *,
     dtype: torch.dtype | None = None,
+    function: type[ConvBNEval] = ConvBNEval,
 ) -> Tensor:
     """Batched 1-d, 2-d or 3-d convolution, plain or transposed, then eval-mode batch norm.
 
@@ -239,6 +240,7 @@ def conv_bn_eval(
     ``F.batch_norm(conv(x), ..., training=False)`` returns, autocast included, with its bits.
     ``dtype`` is what the convolution computes in, if that is not what autocast makes of
     ``F.conv2d`` (it leaves ``torch.convolution`` alone).
+    ``function`` may replace the forward, never the gradient.
     """
     if (dtype := dtype or _autocast_dtype(x)) is not None:
         x = x.to(dtype)
@@ -248,9 +250,7 @@ def conv_bn_eval(
         else:  # "valid"
             padding = (0,) * len(stride)
     conv = Conv(stride, padding, dilation, transposed, output_padding, groups)
-    return ConvBNEval.apply(
-        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, conv
-    )
+    return function.apply(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, conv)
 
 
 def linear_bn_eval(
@@ -264,6 +264,7 @@ def linear_bn_eval(
     eps: float,
     *,
     dtype: torch.dtype | None = None,
+    function: type[ConvBNEval] = ConvBNEval,
 ) -> Tensor:
     """Linear layer, its result viewed as [rows, C_out], then eval-mode batch norm over the rows.
 
@@ -272,6 +273,4 @@ def linear_bn_eval(
     """
     if (dtype := dtype or _autocast_dtype(x)) is not None:
         x = x.to(dtype)
-    return ConvBNEval.apply(
-        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, None
-    )
+    return function.apply(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, None)
