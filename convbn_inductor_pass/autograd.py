@@ -167,17 +167,23 @@ class ConvBNEval(torch.autograd.Function):
             acc = accumulation_dtype(dy.dtype)
             invstd = (running_var.to(acc) + ctx.eps).rsqrt()
             scale = invstd if bn_weight is None else bn_weight.to(acc) * invstd
+            if need_db or need_dgamma or need_dbeta:
+                sum_dy = dy.sum([d for d in range(dy.ndim) if d != 1], dtype=acc)
+            on_weight = scale
+            if is_narrow := dy.dtype == torch.float16:
+                # dW' is dW / s, which may leave float16's range where dW does not. With invstd
+                # in dy, which is how eval mode does it, dW' is dW / gamma.
+                dy = (dy * invstd.reshape([1, -1] + [1] * (dy.ndim - 2))).to(dy.dtype)
+                on_weight = torch.ones_like(invstd) if bn_weight is None else bn_weight.to(acc)
             # What the forward multiplied with: under autocast, the weight after its cast.
             used_weight = weight.to(x.dtype).to(acc)
             if need_dx or need_dw or need_dgamma:
                 folded = weight.to(x.dtype)  # for its shape and layout, unless dx is wanted
                 if need_dx:
-                    folded = fold.scale_weight(used_weight, scale, layout).to(x.dtype)
+                    folded = fold.scale_weight(used_weight, on_weight, layout).to(x.dtype)
                 dx, dfolded = _layer_backward(dy, x, folded, conv, need_dx, need_dw or need_dgamma)
-            if need_db or need_dgamma or need_dbeta:
-                sum_dy = dy.sum([d for d in range(dy.ndim) if d != 1], dtype=acc)
             if need_dw:
-                dw = fold.scale_weight(dfolded.to(acc), scale, layout).to(weight.dtype)
+                dw = fold.scale_weight(dfolded.to(acc), on_weight, layout).to(weight.dtype)
             if need_db:
                 db = (scale * sum_dy).to(bias.dtype)
             if need_dgamma:
@@ -186,7 +192,9 @@ class ConvBNEval(torch.autograd.Function):
                     # First, because bias and mean may be large and nearly equal.
                     shift = bias.to(x.dtype).to(acc) + shift
                 inner = fold.channel_inner_product(dfolded.to(acc), used_weight, layout)
-                dgamma = (invstd * (inner + shift * sum_dy)).to(bn_weight.dtype)
+                offset = shift * sum_dy
+                dgamma = inner + invstd * offset if is_narrow else invstd * (inner + offset)
+                dgamma = dgamma.to(bn_weight.dtype)
             if need_dbeta:
                 dbeta = sum_dy.to(ctx.bn_bias_dtype)
         return dx, dw, db, dgamma, dbeta, None, None, None, None

@@ -270,6 +270,17 @@ class TestDtypes:
         make = in_dtype(arguments(grad=("x",)), dtype, names)
         check(conv_bn, make, Code.FUSED)
 
+    def test_float16_stays_in_range(self):
+        """With a large variance dW is in float16's range, and dW / s would not be."""
+
+        def fn(*args):
+            return conv_bn(*args) * 1000
+
+        make = arguments(x=(8, 3, 32, 32), v=lambda made: torch.full((4,), 1e6))
+        make = in_dtype(make, torch.float16, "x w b")
+        check(fn, make, Code.FUSED)
+        assert all(g.isfinite().all() for g in run(fn, make()).gradients.values())
+
     def test_autocast_inside(self):
         def fn(*args):
             with bf16():
