@@ -104,8 +104,18 @@ def _assert_same_bits(what: str, a: Tensor, b: Tensor) -> None:
     )
 
 
-def compare(fused: Outcome, unfused: Outcome, eager: Outcome, exact: Outcome | None) -> None:
-    """Raise AssertionError unless ``fused`` may stand for ``unfused``; see the top of this file."""
+def compare(
+    fused: Outcome,
+    unfused: Outcome,
+    eager: Outcome,
+    exact: Outcome | None,
+    computed_in: torch.dtype = torch.float32,
+) -> None:
+    """Raise AssertionError unless ``fused`` may stand for ``unfused``; see the top of this file.
+
+    ``computed_in`` is the narrowest dtype that is computed in, which autocast may choose: a
+    float32 gradient that went through bfloat16 is not more precise than that.
+    """
     if (fused.error is None) != (unfused.error is None):
         if (unfused.error is None) == (eager.error is None):
             errors = {"with the pass": fused, "without": unfused, "eager": eager}
@@ -131,7 +141,8 @@ def compare(fused: Outcome, unfused: Outcome, eager: Outcome, exact: Outcome | N
             raise AssertionError(f"gradient of {name}: {value}, without {by_unfused}")
         if not by_unfused.isfinite().all():
             continue
-        band = ULPS * torch.finfo(value.dtype).eps
+        eps = max(torch.finfo(dtype).eps for dtype in (value.dtype, computed_in))
+        band = (ULPS if eps < 1e-3 else 8) * eps
         error, allowed = _relative_error(value, by_unfused.double()), band
         if exact is not None and exact.error is None and name in exact.gradients:
             reference = exact.gradients[name].double()
@@ -155,6 +166,7 @@ def assert_same_as_unfused(
     call: Callable[[Callable[..., Any], Mapping[str, Tensor]], Any] | None = None,
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     always: bool = True,
+    computed_in: torch.dtype = torch.float32,
     **compile_options: Any,
 ) -> PassRecorder:
     """Compile and run ``fn`` with the pass and without, compare, and return what the pass did.
@@ -165,6 +177,7 @@ def assert_same_as_unfused(
         exact: the run in float64 to hold gradients against, if there is one.
         call: see :func:`run`. context: entered around each run.
         always: compare even if nothing is fused.
+        computed_in: see :func:`compare`.
         compile_options: for ``torch.compile``.
     """
     recorder = PassRecorder(compile_unfused=always)
@@ -184,6 +197,6 @@ def assert_same_as_unfused(
     if always or recorder.fused:
         # With nothing fused it is the unfused function; held against float64 all the same.
         unfused = outcome(testing.fast_backend(fuse=False)) if recorder.fused else fused
-        compare(fused, unfused, outcome(None), None if exact is None else exact())
+        compare(fused, unfused, outcome(None), None if exact is None else exact(), computed_in)
     torch._dynamo.reset()
     return recorder

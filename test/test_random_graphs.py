@@ -36,6 +36,7 @@ class TestRandomGraphs:
                 return torch.autocast("cpu", dtype=torch.bfloat16)
             return contextlib.nullcontext()
 
+        autocast = function.ambient_autocast or "autocast" in function.source
         with warnings.catch_warnings():
             # Autograd points at the operation that a raised error is about.
             warnings.simplefilter("ignore")
@@ -46,6 +47,7 @@ class TestRandomGraphs:
                 exact=lambda: run(function.function(), function.arguments(double=True)),
                 context=ambient,
                 always=False,
+                computed_in=torch.bfloat16 if autocast else torch.float32,
                 dynamic=function.dynamic,
             )
         codes.update(code.name for code in recorder.codes)
