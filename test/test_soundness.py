@@ -180,6 +180,14 @@ class TestLayouts:
             Code.FUSED,
         )
 
+    def test_padding_same_of_even_kernels(self):
+        """One more on the right than on the left."""
+        check(
+            lambda x, w, b, *rest: bn(F.conv2d(x, w, b, padding="same", dilation=(1, 3)), *rest),
+            arguments(grad=("x",), x=(2, 3, 6, 5), w=(4, 3, 2, 4)),
+            Code.FUSED,
+        )
+
     @pytest.mark.parametrize("groups", [2, 4])
     def test_grouped_wider_than_input(self, groups):
         check(
