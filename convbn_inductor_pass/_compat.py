@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
@@ -40,6 +41,7 @@ __all__ = [
     "copy_dynamo_source",
     "counters_kept",
     "counters",
+    "dynamo_config",
     "functorch_config",
     "in_functional_transform",
     "inductor_config",

@@ -77,7 +77,8 @@ class Explanation:
     def _table(self) -> Table:
         table = Table(title="Batch norms and the layers before them", title_justify="left")
         for column in ("layer", "batch norm", "layer's output", "bytes", "decision"):
-            table.add_column(column, justify="right" if column == "bytes" else "left")
+            is_number = column == "bytes"
+            table.add_column(column, justify="right" if is_number else "left", overflow="fold")
         for r in self.records:
             why = f" ({r.detail})" if r.detail else ""
             table.add_row(

@@ -53,7 +53,9 @@ def trace(
         ),
         inputs,
     )
-    with fake_mode, _compat.counters_kept():
+    # Sizes that differ from an earlier trace's are no sign that they vary in the user's model.
+    static = {} if dynamic is not None else {"automatic_dynamic_shapes": False}
+    with fake_mode, _compat.counters_kept(), _compat.dynamo_config.patch(static):
         return torch.compile(fresh, backend=backend, dynamic=dynamic)(fn, fakes)
 
 

@@ -179,6 +179,13 @@ def test_dynamic_shapes():
     assert kept.saved_bytes["tune"] == static.saved_bytes["tune"] == kept.saved_bytes["deploy"]
 
 
+def test_shapes_of_an_earlier_call_do_not_matter():
+    model = Residual()
+    for shape in ((4, 3, 32, 32), (2, 3, 16, 16)):
+        explanation = cbn.explain(model, torch.randn(shape))
+        assert explanation.records[0].output_shape == (shape[0], 8, *shape[2:])
+
+
 def test_unknown_mode():
     with pytest.raises(ValueError, match="mode must be one of eval, builtin, tune, deploy, got"):
         saved_for_backward(Residual(), torch.randn(2, 3, 8, 8), mode="train")
