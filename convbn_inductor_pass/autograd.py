@@ -208,6 +208,27 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
+def _cast_input(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None
+) -> Tensor:
+    """``x`` in the dtype that the layer computes in: ``dtype``, or what autocast makes of it.
+
+    Raises:
+        RuntimeError: dtypes differ and no autocast is there to cast, as the layer would. Fake
+            tensors do not always tell, so that tracing may have let such a call through.
+    """
+    if _is_autocast_enabled(x.device.type):
+        dtype = dtype or _autocast_dtype(x)
+        return x if dtype is None else x.to(dtype)
+    for tensor in (weight, bias):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise RuntimeError(
+                f"expected input, weight and bias of a layer to have the same dtype, but got "
+                f"{x.dtype} and {tensor.dtype}"
+            )
+    return x
+
+
 def _same_padding(
     x: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[Tensor, tuple[int, ...]]:
@@ -250,8 +271,7 @@ def conv_bn_eval(
     ``F.conv2d`` (it leaves ``torch.convolution`` alone).
     ``function`` may replace the forward, never the gradient.
     """
-    if (dtype := dtype or _autocast_dtype(x)) is not None:
-        x = x.to(dtype)
+    x = _cast_input(x, weight, bias, dtype)
     if isinstance(padding, str):
         if padding == "same":
             x, padding = _same_padding(x, tuple(weight.shape[2:]), dilation)
@@ -279,6 +299,5 @@ def linear_bn_eval(
     ``x`` [..., C_in] with at least two dimensions, ``weight`` [C_out, C_in]; returns
     [prod(...), C_out]. ``dtype`` is as for :func:`conv_bn_eval`.
     """
-    if (dtype := dtype or _autocast_dtype(x)) is not None:
-        x = x.to(dtype)
+    x = _cast_input(x, weight, bias, dtype)
     return function.apply(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, None)

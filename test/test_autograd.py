@@ -208,3 +208,13 @@ def test_empty_batch(name):
     for t, g in zip(wanted, torch.autograd.grad(y.sum(), wanted), strict=True):
         assert g.shape == t.shape
         assert not g.any()
+
+
+@pytest.mark.parametrize("name", ["conv2d", "linear"])
+def test_mixed_dtypes_without_autocast_raise_as_the_layer_does(name):
+    model = ConvBN(LAYERS[name]())
+    x, weight, bias, gamma, beta = leaves(model, torch.float32)
+    with pytest.raises(RuntimeError, match=r"dtype|type"):
+        plain_call(model, x.to(torch.bfloat16), weight, bias, gamma, beta)
+    with pytest.raises(RuntimeError, match="to have the same dtype"):
+        fused_call(model, x.to(torch.bfloat16), weight, bias, gamma, beta)
