@@ -1,6 +1,6 @@
 """Error of every gradient against float64, eval mode's and tune mode's, layer by layer.
 
-    python bench/gradient_error.py [--device cpu] [--dtype float32]
+    python -m bench.gradient_error [--device cpu] [--dtype float32]
 
 For several layers and several ratios of mean to deviation of the layer's output (the offset
 comes from the input, as behind a ReLU, so that it cannot cancel against the layer's bias), the

@@ -28,7 +28,7 @@ and is as accurate as that: measured in float32, 1 to 14 times eval mode's error
 2e-6 of the largest number where the mean of ``c`` is not above its deviation. It cancels where
 the mean is far larger, and so does eval mode's: both errors grow with the ratio. Taking the inner
 product in float64, or about the mean of ``x``, does not help, since the error is made in the sums
-of ``convolution_backward``. ``bench/gradient_error.py`` measures all this.
+of ``convolution_backward``. ``python -m bench.gradient_error`` measures all this.
 """
 
 from __future__ import annotations
