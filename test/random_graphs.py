@@ -76,10 +76,15 @@ class RandomFunction:
             made[spec.name] = spec.make(made, double)
         return made
 
-    def function(self) -> Callable[..., Any]:
-        """A fresh function object, with nothing compiled for it yet."""
+    def function(self, *, double: bool = False) -> Callable[..., Any]:
+        """A fresh function object, with nothing compiled for it yet.
+
+        With ``double`` the one for float64 arguments: a view of the bits, which is drawn for
+        bfloat16, takes integers as wide as those.
+        """
+        source = self.source.replace("torch.int16", "torch.int64") if double else self.source
         scope: dict[str, Any] = {"torch": torch, "F": F, "checkpoint": checkpoint}
-        exec(compile(self.source, "<random function>", "exec"), scope)
+        exec(compile(source, "<random function>", "exec"), scope)
         return scope["f"]
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Outcome, PassRecorder, assert_same_as_unfused, compare, run
+from oracle import PassRecorder, assert_same_as_unfused, compare, run
 from random_graphs import WRITES, WRITES_STATISTICS
 from torch import Tensor, fx, nn
 from torch._higher_order_ops import scan, while_loop
@@ -75,10 +75,10 @@ def check(
 ) -> PassRecorder:
     """Compare with and without the pass, and assert what it decided."""
 
-    def exact_run() -> Outcome:
-        return run(fn, {n: double(t) for n, t in make().items()}, kwargs.get("call"))
+    def in_float64() -> Arguments:
+        return {n: double(t) for n, t in make().items()}
 
-    recorder = assert_same_as_unfused(fn, make, exact=exact_run if exact else None, **kwargs)
+    recorder = assert_same_as_unfused(fn, make, double=in_float64 if exact else None, **kwargs)
     assert recorder.codes == list(codes)
     return recorder
 
