@@ -126,6 +126,8 @@ class _Region(TorchFunctionMode):
         return id(tensor), use
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(args[0] if args else kwargs.get("input"), Deferred):
+            args, kwargs = _run_all((args, kwargs))  # no batch norm came between two layers
         call = None if self.steps_aside else LayerCall.read(func, args, kwargs)
         if call is None:
             return func(*args, **kwargs)

@@ -114,6 +114,17 @@ def test_channels_last(name):
     assert_like_eval(model, x, fused=1)
 
 
+def test_layer_after_a_layer():
+    """As in separable convolutions, in the first forward and under saved-tensor hooks."""
+    x = torch.randn(2, 4, 6, 6)
+    by_name = Fn(lambda m, x: m.bn(F.conv2d(weight=m.conv.weight, input=m.conv(x))))
+    assert_like_eval(by_name, x, fused=1)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), *conv_bn(4, 6), *conv_bn(6, 6))
+    assert_like_eval(spread_statistics(model).eval(), x, fused=2)
+    assert saved_bytes(turn_off(model), x) > saved_bytes(turn_on(model), x)
+    assert codes(model) == [Code.FUSED] * 2
+
+
 def test_forward_is_one_convolution_and_no_batch_norm():
     model, x = turn_on(Residual()), torch.randn(2, 3, 8, 8)
     model(x)
