@@ -40,7 +40,7 @@ from .deferred import Deferred
 __all__ = ["Enter", "Event", "Exit", "Ledger", "Resume", "Suspend"]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Event:
     """One call of a layer or batch norm, or of both as one, in the last forward that made it."""
 

@@ -1,7 +1,6 @@
 """``turn_on``: the pairs it finds, what they compute and keep, what must run as written."""
 
 import copy
-import importlib
 import io
 import pickle
 import warnings
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import convbn_inductor_pass
+from bench.libraries import MissingLibrary, require
 from convbn_inductor_pass import Code, decisions, explain, turn_off, turn_on
 from convbn_inductor_pass.autograd import conv_bn_eval, linear_bn_eval
 from convbn_inductor_pass.deferred import Deferred
@@ -942,6 +942,43 @@ def test_deploy_leaves_what_it_cannot_merge():
     assert torch.equal(model(x), expected)
 
 
+def deployed(model, x):
+    with pytest.warns(UserWarning, match="unstable"):
+        return turn_on(model, "deploy", example_inputs=(x,))
+
+
+@pytest.mark.parametrize("other", ["norm", "layer"])
+def test_deploy_leaves_modules_whose_tensors_are_used(other):
+    """A functional call would not see that its module was replaced."""
+
+    def forward(m, x):
+        if other == "norm":
+            bn = m.bn
+            return F.batch_norm(m.conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias)
+        return m.bn(F.conv2d(x, m.conv.weight, m.conv.bias))
+
+    model, x = Fn(forward), torch.randn(2, 4, 6, 6)
+    expected = model(x)
+    assert torch.equal(deployed(model, x)(x), expected)
+
+
+def test_deploy_merges_a_pair_that_is_used_often():
+    """A head with its batch norms on several levels, and one use too many."""
+
+    def forward(m, x):
+        return m.bn(m.conv(x)) + m.bn(m.conv(x[:, :, ::2, ::2])).mean((2, 3), keepdim=True)
+
+    x = torch.randn(2, 4, 6, 6)
+    model, other = Fn(forward), Fn(lambda m, x: forward(m, x) + m.conv(x))
+    for m in (model, other):
+        expected = m(x)
+        torch.testing.assert_close(deployed(m, x)(x), expected)
+    tune = turn_on(turn_off(copy.deepcopy(model)))
+    assert saved_bytes(tune, x) == saved_bytes(model, x)
+    assert not isinstance(model.bn, nn.BatchNorm2d)
+    assert isinstance(other.bn, nn.BatchNorm2d)
+
+
 def test_deploy_leaves_no_trace_of_its_example():
     model = PaperM().train()
     x = torch.randn(2, 3, 12, 12)
@@ -954,30 +991,33 @@ def test_deploy_leaves_no_trace_of_its_example():
     assert not isinstance(model.bn1, nn.BatchNorm2d)
 
 
-@pytest.mark.parametrize("package", ["torchvision", "timm"])
-def test_models_of_other_packages(package):
+OTHERS = {
+    "torchvision.models": ("resnet18", "regnet_y_400mf", "mobilenet_v3_small"),
+    "timm": ("resnet18", "efficientnet_b0"),
+}
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), [(k, n) for k, names in OTHERS.items() for n in names]
+)
+def test_models_of_other_packages(library, name):
     try:
-        library = importlib.import_module(package)
-    except (ImportError, RuntimeError) as error:  # not installed, or not for this torch
+        build = getattr(require(library), "get_model" if "vision" in library else "create_model")
+    except MissingLibrary as error:
         pytest.skip(str(error))
-    names = {
-        "torchvision": ["resnet18", "regnet_y_400mf", "mobilenet_v3_small", "densenet121"],
-        "timm": ["resnet18", "efficientnet_b0", "inception_v3"],
-    }[package]
-    for name in names:
-        build = library.models.get_model if package == "torchvision" else library.create_model
-        torch.manual_seed(0)
-        model = spread_statistics(build(name)).eval()
-        x = torch.randn(
-            1, 3, 299 if "inception" in name else 64, 299 if "inception" in name else 64
-        )
-        wanted = explain(model, x).fused
-        before = saved_bytes(model, x)
-        turn_on(model)
-        after = saved_bytes(model, x)
-        fused = [r for r in decisions(model) if r.code.fused]
-        assert len(fused) == wanted
-        assert before - after == sum(r.output_bytes for r in fused)
+    torch.manual_seed(0)
+    model, x = spread_statistics(build(name)).eval(), torch.randn(1, 3, 64, 64)
+    wanted = explain(model, x).fused
+    before, deploy = saved_bytes(model, x), copy.deepcopy(model)
+    turn_on(model)
+    after = saved_bytes(model, x)
+    fused = [r for r in decisions(model) if r.code.fused]
+    assert len(fused) == wanted
+    assert before - after == sum(r.output_bytes for r in fused)
+    with pytest.warns(UserWarning, match="unstable"):
+        turn_on(deploy, "deploy", example_inputs=(x,))
+    assert after == saved_bytes(deploy, x)
+    torch.testing.assert_close(deploy(x), model(x))
 
 
 def test_linear_layer_of_more_rows():
