@@ -139,9 +139,11 @@ class _Region(TorchFunctionMode):
             return func(*args, **kwargs)
 
         def on_use(why: Code) -> None:
+            # A batch norm that could not be fused (frozen layer, training mode) may be later.
+            refused = event.code not in (None, Code.FUSED)
             if event.code is Code.FUSED:
                 event.code = why
-            if learns:
+            if learns and not refused:
                 self.plain.setdefault(call.weight, set()).add(key[1])
 
         call.live, call.on_use = self.live, on_use

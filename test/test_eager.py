@@ -261,6 +261,26 @@ def test_frozen_subsets(what):
             assert_like_eval(turn_off(model), x, fused=Residual.pairs)
 
 
+def test_unfrozen_later():
+    """As schedules of fine-tuning do; what was seen before does not count."""
+    model, x = turn_on(Residual()), torch.randn(2, 3, 8, 8)
+    freeze(model, "layers")
+    for _ in range(2):
+        model(x)
+        assert set(codes(model)) == {Code.LAYER_FROZEN}
+    model.requires_grad_(True)
+    model(x)
+    assert codes(model) == [Code.FUSED] * Residual.pairs
+    for norm in model.bns:
+        norm.train()
+    for _ in range(2):
+        model(x)
+        assert codes(model).count(Code.BATCH_STATISTICS) == len(model.bns)
+    model.eval()
+    model(x)
+    assert codes(model) == [Code.FUSED] * Residual.pairs
+
+
 def test_stem_frozen():
     model = Residual()
     for p in [*model.stem.parameters(), *model.stem_bn.parameters()]:
@@ -654,6 +674,41 @@ def test_hooks_see_tensors_and_gradients():
         for a, b in zip(observe(), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
         assert codes(model).count(Code.FUSED) == Residual.pairs - 1
+
+
+@pytest.mark.parametrize("kind", ["pre", "forward", "reads", "backward_pre", "backward"])
+def test_hooks_of_a_batch_norm(kind):
+    """What they change counts, and what they are shown is what eval mode shows them."""
+    model, x = Fn(lambda m, x: m.bn(m.conv(x)).relu()), torch.randn(2, 4, 6, 6)
+    bn, seen = model.bn, []
+
+    def reads(module, args, output):
+        seen.extend((args[0].mean(), output.mean()))
+
+    def backward(module, into, outof):
+        seen.append(outof[0].sum())
+        return tuple(None if g is None else 3 * g for g in into)
+
+    register = {
+        "pre": lambda: bn.register_forward_pre_hook(lambda m, args: (args[0] * 2,)),
+        "forward": lambda: bn.register_forward_hook(lambda m, args, output: output + 1),
+        "reads": lambda: bn.register_forward_hook(reads),
+        "backward_pre": lambda: bn.register_full_backward_pre_hook(lambda m, g: (g[0] * 2,)),
+        "backward": lambda: bn.register_full_backward_hook(backward),
+    }
+    register[kind]()
+    expected, gradients = run(model, x)
+    shown = len(seen)
+    turn_on(model)
+    for _ in range(2):
+        got, tune_gradients = run(model, x)
+        torch.testing.assert_close(got, expected)
+        for n, g in gradients.items():
+            torch.testing.assert_close(tune_gradients[n], g, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 3 * shown
+    for i, value in enumerate(seen):
+        torch.testing.assert_close(value + 0, seen[i % shown])
+    assert codes(model).count(Code.FUSED) == (1 if kind == "forward" else 0)
 
 
 def test_feature_extractor_that_keeps_a_convolution_output():
