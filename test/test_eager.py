@@ -564,24 +564,33 @@ class Doubles(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("function", [WritesInPlace, Doubles])
-@pytest.mark.parametrize("first", [True, False])
-def test_custom_autograd_function(function, first):
+@pytest.mark.parametrize("where", ["before_norm", "after_layer", "after_itself"])
+def test_custom_autograd_function(function, where):
     """They take tensors without telling __torch_function__; no gradient may be lost."""
 
     def forward(m, x):
         c = m.conv(x)
-        if first:
+        if where == "before_norm":
             return m.bn(function.apply(c))
-        c = m.conv(c)
+        c = m.conv(c if where == "after_layer" else m.bn(c).relu())  # its input needs its weight
         return function.apply(c) * m.bn(m.conv(x))
 
-    model, x = Fn(forward), torch.randn(2, 4, 6, 6)
+    def twice(m, x):
+        leaves = list(m.parameters())
+        first = torch.autograd.grad(m(x).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    model, x = Fn(forward).double(), torch.randn(2, 4, 6, 6).double()
     expected, gradients = run(model, x)
+    second = twice(model, x)
+    turn_on(model)
+    # Twice first: in a second forward the layer would run at once.
+    torch.testing.assert_close(twice(model, x), second, rtol=1e-9, atol=1e-9)
     got, tune_gradients = run(turn_on(model), x)
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
     assert tune_gradients.keys() == gradients.keys()
     for n, g in gradients.items():
-        torch.testing.assert_close(tune_gradients[n], g, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(tune_gradients[n], g, rtol=1e-9, atol=1e-9)
 
 
 def test_write_in_an_autograd_function():
