@@ -27,7 +27,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import _compat, merge
 from .codes import Code
-from .intercept import Enter, Event, Exit, Ledger, Resume, Suspend
+from .intercept import Enter, Exit, Resume, Suspend
+from .region import Event, Ledger
 from .report import Record
 
 __all__ = ["decisions", "turn_off", "turn_on"]

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from . import fold
 from .codes import Code
 from .folded import fold_affine
-from .intercept import Event
+from .region import Event
 
 __all__ = [
     "CountCalls",
