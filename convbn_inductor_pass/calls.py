@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import _compat
 from .codes import Code
+from .geometry import Geometry
 
 if TYPE_CHECKING:
     import weakref
@@ -61,17 +62,6 @@ def _bind(
     if len(args) > len(names) or not set(kwargs) <= set(names[len(args) :]):
         return None
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-class Geometry(NamedTuple):
-    """What :func:`~convbn_inductor_pass.autograd.conv_bn_eval` takes beside tensors."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
 
 
 class Context(NamedTuple):
@@ -209,10 +199,10 @@ class LayerCall:
                 return None
             geometry, shape = None, (*x.shape[:-1], weight.shape[0])
         else:
-            geometry = _geometry(bound, spatial, transposed)
+            geometry = Geometry.read(bound, spatial, transposed)
             if geometry is None or x.ndim != spatial + 2 or weight.ndim != spatial + 2:
                 return None
-            found = _output_shape(x, weight, geometry)
+            found = geometry.output_shape(x, weight)
             if found is None:
                 return None
             shape = found
@@ -230,56 +220,6 @@ def is_plain(value: Any) -> bool:
         and value.device.type in _DEVICES
         and not value.is_inference()
     )
-
-
-def _geometry(bound: dict[str, Any], spatial: int, transposed: bool) -> Geometry | None:
-    def expanded(name: str, default: int) -> Any:
-        value = bound.get(name, default)
-        values = (value,) if isinstance(value, int) else tuple(value)
-        return values * spatial if len(values) == 1 else values
-
-    padding = bound.get("padding", 0)
-    if not isinstance(padding, str):
-        padding = expanded("padding", 0)
-    elif transposed or padding not in ("same", "valid"):
-        return None
-    geometry = Geometry(
-        expanded("stride", 1),
-        padding,
-        expanded("dilation", 1),
-        transposed,
-        expanded("output_padding", 0),
-        bound.get("groups", 1),
-    )
-    lists = (v for v in geometry if isinstance(v, tuple))
-    if any(len(v) != spatial or not all(type(i) is int for i in v) for v in lists):
-        return None
-    return geometry if type(geometry.groups) is int and geometry.groups > 0 else None
-
-
-def _output_shape(x: Tensor, weight: Tensor, g: Geometry) -> tuple[int, ...] | None:
-    kernel = tuple(weight.shape[2:])
-    if g.transposed:
-        c_in, c_out = weight.shape[0], weight.shape[1] * g.groups
-    else:
-        c_in, c_out = weight.shape[1] * g.groups, weight.shape[0]
-    if x.shape[1] != c_in or c_in % g.groups or c_out % g.groups or min(g.stride) < 1:
-        return None
-    if g.padding == "same":
-        return (x.shape[0], c_out, *x.shape[2:]) if set(g.stride) == {1} else None
-    padding = (0,) * len(kernel) if isinstance(g.padding, str) else g.padding
-    if min(*padding, *g.dilation, *g.output_padding, 0) < 0:
-        return None
-    sizes = []
-    for i, k in enumerate(kernel):
-        reach = g.dilation[i] * (k - 1)
-        if g.transposed:
-            size = (x.shape[i + 2] - 1) * g.stride[i] - 2 * padding[i] + reach
-            size += g.output_padding[i] + 1
-        else:
-            size = (x.shape[i + 2] + 2 * padding[i] - reach - 1) // g.stride[i] + 1
-        sizes.append(size)
-    return (x.shape[0], c_out, *sizes) if min(sizes) > 0 else None
 
 
 class BatchNormCall(NamedTuple):

@@ -13,7 +13,7 @@ result is a :class:`Deferred`, a tensor that knows its shape and dtype but has n
 There is no third case. Python functions of torch are caught in ``__torch_function__``, what
 reaches the dispatcher past them in ``__torch_dispatch__``; a custom ``autograd.Function``
 that takes a ``Deferred`` finds a graph to send its gradient to. What can still go wrong is
-that arguments are modified before the convolution runs. The interception (``intercept``) runs
+that arguments are modified before the convolution runs. The interception (``region``) runs
 it before such a modification; one that it cannot see (made in an ``autograd.Function``, or
 by other code than torch's) shows in version counters and raises.
 """
@@ -109,12 +109,16 @@ class _Defer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         call: LayerCall = ctx.call
+        call.check_unmodified()
+        # Aliases, because the input may depend on the weight: through a layer that shares it.
+        with _compat.torch_functions_off(), torch.enable_grad():
+            operands = [None if t is None else t.view_as(t) for t in call.operands]
+        x, weight, bias = operands
+        again: dict[str, Any] = {"input": x, "weight": weight, "bias": bias}
+        out = dataclasses.replace(call, **again).run()
         needed = [
-            t
-            for t, n in zip(call.operands, ctx.needs_input_grad, strict=False)
-            if n and t is not None
+            t for t, n in zip(operands, ctx.needs_input_grad, strict=False) if n and t is not None
         ]
-        out = call.run()
         found = iter(torch.autograd.grad(out, needed, dy, create_graph=torch.is_grad_enabled()))
         return (*(next(found) if n else None for n in ctx.needs_input_grad[:3]), None)
 

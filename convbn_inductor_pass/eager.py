@@ -27,13 +27,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import _compat, merge
 from .codes import Code
-from .intercept import Enter, Event, Exit, Ledger, Resume, Suspend
+from .intercept import Enter, Exit, Resume, Suspend
+from .region import Event, Ledger
 from .report import Record
 
 __all__ = ["decisions", "turn_off", "turn_on"]
 
 Mode = Literal["train", "eval", "tune", "deploy"]
-_HOOKS = (Enter, Exit, Suspend, Resume, merge.MergeAfterForward)
+_HOOKS = (Enter, Exit, Suspend, Resume, merge.CountCalls, merge.MergeAfterForward)
 _ATTRIBUTE = "_convbn_mode"
 
 
@@ -69,7 +70,7 @@ def turn_on(
         model: the model. Copies and pickles of it keep the mode.
         mode: ``"train"``, ``"eval"``: the batch norms' own modes. ``"tune"``: eval mode with
             one convolution per block. ``"deploy"``: the blocks become plain convolutions with
-            new parameters, each batch norm an ``nn.Identity``.
+            new parameters, each batch norm an empty ``nn.Sequential``.
         modules: paths of submodules (``["backbone"]``) to restrict this to.
         example_inputs: for ``"deploy"``, inputs of one forward, under ``no_grad`` and in
             evaluation mode, in which the blocks are found. Without, they are merged after the
@@ -104,6 +105,7 @@ def turn_on(
         for scope in scopes.values():
             _add_hooks(scope, state.ledger)
     if mode == "deploy":
+        merge.count_calls(model)
         warnings.warn(
             "deploy mode is for inference: training merged convolutions is unstable. Use "
             "mode='tune' to train at the same cost",
@@ -223,9 +225,10 @@ def _remove_hooks(model: nn.Module) -> None:
 
 
 def _finish_merge(model: nn.Module, state: _State) -> None:
+    calls = merge.take_counts(model)
     _remove_hooks(model)
     events = [e for f in list(state.ledger.forwards.values()) for e in f.values()]
-    state.merged = merge.merge_pairs(model, events)
+    state.merged = merge.merge_pairs(model, events, calls)
 
 
 def _finish_after_forward(model: nn.Module) -> None:

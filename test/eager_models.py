@@ -16,7 +16,7 @@ class Wrapped(nn.Module):
 
 
 class PaperM(nn.Module):
-    """The model ``M`` of the paper: three blocks, whatever the modules are nested in."""
+    """The model ``M`` of the paper: three blocks across nested and wrapped modules."""
 
     def __init__(self):
         super().__init__()
@@ -28,11 +28,19 @@ class PaperM(nn.Module):
 
     def forward(self, x):
         x = self.conv1(x)
-        x = self.bn1(x).relu()
+        x = self.bn1(x)
         x = self.conv2(x)
-        x = F.relu(self.nested[0](x))
-        x = self.nested[1](x)
-        return self.wrapped.mod(x)
+        x = self.nested(x)
+        return self.wrapped(x)
+
+
+class Inside(PaperM):
+    """The same blocks, called inside their modules, with activations."""
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x)).relu()
+        x = F.relu(self.nested[0](self.conv2(x)))
+        return self.wrapped.mod(self.nested[1](x))
 
 
 def conv_bn(c_in, c_out, kernel=1, act=nn.ReLU, **kwargs):
@@ -170,6 +178,7 @@ class LeViT(nn.Module):
 # Name -> (model, pairs, input channels).
 MODELS = {
     "paper": (PaperM, 3, 3),
+    "inside": (Inside, 3, 3),
     "resnet": (
         lambda: nn.Sequential(conv_bn(3, 4, 3), Bottleneck(4, 4, 8, 2), Bottleneck(8, 4, 8)),
         8,

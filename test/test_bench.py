@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import analysis, cases, module_pairs, protocols, results, runner, suites
+from bench import analysis, cases, eager_coverage, module_pairs, protocols, results, runner, suites
 from bench.capacity import largest_batch
 from bench.measure import Budget
 from bench.models import other_ranks, parameter_free, repvgg, transposed
@@ -301,3 +301,56 @@ def test_result_lines_are_plain_json(tmp_path):
     header, line = (json.loads(text) for text in file.path.read_text().splitlines())
     assert header["versions"]["torch"] == torch.__version__
     assert Row.from_line(line) == row
+
+
+def test_coverage_of_eager_mode():
+    """The README's table is the result file's, and what the text says of it holds."""
+    found = json.loads(eager_coverage.RESULTS.read_text())
+    readme = eager_coverage.RESULTS.parent.parent / "README.md"
+    assert eager_coverage.markdown(found) in readme.read_text()
+    networks = found["networks"]
+    assert list(networks) == list(eager_coverage.MODELS)
+    for name, r in networks.items():
+        assert r["eager"] == r["compiled"]
+        assert r["kept"]["tune"] <= r["kept"]["deploy"]
+        assert r["kept"]["tune"] == r["kept"]["deploy"] or name == "the same, norms per level"
+        assert r["error_tune"] <= 1.75 * r["error_eval"]
+        assert r["error_tune_float64"] <= 1.25e-14
+
+
+@pytest.mark.parametrize(
+    ("module", "edges"),
+    [
+        (nn.ReLU(), [0.0]),
+        (nn.ReLU(inplace=True), [0.0]),
+        (nn.ReLU6(), [0.0, 6.0]),
+        (nn.Hardswish(), [-3.0, 3.0]),
+        (nn.Hardsigmoid(), [-3.0, 3.0]),
+        (nn.MaxPool2d(2), []),
+    ],
+)
+def test_sides_of_edges_are_told(module, edges):
+    """What coverage leaves out: inputs for which rounding crosses an edge."""
+
+    def choices(x):
+        with eager_coverage.Choices() as made:
+            module(x.clone())
+        (found,) = made.made
+        return found
+
+    x = torch.full((1, 1, 2, 2), 1.5)
+    for edge in edges:
+        below, above = x * 0 + edge - 1e-6, x * 0 + edge + 1e-6
+        assert not torch.equal(choices(below), choices(above))
+        assert torch.equal(choices(above), choices(above.double()))
+    x[..., 1, 1] += 1e-6
+    assert torch.equal(choices(x), choices(x + 0.1))
+    assert torch.equal(choices(x), choices(x.flip(-1))) == (len(edges) > 0)
+
+
+def test_errors_without_flips():
+    model = eager_coverage.prepare(eager_coverage.M())
+    result = eager_coverage.largest_errors(model, [torch.randn(1, 3, 12, 12)])
+    assert result["flipped"] == {"eval": 0, "tune": 0, "tune_float64": 0}
+    assert 0 < result["error_tune"] < 1e-5
+    assert 0 < result["error_tune_float64"] < 1e-13

@@ -1,7 +1,6 @@
 """``turn_on``: the pairs it finds, what they compute and keep, what must run as written."""
 
 import copy
-import importlib
 import io
 import pickle
 import warnings
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import convbn_inductor_pass
+from bench.libraries import MissingLibrary, require
 from convbn_inductor_pass import Code, decisions, explain, turn_off, turn_on
 from convbn_inductor_pass.autograd import conv_bn_eval, linear_bn_eval
 from convbn_inductor_pass.deferred import Deferred
@@ -112,6 +112,17 @@ def test_channels_last(name):
     model = ConvBN(LAYERS[name]()).to(memory_format=torch.channels_last)
     x = example_input(model.layer).contiguous(memory_format=torch.channels_last)
     assert_like_eval(model, x, fused=1)
+
+
+def test_layer_after_a_layer():
+    """As in separable convolutions, in the first forward and under saved-tensor hooks."""
+    x = torch.randn(2, 4, 6, 6)
+    by_name = Fn(lambda m, x: m.bn(F.conv2d(weight=m.conv.weight, input=m.conv(x))))
+    assert_like_eval(by_name, x, fused=1)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), *conv_bn(4, 6), *conv_bn(6, 6))
+    assert_like_eval(spread_statistics(model).eval(), x, fused=2)
+    assert saved_bytes(turn_off(model), x) > saved_bytes(turn_on(model), x)
+    assert codes(model) == [Code.FUSED] * 2
 
 
 def test_forward_is_one_convolution_and_no_batch_norm():
@@ -248,6 +259,26 @@ def test_frozen_subsets(what):
         assert set(codes(model)) == {Code.LAYER_FROZEN}
         with convbn_inductor_pass.options(fuse_frozen_layers=True):
             assert_like_eval(turn_off(model), x, fused=Residual.pairs)
+
+
+def test_unfrozen_later():
+    """As schedules of fine-tuning do; what was seen before does not count."""
+    model, x = turn_on(Residual()), torch.randn(2, 3, 8, 8)
+    freeze(model, "layers")
+    for _ in range(2):
+        model(x)
+        assert set(codes(model)) == {Code.LAYER_FROZEN}
+    model.requires_grad_(True)
+    model(x)
+    assert codes(model) == [Code.FUSED] * Residual.pairs
+    for norm in model.bns:
+        norm.train()
+    for _ in range(2):
+        model(x)
+        assert codes(model).count(Code.BATCH_STATISTICS) == len(model.bns)
+    model.eval()
+    model(x)
+    assert codes(model) == [Code.FUSED] * Residual.pairs
 
 
 def test_stem_frozen():
@@ -533,24 +564,33 @@ class Doubles(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("function", [WritesInPlace, Doubles])
-@pytest.mark.parametrize("first", [True, False])
-def test_custom_autograd_function(function, first):
+@pytest.mark.parametrize("where", ["before_norm", "after_layer", "after_itself"])
+def test_custom_autograd_function(function, where):
     """They take tensors without telling __torch_function__; no gradient may be lost."""
 
     def forward(m, x):
         c = m.conv(x)
-        if first:
+        if where == "before_norm":
             return m.bn(function.apply(c))
-        c = m.conv(c)
+        c = m.conv(c if where == "after_layer" else m.bn(c).relu())  # its input needs its weight
         return function.apply(c) * m.bn(m.conv(x))
 
-    model, x = Fn(forward), torch.randn(2, 4, 6, 6)
+    def twice(m, x):
+        leaves = list(m.parameters())
+        first = torch.autograd.grad(m(x).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    model, x = Fn(forward).double(), torch.randn(2, 4, 6, 6).double()
     expected, gradients = run(model, x)
+    second = twice(model, x)
+    turn_on(model)
+    # Twice first: in a second forward the layer would run at once.
+    torch.testing.assert_close(twice(model, x), second, rtol=1e-9, atol=1e-9)
     got, tune_gradients = run(turn_on(model), x)
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
     assert tune_gradients.keys() == gradients.keys()
     for n, g in gradients.items():
-        torch.testing.assert_close(tune_gradients[n], g, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(tune_gradients[n], g, rtol=1e-9, atol=1e-9)
 
 
 def test_write_in_an_autograd_function():
@@ -643,6 +683,41 @@ def test_hooks_see_tensors_and_gradients():
         for a, b in zip(observe(), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
         assert codes(model).count(Code.FUSED) == Residual.pairs - 1
+
+
+@pytest.mark.parametrize("kind", ["pre", "forward", "reads", "backward_pre", "backward"])
+def test_hooks_of_a_batch_norm(kind):
+    """What they change counts, and what they are shown is what eval mode shows them."""
+    model, x = Fn(lambda m, x: m.bn(m.conv(x)).relu()), torch.randn(2, 4, 6, 6)
+    bn, seen = model.bn, []
+
+    def reads(module, args, output):
+        seen.extend((args[0].mean(), output.mean()))
+
+    def backward(module, into, outof):
+        seen.append(outof[0].sum())
+        return tuple(None if g is None else 3 * g for g in into)
+
+    register = {
+        "pre": lambda: bn.register_forward_pre_hook(lambda m, args: (args[0] * 2,)),
+        "forward": lambda: bn.register_forward_hook(lambda m, args, output: output + 1),
+        "reads": lambda: bn.register_forward_hook(reads),
+        "backward_pre": lambda: bn.register_full_backward_pre_hook(lambda m, g: (g[0] * 2,)),
+        "backward": lambda: bn.register_full_backward_hook(backward),
+    }
+    register[kind]()
+    expected, gradients = run(model, x)
+    shown = len(seen)
+    turn_on(model)
+    for _ in range(2):
+        got, tune_gradients = run(model, x)
+        torch.testing.assert_close(got, expected)
+        for n, g in gradients.items():
+            torch.testing.assert_close(tune_gradients[n], g, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 3 * shown
+    for i, value in enumerate(seen):
+        torch.testing.assert_close(value + 0, seen[i % shown])
+    assert codes(model).count(Code.FUSED) == (1 if kind == "forward" else 0)
 
 
 def test_feature_extractor_that_keeps_a_convolution_output():
@@ -931,6 +1006,43 @@ def test_deploy_leaves_what_it_cannot_merge():
     assert torch.equal(model(x), expected)
 
 
+def deployed(model, x):
+    with pytest.warns(UserWarning, match="unstable"):
+        return turn_on(model, "deploy", example_inputs=(x,))
+
+
+@pytest.mark.parametrize("other", ["norm", "layer"])
+def test_deploy_leaves_modules_whose_tensors_are_used(other):
+    """A functional call would not see that its module was replaced."""
+
+    def forward(m, x):
+        if other == "norm":
+            bn = m.bn
+            return F.batch_norm(m.conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias)
+        return m.bn(F.conv2d(x, m.conv.weight, m.conv.bias))
+
+    model, x = Fn(forward), torch.randn(2, 4, 6, 6)
+    expected = model(x)
+    assert torch.equal(deployed(model, x)(x), expected)
+
+
+def test_deploy_merges_a_pair_that_is_used_often():
+    """A head with its batch norms on several levels, and one use too many."""
+
+    def forward(m, x):
+        return m.bn(m.conv(x)) + m.bn(m.conv(x[:, :, ::2, ::2])).mean((2, 3), keepdim=True)
+
+    x = torch.randn(2, 4, 6, 6)
+    model, other = Fn(forward), Fn(lambda m, x: forward(m, x) + m.conv(x))
+    for m in (model, other):
+        expected = m(x)
+        torch.testing.assert_close(deployed(m, x)(x), expected)
+    tune = turn_on(turn_off(copy.deepcopy(model)))
+    assert saved_bytes(tune, x) == saved_bytes(model, x)
+    assert not isinstance(model.bn, nn.BatchNorm2d)
+    assert isinstance(other.bn, nn.BatchNorm2d)
+
+
 def test_deploy_leaves_no_trace_of_its_example():
     model = PaperM().train()
     x = torch.randn(2, 3, 12, 12)
@@ -943,30 +1055,33 @@ def test_deploy_leaves_no_trace_of_its_example():
     assert not isinstance(model.bn1, nn.BatchNorm2d)
 
 
-@pytest.mark.parametrize("package", ["torchvision", "timm"])
-def test_models_of_other_packages(package):
+OTHERS = {
+    "torchvision.models": ("resnet18", "regnet_y_400mf", "mobilenet_v3_small"),
+    "timm": ("resnet18", "efficientnet_b0"),
+}
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), [(k, n) for k, names in OTHERS.items() for n in names]
+)
+def test_models_of_other_packages(library, name):
     try:
-        library = importlib.import_module(package)
-    except (ImportError, RuntimeError) as error:  # not installed, or not for this torch
+        build = getattr(require(library), "get_model" if "vision" in library else "create_model")
+    except MissingLibrary as error:
         pytest.skip(str(error))
-    names = {
-        "torchvision": ["resnet18", "regnet_y_400mf", "mobilenet_v3_small", "densenet121"],
-        "timm": ["resnet18", "efficientnet_b0", "inception_v3"],
-    }[package]
-    for name in names:
-        build = library.models.get_model if package == "torchvision" else library.create_model
-        torch.manual_seed(0)
-        model = spread_statistics(build(name)).eval()
-        x = torch.randn(
-            1, 3, 299 if "inception" in name else 64, 299 if "inception" in name else 64
-        )
-        wanted = explain(model, x).fused
-        before = saved_bytes(model, x)
-        turn_on(model)
-        after = saved_bytes(model, x)
-        fused = [r for r in decisions(model) if r.code.fused]
-        assert len(fused) == wanted
-        assert before - after == sum(r.output_bytes for r in fused)
+    torch.manual_seed(0)
+    model, x = spread_statistics(build(name)).eval(), torch.randn(1, 3, 64, 64)
+    wanted = explain(model, x).fused
+    before, deploy = saved_bytes(model, x), copy.deepcopy(model)
+    turn_on(model)
+    after = saved_bytes(model, x)
+    fused = [r for r in decisions(model) if r.code.fused]
+    assert len(fused) == wanted
+    assert before - after == sum(r.output_bytes for r in fused)
+    with pytest.warns(UserWarning, match="unstable"):
+        turn_on(deploy, "deploy", example_inputs=(x,))
+    assert after == saved_bytes(deploy, x)
+    torch.testing.assert_close(deploy(x), model(x))
 
 
 def test_linear_layer_of_more_rows():

@@ -92,12 +92,12 @@ def accuracy(model: nn.Module, split: Split) -> float:
         return (model(split[0]).argmax(1) == split[1]).float().mean().item()
 
 
-def pretrain(seed: int, epochs: int = 15, weight_decay: float = 5e-4) -> Net:
+def pretrain(seed: int, epochs: int = 15, lr: float = 0.1, weight_decay: float = 5e-4) -> Net:
     """A network trained in train mode on the digits 0-4, in evaluation mode."""
     torch.manual_seed(seed)
     model = Net().train()
     train, _ = digits(0, 4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for epoch in range(epochs):
         for x, y in batches(train, 32, epoch):
