@@ -143,6 +143,10 @@ PROVIDERS: dict[str, Provider] = {
             for b in BUDGETS
         ),
         Provider("ours-speed", "ours, for speed", mode="tune", options={"objective": "speed"}),
+        *(
+            Provider(f"ours-{f}", f"ours, forward={f}", mode="tune", options={"forward": f})
+            for f in ("fold", "auto")
+        ),
         Provider("eager-eval", "eval mode, eager", compiled=False),
         Provider(
             "eager-tune", "tune mode, eager", mode="tune", compiled=False, transform=tune_eagerly

@@ -9,7 +9,8 @@ conv-BN pair for backward instead of two. The forward's bits and the gradients a
 Without a compiler, ``convbn_inductor_pass.turn_on(model)`` does the same in eager mode.
 
 The story in the order of the code: ``hook`` (how Inductor calls us) -> ``pipeline`` (find,
-decide, rewrite, record) -> ``autograd`` (the gradient). ``explain`` says what was done and
+decide, rewrite, record) -> ``autograd`` (the gradient). ``forward`` is the other half: on request
+it folds batch norms into layers in the forward and in inference. ``explain`` says what was done and
 what it saves.
 """
 
@@ -17,18 +18,20 @@ from . import _compat
 
 _compat.check_torch_version()
 
-from .codes import Code  # noqa: E402
+from .codes import Code, ForwardCode  # noqa: E402
 from .config import Options, get_options, options, set_options  # noqa: E402
 from .eager import decisions, turn_off, turn_on  # noqa: E402
 from .explain import Explanation, explain  # noqa: E402
 from .hook import PassFailedWarning, install, is_installed, uninstall  # noqa: E402
-from .report import Record, Records, clear_records, records  # noqa: E402
+from .report import ForwardRecord, Record, Records, clear_records, forward_records, records  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Code",
     "Explanation",
+    "ForwardCode",
+    "ForwardRecord",
     "Options",
     "PassFailedWarning",
     "Record",
@@ -37,6 +40,7 @@ __all__ = [
     "clear_records",
     "decisions",
     "explain",
+    "forward_records",
     "get_options",
     "install",
     "is_installed",

@@ -10,6 +10,7 @@ Supported: torch 2.11 to 2.15. What differs between them, by name:
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,13 +20,16 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
+from torch._functorch.aot_autograd import make_boxed_func as boxed
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging import trace_structured
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd import forward_ad
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 from torch.torch_version import TorchVersion
 from torch.utils.weak import WeakIdKeyDictionary
@@ -37,15 +41,24 @@ __all__ = [
     "OptimizedModule",
     "TracingContext",
     "WeakIdKeyDictionary",
+    "boxed",
     "check_torch_version",
     "copy_dynamo_source",
-    "counters_kept",
     "counters",
+    "counters_kept",
+    "custom_passes",
     "dynamo_config",
+    "fake_mode_of",
     "functorch_config",
+    "has_onednn_epilogues",
     "in_functional_transform",
     "inductor_config",
     "is_functorch_tensor",
+    "is_generated",
+    "is_mutable",
+    "is_pointwise",
+    "is_pure",
+    "is_view",
     "lazy_graph_module",
     "mark_cacheable",
     "one_pass_per_hook",
@@ -54,6 +67,7 @@ __all__ = [
     "size_hint",
     "storage_key",
     "torch_functions_off",
+    "trace_decomposed",
     "trace_structured",
     "tracing",
 ]
@@ -173,3 +187,85 @@ def counters_kept() -> Iterator[None]:
     finally:
         counters.clear()
         counters.update(before)
+
+
+def trace_decomposed(function: Any, *inputs: Tensor) -> torch.fx.Graph:
+    """What ``function`` is made of in aten IR, with Inductor's decompositions."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    with unset_fake_temporarily(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        # The wrapper hides signatures with defaults, which make_fx would take for inputs.
+        traced = make_fx(lambda *args: function(*args), decomposition_table=select_decomp_table())
+        return traced(*inputs).graph
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether an aten operator computes each number of its result from one of each input."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    convert = torch.ops.prims.convert_element_type.default
+    return torch.Tag.pointwise in target.tags or target is convert
+
+
+def is_mutable(target: Any) -> bool:
+    """Whether calling ``target`` may write to its arguments; of what is not known, it may."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def is_view(target: Any) -> bool:
+    """Whether the result of ``target`` is in the memory of one of its arguments."""
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    return any(r.alias_info is not None for r in target._schema.returns)
+
+
+def is_pure(target: Any) -> bool:
+    """Whether ``target`` always computes the same from the same tensors, and does nothing else."""
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    return torch.Tag.nondeterministic_seeded not in target.tags and target.namespace in (
+        "aten",
+        "prims",
+    )
+
+
+def fake_mode_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The mode that ``tensor`` is fake in."""
+    return tensor.fake_mode if isinstance(tensor, FakeTensor) else contextlib.nullcontext()
+
+
+@functools.cache
+def has_onednn_epilogues(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's convolution with post-ops runs here, and Inductor lowers it."""
+    mkldnn = torch.backends.mkldnn
+    if not (mkldnn.is_available() and mkldnn.enabled):
+        return False
+    if torch.ops.mkldnn._is_mkldnn_acl_supported():  # no post-ops there
+        return False
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def is_generated(target: Any) -> bool:
+    """Whether Inductor generates code for ``target``, and can take over the call before it."""
+    from torch._inductor import lowering
+
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    libraries = (
+        torch.ops.aten.convolution.default,
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten.baddbmm.default,
+    )
+    return target not in libraries and target not in lowering.fallbacks
+
+
+def custom_passes(hook: str) -> tuple[Any, ...]:
+    """The passes configured for one of Inductor's hooks: none, one, or a list of them."""
+    value = getattr(inductor_config, hook)
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 
-__all__ = ["Code"]
+__all__ = ["Code", "ForwardCode"]
 
 
 class Code(enum.Enum):
@@ -53,3 +53,18 @@ class Code(enum.Enum):
     @property
     def fused(self) -> bool:
         return self is Code.FUSED
+
+
+class ForwardCode(enum.Enum):
+    """Why a layer was folded with the affine map after it, or left as written (kernel half)."""
+
+    FOLDED = "folded: the scale is in the weight and the shift in the bias, in each call anew"
+    SLOWER = "as written is estimated to be as fast or faster"
+    FLOAT16_RANGE = "a scaled weight might not fit float16, and is not known when compiling"
+    UNSUPPORTED_DTYPE = "this mix of dtypes is not supported"
+    VIEW_RETURNED = "a view of the result is returned, whose strides would change"
+    WRITE_BETWEEN = "something may be written to between the layer and the end of the affine map"
+
+    @property
+    def folded(self) -> bool:
+        return self is ForwardCode.FOLDED

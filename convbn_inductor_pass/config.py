@@ -15,6 +15,7 @@ from typing import Literal, get_args
 __all__ = ["Options", "get_options", "options", "set_options"]
 
 Objective = Literal["memory", "speed"]
+Forward = Literal["exact", "fold", "auto"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Options:
         fuse_frozen_layers: also fuse where the layer's weight needs no gradient but the batch
             norm's does (BN-tuning). This keeps one activation per pair instead of two, for
             the price of a weight gradient that nobody asked for.
+        forward: what the kernel half does with a layer and the batch norm after it, in inference
+            and in the forward of training. ``"exact"`` keeps eval mode's bits: nothing.
+            ``"fold"`` scales the layer's weight in each call, wherever that is right.
+            ``"auto"`` does so where it is estimated to be faster. Outputs then differ from
+            eval mode's by rounding; see README for the measured error.
         allow: shell-style patterns of module paths (``"backbone.*"``). If given, only pairs
             whose batch norm or convolution matches one of them are fused.
         deny: patterns of module paths that are never fused; wins over ``allow``.
@@ -39,13 +45,15 @@ class Options:
 
     objective: Objective = "memory"
     fuse_frozen_layers: bool = False
+    forward: Forward = "exact"
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.objective not in get_args(Objective):
-            allowed = ", ".join(repr(o) for o in get_args(Objective))
-            raise ValueError(f"objective must be one of {allowed}, got {self.objective!r}")
+        for name, choices in (("objective", Objective), ("forward", Forward)):
+            if getattr(self, name) not in get_args(choices):
+                allowed = ", ".join(repr(o) for o in get_args(choices))
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("allow", "deny"):
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(p, str) for p in value):

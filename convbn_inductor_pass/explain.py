@@ -12,10 +12,10 @@ from rich.filesize import decimal
 from rich.table import Table
 from torch import fx
 
-from . import pipeline, saved, tracing
+from . import forward, pipeline, saved, tracing
 from .codes import Code
 from .config import get_options
-from .report import Record, make_records
+from .report import ForwardRecord, Record, make_forward_records, make_records
 from .saved import SavedForBackward
 
 __all__ = ["Explanation", "explain"]
@@ -31,6 +31,7 @@ class Explanation:
         records: one per batch norm, in the order of execution.
         saved: by mode ("eval", "tune", "deploy"), the new tensors kept for backward.
         graphs: number of graphs that Dynamo made; more than one means graph breaks.
+        forward: the kernel half's decisions about layers; none with ``forward="exact"``.
 
     ``str(explanation)`` is a table for people, :meth:`to_dict` is for programs.
     """
@@ -38,6 +39,7 @@ class Explanation:
     records: tuple[Record, ...]
     saved: dict[str, SavedForBackward]
     graphs: int
+    forward: tuple[ForwardRecord, ...] = ()
 
     @property
     def fused(self) -> int:
@@ -64,6 +66,7 @@ class Explanation:
                 mode: [dataclasses.asdict(t) for t in s.tensors] for mode, s in self.saved.items()
             },
             "records": [r.to_dict() for r in self.records],
+            "forward": [r.to_dict() for r in self.forward],
         }
 
     def __str__(self) -> str:
@@ -71,6 +74,8 @@ class Explanation:
         console = Console(file=text, width=120)
         if self.records:
             console.print(self._table())
+        if self.forward:
+            console.print(self._forward_table())
         console.print(self._summary())
         return text.getvalue()
 
@@ -88,6 +93,16 @@ class Explanation:
                 decimal(r.output_bytes) if r.output_bytes else "",
                 r.code.name if r.code.fused else f"{r.code.name}: {r.code.value}{why}",
             )
+        return table
+
+    def _forward_table(self) -> Table:
+        table = Table(title="Forward: layers and what follows them", title_justify="left")
+        for column in ("layer", "epilogue", "as written", "folded", "decision"):
+            is_number = column in ("as written", "folded")
+            table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+        for r in self.forward:
+            why = r.code.name if r.code.folded else f"{r.code.name}: {r.code.value}"
+            table.add_row(r.layer, r.epilogue, decimal(r.bytes_exact), decimal(r.bytes_folded), why)
         return table
 
     def _summary(self) -> str:
@@ -127,19 +142,32 @@ def explain(
     records: list[Record] = []
     total = {mode: SavedForBackward(()) for mode in _MODES}
     graphs = 0
+    forward_records: list[ForwardRecord] = []
+    options = get_options()
 
     def on_graph(gm: fx.GraphModule, inputs: list[Any]) -> None:
         nonlocal graphs
         found: list[Record] = []
         for module in tracing.graph_modules(gm):
-            decisions = pipeline.analyze(module.graph, get_options())
+            decisions = pipeline.analyze(module.graph, options)
             found.extend(make_records(decisions).records)
-        kept = {mode: saved.saved_by_graph(gm, inputs, mode) for mode in _MODES}
+        found_forward: list[ForwardRecord] = []
+
+        def on_forward(graph: fx.Graph) -> None:
+            if options.forward != "exact":
+                found_forward.extend(make_forward_records(forward.analyze(graph, options)))
+
+        kept = {
+            mode: saved.saved_by_graph(gm, inputs, mode, *([on_forward] if mode == "tune" else []))
+            for mode in _MODES
+        }
         # Only now, because Dynamo may give up on a graph above and trace anew (dynamic floats).
         graphs += 1
         records.extend(found)
+        forward_records.extend(found_forward)
         for mode in _MODES:
             total[mode] = total[mode] + kept[mode]
 
     tracing.trace(model, example_inputs, on_graph, dynamic=dynamic)
-    return Explanation(tuple(records), {str(m): s for m, s in total.items()}, graphs)
+    by_mode = {str(mode): kept for mode, kept in total.items()}
+    return Explanation(tuple(records), by_mode, graphs, tuple(forward_records))

@@ -15,11 +15,12 @@ nothing here knows of FX or autograd.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Layout", "channel_inner_product", "scale_weight"]
+__all__ = ["Layout", "channel_inner_product", "scale_weight", "views_onto_output_axis"]
 
 
 class Layout(NamedTuple):
@@ -29,16 +30,24 @@ class Layout(NamedTuple):
     groups: int = 1
 
 
-def _on_output_axis(scale: Tensor, weight: Tensor, layout: Layout) -> Tensor:
-    """Lay ``scale`` [C_out] out so that it broadcasts against ``weight``."""
-    kernel_dims = [1] * (weight.ndim - 2)
+def views_onto_output_axis(
+    weight_shape: Sequence[int], layout: Layout
+) -> list[tuple[str, list[int]]]:
+    """Views that lay a scale [C_out] out so that it broadcasts against a weight.
+
+    Each is a name, "reshape" or "expand", and sizes: for tensors and for graphs alike.
+    """
+    kernel_dims = [1] * (len(weight_shape) - 2)
     if not layout.transposed:
-        return scale.reshape([-1, 1, *kernel_dims])
+        return [("reshape", [-1, 1, *kernel_dims])]
     if layout.groups == 1:
-        return scale.reshape([1, -1, *kernel_dims])
-    rows_per_group = weight.shape[0] // layout.groups
-    matrix = scale.reshape(layout.groups, 1, -1).expand(layout.groups, rows_per_group, -1)
-    return matrix.reshape([weight.shape[0], weight.shape[1], *kernel_dims])
+        return [("reshape", [1, -1, *kernel_dims])]
+    rows, columns = weight_shape[:2]
+    return [
+        ("reshape", [layout.groups, 1, -1]),
+        ("expand", [layout.groups, rows // layout.groups, columns]),
+        ("reshape", [rows, columns, *kernel_dims]),
+    ]
 
 
 def scale_weight(weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
@@ -47,7 +56,9 @@ def scale_weight(weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
     Shape and memory format are those of ``weight`` (a channels-last weight stays
     channels-last); the dtype follows type promotion of the two.
     """
-    return weight * _on_output_axis(scale, weight, layout)
+    for view, sizes in views_onto_output_axis(weight.shape, layout):
+        scale = getattr(scale, view)(sizes)
+    return weight * scale
 
 
 def channel_inner_product(a: Tensor, b: Tensor, layout: Layout) -> Tensor:

@@ -1,8 +1,10 @@
-"""How the pass gets into Inductor, and out again.
+"""How the passes get into Inductor, and out again.
 
-``install`` adds a ``CustomGraphPass`` to ``torch._inductor.config.pre_grad_custom_pass``,
-after the passes that are there, and makes PyTorch's own pass of the same flag step aside: it
-runs first and would take the pairs. ``uninstall`` undoes both.
+``install`` adds one ``CustomGraphPass`` to ``torch._inductor.config.pre_grad_custom_pass`` (the
+gradient half) and one to ``post_grad_custom_pre_pass`` (the kernel half: before Inductor's own
+patterns, which fuse what it leaves), after the passes that are there, and makes PyTorch's own
+pass of the same flag step aside: it runs first and would take the pairs. ``uninstall`` undoes
+all of it.
 
 Cache keys: Inductor asks the pass for its ``uuid``, which covers this package's sources, the
 options, and the passes wrapped where torch takes one pass only. The flag itself is part of
@@ -21,10 +23,17 @@ from typing import Any
 
 from torch import fx
 
-from . import _compat, autograd, pipeline, report
+from . import _compat, autograd, forward, pipeline, report
 from .config import get_options
 
-__all__ = ["ConvBNEvalPass", "PassFailedWarning", "install", "is_installed", "uninstall"]
+__all__ = [
+    "ConvBNEvalPass",
+    "ConvBNForwardPass",
+    "PassFailedWarning",
+    "install",
+    "is_installed",
+    "uninstall",
+]
 
 
 class PassFailedWarning(UserWarning):
@@ -49,22 +58,16 @@ def _enabled() -> bool:
     return bool(_compat.inductor_config.efficient_conv_bn_eval_fx_passes)
 
 
-class ConvBNEvalPass(_compat.CustomGraphPass):
-    """The pre-grad pass: gives ``layer -> eval-mode batch norm`` tune mode's gradient.
+class _Pass(_compat.CustomGraphPass):
+    """What both passes share: the flag, the cache key, and that a failure costs nothing."""
 
-    Does nothing while ``torch._inductor.config.efficient_conv_bn_eval_fx_passes`` is False.
-    """
+    _uuid: str  # the one instance's name in Inductor's cache keys
 
     def __call__(self, graph: fx.Graph) -> None:
         if not _enabled():
             return
         try:
-            decisions = pipeline.analyze(graph, get_options())
-            if not decisions:
-                return
-            made = report.make_records(decisions)
-            report.dump_graph("before", graph)
-            fused = pipeline.apply(decisions)
+            self._run(graph)
         except Exception as error:
             # A user's compilation must not fail because of an optimisation. Every rewrite
             # leaves the graph whole, so that what is done so far is right.
@@ -74,7 +77,40 @@ class ConvBNEvalPass(_compat.CustomGraphPass):
                 stacklevel=2,
             )
             report.log.warning("convbn_inductor_pass failed and was skipped", exc_info=True)
+
+    def _run(self, graph: fx.Graph) -> None:
+        raise NotImplementedError
+
+    def uuid(self) -> str:
+        if not _enabled():
+            return f"{self._uuid}, off"
+        options = repr(get_options()).encode()
+        return f"{self._uuid} {_sources_hash()} {hashlib.sha256(options).hexdigest()}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # torch 2.11 pickles the pass into cache keys, where only the uuid may count.
+        return _unpickle, (type(self), self.uuid())
+
+
+def _unpickle(kind: type[_Pass], _uuid: str) -> _Pass:
+    return next(p for p in _HOOKS.values() if type(p) is kind)
+
+
+class ConvBNEvalPass(_Pass):
+    """The pre-grad pass: gives ``layer -> eval-mode batch norm`` tune mode's gradient.
+
+    Does nothing while ``torch._inductor.config.efficient_conv_bn_eval_fx_passes`` is False.
+    """
+
+    _uuid = "convbn_inductor_pass"
+
+    def _run(self, graph: fx.Graph) -> None:
+        decisions = pipeline.analyze(graph, get_options())
+        if not decisions:
             return
+        made = report.make_records(decisions)
+        report.dump_graph("before", graph)
+        fused = pipeline.apply(decisions)
         if fused:
             _compat.counters["inductor"]["efficient_conv_bn_eval"] += fused
             for function in (autograd.conv_bn_eval, autograd.linear_bn_eval):
@@ -82,19 +118,28 @@ class ConvBNEvalPass(_compat.CustomGraphPass):
         report.dump_graph("after", graph)
         report.publish(made)
 
-    def uuid(self) -> str:
-        if not _enabled():
-            return "convbn_inductor_pass, off"
-        options = repr(get_options()).encode()
-        return f"convbn_inductor_pass {_sources_hash()} {hashlib.sha256(options).hexdigest()}"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # torch 2.11 pickles the pass into cache keys, where only the uuid may count.
-        return _unpickle, (self.uuid(),)
+class ConvBNForwardPass(_Pass):
+    """The post-grad pass: folds what follows a layer into it, as ``Options.forward`` says.
 
+    Does nothing with ``forward="exact"``, the default, or while
+    ``torch._inductor.config.efficient_conv_bn_eval_fx_passes`` is False.
+    """
 
-def _unpickle(_uuid: str) -> ConvBNEvalPass:
-    return _pass
+    _uuid = "convbn_inductor_pass, forward"
+
+    def _run(self, graph: fx.Graph) -> None:
+        if get_options().forward == "exact":
+            return
+        decisions = forward.analyze(graph, get_options())
+        if not decisions:
+            return
+        made = report.make_forward_records(decisions)
+        report.dump_graph("before (forward)", graph)
+        folded = forward.apply(decisions, graph)
+        _compat.counters["inductor"]["efficient_conv_bn_eval_forward"] += folded
+        report.dump_graph("after (forward)", graph)
+        report.publish_forward(made)
 
 
 class _InOrder(_compat.CustomGraphPass):
@@ -112,21 +157,22 @@ class _InOrder(_compat.CustomGraphPass):
         return None if None in uuids else tuple(uuids)
 
 
-_pass = ConvBNEvalPass()
 _Passes = tuple[Callable[[fx.Graph], None], ...]
+_HOOKS: dict[str, _Pass] = {
+    "pre_grad_custom_pass": ConvBNEvalPass(),
+    "post_grad_custom_pre_pass": ConvBNForwardPass(),
+}
 
 
-def _current_passes() -> _Passes:
-    """The passes of the hook, one by one, in whatever form they are configured."""
-    value = _compat.inductor_config.pre_grad_custom_pass
-    if value is None:
-        return ()
-    if isinstance(value, _InOrder):
-        return value.passes
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+def _current_passes(hook: str) -> _Passes:
+    """The passes of a hook, one by one, in whatever form they are configured."""
+    passes = _compat.custom_passes(hook)
+    if len(passes) == 1 and isinstance(passes[0], _InOrder):
+        return passes[0].passes
+    return passes
 
 
-def _set_passes(passes: _Passes) -> None:
+def _set_passes(hook: str, passes: _Passes) -> None:
     value: Any
     if not passes:
         value = None
@@ -134,7 +180,7 @@ def _set_passes(passes: _Passes) -> None:
         value = passes[0]
     else:
         value = _InOrder(*passes) if _compat.one_pass_per_hook else list(passes)
-    _compat.inductor_config.pre_grad_custom_pass = value
+    setattr(_compat.inductor_config, hook, value)
 
 
 class _Installation:
@@ -145,12 +191,13 @@ class _Installation:
 
 
 def install() -> None:
-    """Register the pass with Inductor. Importing the package does this; again is harmless.
+    """Register the passes with Inductor. Importing the package does this; again is harmless.
 
-    Call it again if other code has overwritten ``pre_grad_custom_pass`` since.
+    Call it again if other code has overwritten one of the two hooks since.
     """
-    if _pass not in _current_passes():
-        _set_passes((*_current_passes(), _pass))
+    for hook, ours in _HOOKS.items():
+        if ours not in _current_passes(hook):
+            _set_passes(hook, (*_current_passes(hook), ours))
     if not _Installation.installed:
         builtin = _builtin_pass()
         _Installation.builtin_apply = builtin.__dict__.get("apply")
@@ -160,8 +207,9 @@ def install() -> None:
 
 def uninstall() -> None:
     """Undo :func:`install`: other passes stay, PyTorch's own pass sees the pairs again."""
-    if _pass in _current_passes():
-        _set_passes(tuple(p for p in _current_passes() if p is not _pass))
+    for hook, ours in _HOOKS.items():
+        if ours in _current_passes(hook):
+            _set_passes(hook, tuple(p for p in _current_passes(hook) if p is not ours))
     if _Installation.installed:
         builtin = _builtin_pass()
         if _Installation.builtin_apply is None:
@@ -173,7 +221,8 @@ def uninstall() -> None:
 
 def is_installed() -> bool:
     """Whether Inductor will run the pass (given the flag)."""
-    return _Installation.installed and _pass in _current_passes()
+    there = all(ours in _current_passes(hook) for hook, ours in _HOOKS.items())
+    return _Installation.installed and there
 
 
 def _builtin_pass() -> Any:
@@ -188,7 +237,7 @@ def _instead_of_builtin(builtin_apply: Callable[..., Any], graph: Any) -> int:
     """
     if not _enabled():
         return builtin_apply(graph)
-    if _pass not in _current_passes():
+    if _HOOKS["pre_grad_custom_pass"] not in _current_passes("pre_grad_custom_pass"):
         warnings.warn(
             "convbn_inductor_pass is installed, but pre_grad_custom_pass was overwritten since; "
             "no pair is fused. Call convbn_inductor_pass.install() after setting your own pass, "

@@ -14,14 +14,15 @@ import logging
 import re
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from . import _compat
-from .codes import Code
+from .codes import Code, ForwardCode
 from .decide import Decision, module_path
+from .forward import ForwardDecision
 from .torch_ir import ConvCall, tensor_of
 
-__all__ = ["Record", "Records", "clear_records", "records"]
+__all__ = ["ForwardRecord", "Record", "Records", "clear_records", "forward_records", "records"]
 
 log = logging.getLogger("convbn_inductor_pass")
 
@@ -73,6 +74,56 @@ class Records:
         return "\n".join(lines)
 
 
+@dataclasses.dataclass(frozen=True)
+class ForwardRecord:
+    """The kernel half's decision about one layer that something foldable follows.
+
+    Attributes:
+        code: what was decided.
+        detail: the nodes that it was about, "" if there is nothing to add.
+        layer: module path of the layer, or its node's name.
+        epilogue: what the layer's kernel computes besides, as "relu" or "add+relu"; "" if nothing.
+        source: the line of the user's code that called the layer, "" if unknown.
+        output_shape: shape of the layer's output, symbolic sizes as strings.
+        bytes_exact, bytes_folded: estimates of the bytes that each way moves besides reading
+            the layer's inputs and writing its output, once per call.
+    """
+
+    code: ForwardCode
+    detail: str
+    layer: str
+    epilogue: str
+    source: str
+    output_shape: tuple[int | str, ...]
+    bytes_exact: int
+    bytes_folded: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        return {**dataclasses.asdict(self), "code": self.code.name, "reason": self.code.value}
+
+
+def make_forward_records(decisions: list[ForwardDecision]) -> tuple[ForwardRecord, ...]:
+    """Records of the kernel half's decisions; call it before they are applied."""
+    return tuple(
+        ForwardRecord(
+            code=d.code,
+            detail=d.detail,
+            layer=module_path(d.chain.layer.node) or str(d.chain.layer.node),
+            epilogue=d.epilogue,
+            source=_source(d.chain.layer.node),
+            output_shape=_shape(d.chain.layer.out),
+            bytes_exact=d.bytes_exact,
+            bytes_folded=d.bytes_folded,
+        )
+        for d in decisions
+    )
+
+
+def _shape(tensor: Tensor) -> tuple[int | str, ...]:
+    return tuple(s if isinstance(s, int) else str(s) for s in tensor.shape)
+
+
 _FILE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
@@ -95,9 +146,7 @@ def _record(decision: Decision) -> Record:
         layer="" if source_node is None else module_path(source_node) or str(source_node),
         batch_norm=module_path(bn.node) or str(bn.node),
         source=_source(bn.node),
-        output_shape=()
-        if out is None
-        else tuple(s if isinstance(s, int) else str(s) for s in out.shape),
+        output_shape=() if out is None else _shape(out),
         output_bytes=size,
     )
 
@@ -109,6 +158,7 @@ def make_records(decisions: list[Decision]) -> Records:
 
 # The newest graphs of this process. Bounded: a long-running process compiles many.
 _history: collections.deque[Records] = collections.deque(maxlen=256)
+_forward_history: collections.deque[ForwardRecord] = collections.deque(maxlen=1 << 16)
 
 
 def records() -> list[Records]:
@@ -119,9 +169,15 @@ def records() -> list[Records]:
     return list(_history)
 
 
+def forward_records() -> list[ForwardRecord]:
+    """The kernel half's decisions in this process, newest last (65,536 at most)."""
+    return list(_forward_history)
+
+
 def clear_records() -> None:
     """Forget the records so far."""
     _history.clear()
+    _forward_history.clear()
 
 
 def publish(made: Records) -> None:
@@ -137,6 +193,20 @@ def publish(made: Records) -> None:
         "artifact",
         metadata_fn=lambda: {"name": "convbn_inductor_pass_decisions", "encoding": "json"},
         payload_fn=lambda: json.dumps([r.to_dict() for r in made.records], indent=1),
+    )
+
+
+def publish_forward(made: tuple[ForwardRecord, ...]) -> None:
+    """Keep the kernel half's records, log them, and add them to the structured trace."""
+    _forward_history.extend(made)
+    folded = sum(r.code.folded for r in made)
+    log.info("forward: %d of %d layers folded with what follows them", folded, len(made))
+    for r in made:
+        log.debug("%s [%s]: %s %s (%s)", r.layer, r.epilogue, r.code.name, r.detail, r.source)
+    _compat.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "convbn_inductor_pass_forward", "encoding": "json"},
+        payload_fn=lambda: json.dumps([r.to_dict() for r in made], indent=1),
     )
 
 

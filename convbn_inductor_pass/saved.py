@@ -91,8 +91,15 @@ def saved_for_backward(
     return total
 
 
-def saved_by_graph(gm: fx.GraphModule, example_inputs: list[Any], mode: Mode) -> SavedForBackward:
+def saved_by_graph(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    mode: Mode,
+    on_forward: Callable[[fx.Graph], None] = lambda graph: None,
+) -> SavedForBackward:
     """What one Dynamo graph keeps for backward in ``mode``; ``gm`` is left as it is.
+
+    ``on_forward`` gets the graph, in aten IR, of the forward or of inference.
 
     To be called inside a Dynamo backend, whose tracing context it needs.
     """
@@ -122,6 +129,8 @@ def saved_by_graph(gm: fx.GraphModule, example_inputs: list[Any], mode: Mode) ->
         _compat.tracing(copy.copy(_compat.TracingContext.get())),
     ):
         compile_fx(gm, example_inputs, inner_compile=stop_before_codegen)
+    if False in graphs:
+        on_forward(graphs[False].graph)
     if True not in graphs:  # nothing requires a gradient
         return SavedForBackward(())
     forward, backward = graphs[False].graph, graphs[True].graph

@@ -44,6 +44,7 @@ __all__ = [
     "fast_backend",
     "fresh_compile",
     "outputs_and_gradients",
+    "post_grad_backend",
     "run_pass",
 ]
 
@@ -101,6 +102,32 @@ def fast_backend(*, fuse: bool = True) -> Callable[..., Any]:
             for module in tracing.graph_modules(gm):
                 run_on_graph(module)
         return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(gm, example_inputs)
+
+    return backend
+
+
+def post_grad_backend(
+    on_graph: Callable[[fx.Graph], None] = lambda graph: None,
+) -> Callable[..., Any]:
+    """A backend like Inductor up to its post-grad passes, with eager execution of the graphs.
+
+    Both halves of the pass run, as the flag and the options say. ``on_graph`` gets each graph
+    in aten IR as the kernel half left it.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    def run_eagerly(gm: fx.GraphModule, _inputs: list[Any], **_kwargs: Any) -> Callable[..., Any]:
+        for each in _compat.custom_passes("post_grad_custom_pre_pass"):
+            each(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+        on_graph(gm.graph)
+        return _compat.boxed(gm)
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        inner: Any = run_eagerly
+        compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner)
+        return compiled
 
     return backend
 

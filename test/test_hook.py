@@ -14,7 +14,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import _compat, hook, pipeline, testing
+from convbn_inductor_pass import _compat, forward, hook, pipeline, testing
 
 
 def stop_before_codegen(gm, inputs, **kwargs):
@@ -51,11 +51,15 @@ def _x():
     return torch.randn(2, 3, 8, 8)
 
 
+HOOK = "pre_grad_custom_pass"
+OURS = hook._HOOKS[HOOK]
+
+
 @pytest.fixture(autouse=True)
 def _restore():
-    before = config.pre_grad_custom_pass
+    before = config.pre_grad_custom_pass, config.post_grad_custom_pre_pass
     yield
-    config.pre_grad_custom_pass = before
+    config.pre_grad_custom_pass, config.post_grad_custom_pre_pass = before
     cbn.install()
     cbn.clear_records()
     assert cbn.is_installed()
@@ -101,6 +105,7 @@ def test_uninstall_restores_everything():
     assert "apply" in vars(builtin)
     cbn.uninstall()
     assert config.pre_grad_custom_pass is None
+    assert config.post_grad_custom_pre_pass is None
     assert "apply" not in vars(builtin)
     cbn.uninstall()
     assert config.pre_grad_custom_pass is None
@@ -109,7 +114,7 @@ def test_uninstall_restores_everything():
 def test_install_twice_is_once(x):
     cbn.install()
     cbn.install()
-    assert hook._current_passes() == (hook._pass,)
+    assert hook._current_passes(HOOK) == (OURS,)
     assert compiled(Residual(), x) == Residual.pairs
 
 
@@ -118,11 +123,37 @@ def test_passes_set_before_run_before(x):
     other = Recorder()
     config.pre_grad_custom_pass = other
     cbn.install()
-    assert hook._current_passes() == (other, hook._pass)
+    assert hook._current_passes(HOOK) == (
+        other,
+        OURS,
+    )
     assert compiled(Residual(), x) == Residual.pairs
     assert other.seen[0].count("conv2d") == Residual.pairs  # it saw the graph before us
     cbn.uninstall()
     assert config.pre_grad_custom_pass is other
+
+
+def test_both_hooks_compose(x):
+    """A pass in the post-grad hook keeps running, and sees the graph before the kernel half."""
+    cbn.uninstall()
+    other = Recorder()
+    config.post_grad_custom_pre_pass = other
+    cbn.install()
+    with cbn.options(forward="fold"), testing.fresh_compile(), torch.no_grad():
+        torch.compile(Residual(), backend=testing.post_grad_backend())(x)
+    assert other.seen[0].count("convolution.default") == Residual.pairs
+    cbn.uninstall()
+    assert config.post_grad_custom_pre_pass is other
+
+
+def test_failure_of_the_kernel_half_is_a_warning(x, monkeypatch):
+    monkeypatch.setattr(forward, "analyze", lambda *a: 1 / 0)
+    model = Residual()
+    with cbn.options(forward="fold"), testing.fresh_compile(), torch.no_grad():
+        compiled_model = torch.compile(model, backend=testing.post_grad_backend())
+        with pytest.warns(cbn.PassFailedWarning, match="ZeroDivisionError"):
+            out = compiled_model(x)
+        torch.testing.assert_close(out, model(x))
 
 
 def test_passes_added_after_run_after(x):
@@ -131,7 +162,7 @@ def test_passes_added_after_run_after(x):
         ours = config.pre_grad_custom_pass
         config.pre_grad_custom_pass = hook._InOrder(ours, other)
     else:
-        config.pre_grad_custom_pass = [*hook._current_passes(), other]
+        config.pre_grad_custom_pass = [*hook._current_passes(HOOK), other]
     assert compiled(Residual(), x) == Residual.pairs
     assert other.seen[0].count("conv_bn_eval") == Residual.pairs
 
@@ -177,18 +208,18 @@ def test_a_failure_half_way_leaves_a_right_graph(x, monkeypatch):
 class TestUuid:
     def test_constant_while_off(self):
         with config.patch(efficient_conv_bn_eval_fx_passes=False):
-            off = hook._pass.uuid()
+            off = OURS.uuid()
             with cbn.options(objective="speed"):
-                assert hook._pass.uuid() == off
+                assert OURS.uuid() == off
 
     def test_covers_flag_and_options(self):
-        uuids = [hook._pass.uuid()]
+        uuids = [OURS.uuid()]
         with config.patch(efficient_conv_bn_eval_fx_passes=True):
-            uuids.append(hook._pass.uuid())
-            assert hook._pass.uuid() == uuids[-1]
+            uuids.append(OURS.uuid())
+            assert OURS.uuid() == uuids[-1]
             for changes in ({"objective": "speed"}, {"deny": ("a",)}, {"deny": ("b",)}):
                 with cbn.options(**changes):
-                    uuids.append(hook._pass.uuid())
+                    uuids.append(OURS.uuid())
         assert len(set(uuids)) == len(uuids)
 
     def test_covers_sources(self, tmp_path, monkeypatch):
@@ -206,20 +237,20 @@ class TestUuid:
         hook._sources_hash.cache_clear()
 
     def test_of_several_passes_covers_each(self):
-        combined = hook._InOrder(Recorder("a"), hook._pass)
-        assert combined.uuid() == hook._InOrder(Recorder("a"), hook._pass).uuid()
-        assert combined.uuid() != hook._InOrder(Recorder("b"), hook._pass).uuid()
-        assert combined.uuid() != hook._InOrder(hook._pass, Recorder("a")).uuid()
+        combined = hook._InOrder(Recorder("a"), OURS)
+        assert combined.uuid() == hook._InOrder(Recorder("a"), OURS).uuid()
+        assert combined.uuid() != hook._InOrder(Recorder("b"), OURS).uuid()
+        assert combined.uuid() != hook._InOrder(OURS, Recorder("a")).uuid()
         # A pass without uuid() cannot be cached, and so neither can the two of them.
-        assert hook._InOrder(lambda graph: None, hook._pass).uuid() is None
+        assert hook._InOrder(lambda graph: None, OURS).uuid() is None
 
     def test_pickles_to_its_uuid_alone(self):
-        assert pickle.dumps(hook._pass) == pickle.dumps(copy.deepcopy(hook._pass))
-        assert pickle.loads(pickle.dumps(hook._pass)) is hook._pass
+        assert pickle.dumps(OURS) == pickle.dumps(copy.deepcopy(OURS))
+        assert pickle.loads(pickle.dumps(OURS)) is OURS
         with config.patch(efficient_conv_bn_eval_fx_passes=True):
-            plain = pickle.dumps(hook._pass)
+            plain = pickle.dumps(OURS)
             with cbn.options(objective="speed"):
-                assert pickle.dumps(hook._pass) != plain
+                assert pickle.dumps(OURS) != plain
 
 
 class TestOptions:

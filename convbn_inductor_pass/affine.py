@@ -1,0 +1,196 @@
+"""Recognise what follows a layer as one affine map per channel, by meaning, and compute it.
+
+    out = layer(x, W, b);  y = chain(out)   =>   y = layer(x, s * W, chain(b))
+
+A batch norm in eval mode, a frozen batch norm in any spelling, a layer scale, a bias added by
+hand, and any sequence of them, is a chain of steps ``v * o``, ``v / o``, ``v + o``, ``o - v``,
+``-v`` whose operands vary along the channels at most. Composing them needs no algebra: the
+shift is what the chain makes of the bias, the scale is what its multiplications make of one.
+Both are computed from the live operands in each call, in float32 or wider.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import fx
+
+from . import aten_ir
+from .aten_ir import Builder, Layer, Operand, Step, tensor_of
+
+__all__ = ["AffineChain", "emit_scale_and_shift", "find_chains"]
+
+aten = torch.ops.aten
+
+
+_SCALING = ("scale", "divide", "negate", "subtract_from")
+
+
+@dataclasses.dataclass(frozen=True)
+class AffineChain:
+    """A layer and the longest affine chain that follows it.
+
+    Attributes:
+        layer: the layer.
+        steps: what happens to its output, in order; may be empty.
+        output_used_by: nodes other than the chain's first that use the layer's output, which
+            then must exist as it is; the chain is empty in that case.
+    """
+
+    layer: Layer
+    steps: tuple[Step, ...]
+    output_used_by: tuple[fx.Node, ...] = ()
+
+    @property
+    def last(self) -> fx.Node:
+        """The node whose result the chain gives."""
+        return self.steps[-1].node if self.steps else self.layer.node
+
+    @property
+    def scales(self) -> bool:
+        """Whether the weight has to be scaled."""
+        return any(s.kind in _SCALING and s.operand != Operand(number=1) for s in self.steps)
+
+    @property
+    def shifts(self) -> bool:
+        """Whether a shift is added."""
+        return any(s.kind in ("shift", "subtract_from") for s in self.steps)
+
+
+def find_chains(graph: fx.Graph) -> Iterator[AffineChain]:
+    """Every layer of ``graph`` in order, with the affine chain that follows it."""
+    for node in graph.nodes:
+        layer = aten_ir.layer_of(node)
+        if layer is not None:
+            yield _follow(layer)
+
+
+def _follow(layer: Layer) -> AffineChain:
+    steps: list[Step] = []
+    node, dim = layer.node, layer.dim
+    while len(node.users) == 1:
+        (user,) = node.users
+        found = aten_ir.read_step(user, node, dim)
+        if found is None:
+            break
+        steps += found
+        node, dim = user, found[-1].dim
+    used_by = tuple(layer.node.users) if len(layer.node.users) > 1 else ()
+    # Casts and views at the end belong to what comes next, but for the cast back to the dtype in
+    # which the layer computes.
+    affine = [i for i, s in enumerate(steps) if s.kind not in ("cast", "move")]
+    end = affine[-1] + 1 if affine else 0
+    if end and end < len(steps) and steps[end].kind == "cast":
+        after = tensor_of(steps[end].node)
+        end += after is not None and after.dtype == layer.out.dtype
+    return AffineChain(layer, tuple(steps[:end]), used_by)
+
+
+def emit_scale_and_shift(
+    chain: AffineChain, build: Builder
+) -> tuple[fx.Node | None, fx.Node | None]:
+    """Nodes [C] of the chain's scale and shift, at the builder's insertion point.
+
+    Each is None where it is one, or zero. They are computed as the chain is written, in
+    float32 (float64 if the layer computes in it).
+    """
+    wide = torch.float64 if chain.layer.out.dtype == torch.float64 else torch.float32
+    emit = _Emitter(build, chain.layer, wide)
+    scale = shift = None
+    if chain.scales:
+        scale = emit.full_vector(emit.replay(chain.steps, 1.0, linear=True))
+    bias = chain.layer.bias
+    if chain.shifts or bias is not None:
+        start = 0.0 if bias is None else emit.vector(_bias_operand(chain.layer))
+        shift = emit.full_vector(emit.replay(chain.steps, start, linear=False))
+    return scale, shift
+
+
+def _bias_operand(layer: Layer) -> Operand:
+    """The layer's bias before autocast narrowed it."""
+    bias = None if layer.bias is None else aten_ir.without_casts(layer.bias)
+    operand = aten_ir.operand_per_channel(bias, layer.out.shape, layer.dim)
+    # A convolution's bias [C] does not broadcast against its output as an operand would.
+    return operand if operand is not None and not layer.is_conv else Operand(node=bias)
+
+
+Value = fx.Node | float | int
+
+
+class _Emitter:
+    """Adds nodes that compute with numbers and vectors [C] (or [1], which broadcast)."""
+
+    def __init__(self, build: Builder, layer: Layer, dtype: torch.dtype) -> None:
+        self.call, self.cast = build.call, build.cast
+        self.layer, self.dtype = layer, dtype
+
+    def replay(self, steps: Sequence[Step], start: Value, *, linear: bool) -> Value:
+        """What the steps make of ``start``; with ``linear`` only their multiplications."""
+        value = start
+        for step in steps:
+            if step.kind == "negate":
+                value = self.mul(value, -1)
+            if step.operand is None:
+                continue
+            o = self.vector(step.operand)
+            if step.kind == "scale":
+                value = self.mul(value, o)
+            elif step.kind == "divide":
+                value = self.div(value, o)
+            elif step.kind == "shift" and not linear:
+                value = self.add(value, self.mul(o, step.factor))
+            elif step.kind == "subtract_from":
+                value = self.mul(value, -step.factor)
+                value = value if linear else self.add(value, o)
+        return value
+
+    def vector(self, operand: Operand) -> Value:
+        """An operand as a vector in the wide dtype; a number stays a number."""
+        node, tensor = operand.node, tensor_of(operand.node)
+        if node is None or tensor is None:
+            return operand.number
+        if tensor.ndim != 1:
+            node = self.call(aten.reshape.default, node, [tensor.numel()])
+        return self.cast(node, self.dtype)
+
+    def full_vector(self, value: Value) -> fx.Node:
+        """``value`` with one number per channel."""
+        channels = self.layer.channels
+        if not isinstance(value, fx.Node):
+            return self.call(
+                aten.full.default,
+                [channels],
+                value,
+                dtype=self.dtype,
+                device=self.layer.out.device,
+                pin_memory=False,
+            )
+        tensor = tensor_of(value)
+        if tensor is not None and tensor.shape[0] != channels:
+            return self.call(aten.expand.default, value, [channels])
+        return value
+
+    def mul(self, a: Value, b: Value) -> Value:
+        if not isinstance(a, fx.Node):
+            a, b = b, a
+        if not isinstance(a, fx.Node):
+            return a * b  # type: ignore[operator]
+        if not isinstance(b, fx.Node) and b in (0, 1):
+            return a if b == 1 else 0.0
+        return self.call(aten.mul.Tensor, a, b)
+
+    def div(self, a: Value, b: Value) -> Value:
+        if isinstance(a, fx.Node):
+            return self.call(aten.div.Tensor, a, b)
+        if isinstance(b, fx.Node):
+            return a if a == 0 else self.mul(self.call(aten.reciprocal.default, b), a)
+        return a / b
+
+    def add(self, a: Value, b: Value) -> Value:
+        if not isinstance(a, fx.Node):
+            a, b = b, a
+        if not isinstance(a, fx.Node):
+            return a + b  # type: ignore[operator]
+        return a if not isinstance(b, fx.Node) and b == 0 else self.call(aten.add.Tensor, a, b)

@@ -1,0 +1,62 @@
+"""Whether folding a layer pays: what each way has to read and write besides the layer itself.
+
+As written, a kernel reads the layer's output and writes the result of the affine map and of
+what follows it. Folded with an epilogue, that kernel is gone; instead the weight is read and
+written once more. Where something follows that Inductor computes in the same kernel as the
+affine map anyway (a reduction, a pooling, another pointwise function), nothing is gained.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from . import _compat
+from .affine import AffineChain
+from .aten_ir import tensor_of, without_casts
+from .epilogue import Activation, Residual
+
+__all__ = ["bytes_moved", "is_faster"]
+
+# Layers at which both ways move as many bytes came out slower when folded: the scale and the
+# shift are small kernels of their own, and a weight is read with less locality.
+_MARGIN = 2
+
+
+def bytes_moved(
+    chain: AffineChain, activation: Activation | None, residual: Residual | None
+) -> tuple[int, int]:
+    """Bytes moved as written and folded, besides reading the layer's inputs and writing its output.
+
+    Hints where sizes are symbolic.
+    """
+    out = chain.layer.out
+    fused = activation is not None or residual is not None
+    kernel_goes = fused or (_ends_a_kernel(chain.last) and not _adds_bias_apart(chain))
+    exact = 2 * _compat.size_hint(out.numel()) * out.element_size() if kernel_goes else 0
+    return exact, _weight_bytes(chain) if chain.scales else 0
+
+
+def _weight_bytes(chain: AffineChain) -> int:
+    wide, narrow = tensor_of(without_casts(chain.layer.weight)), tensor_of(chain.layer.weight)
+    if wide is None or narrow is None:
+        raise AssertionError(f"{chain.layer.node} has no metadata")
+    count = _compat.size_hint(narrow.numel())
+    # A weight that autocast narrows is read and written anyway, in the same kernel.
+    return 0 if wide is not narrow else count * (wide.element_size() + narrow.element_size())
+
+
+def _adds_bias_apart(chain: AffineChain) -> bool:
+    """Whether Inductor takes the bias off the layer and into a kernel of its own."""
+    on_cpu = chain.layer.out.device.type == "cpu"
+    has_bias = chain.shifts or chain.layer.bias is not None
+    return chain.layer.is_conv and has_bias and not on_cpu
+
+
+def _ends_a_kernel(node: fx.Node) -> bool:
+    """Whether the result must be written to memory because no generated kernel takes it over."""
+    return any(u.op == "output" or not _compat.is_generated(u.target) for u in node.users)
+
+
+def is_faster(bytes_exact: int, bytes_folded: int) -> bool:
+    """Whether folding is estimated to be faster, with a margin for what is not counted."""
+    return _MARGIN * bytes_folded < bytes_exact

@@ -1,0 +1,299 @@
+"""The kernel half: a layer and the affine map after it become one layer with a scaled weight.
+
+    y = act(affine(conv(x, W, b)) [+ other])   =>   y = conv(x, s * W, shift) with act and + inside
+
+The scaled weight is computed in each call from the live parameters, so that nothing goes
+stale after an optimizer step, unlike with ``freezing=True``. On CPU the layer becomes oneDNN's
+convolution with a fused epilogue; the addition of a residual is fused by Inductor's own
+patterns for it. Runs on aten IR as a post-grad pass: find, decide, choose, rewrite.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from . import _compat, affine, aten_ir, choice, epilogue
+from .affine import AffineChain
+from .aten_ir import Builder, Layer, tensor_of
+from .codes import ForwardCode
+from .config import Options
+from .epilogue import Activation, Residual
+from .fold import views_onto_output_axis
+
+__all__ = ["ForwardDecision", "analyze", "apply"]
+
+aten = torch.ops.aten
+mkldnn = torch.ops.mkldnn
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardDecision:
+    """What was decided about a layer and the affine map or activation after it.
+
+    ``bytes_exact`` and ``bytes_folded`` are what each way reads and writes besides the layer's
+    own input, weight and output: hints where sizes are symbolic.
+    """
+
+    chain: AffineChain
+    code: ForwardCode
+    activation: Activation | None = None
+    residual: Residual | None = None
+    detail: str = ""
+    bytes_exact: int = 0
+    bytes_folded: int = 0
+
+    @property
+    def epilogue(self) -> str:
+        """What the layer's kernel computes besides, "" if nothing."""
+        if self.residual is not None:
+            return "add+relu" if self.residual.relu else "add"
+        return "" if self.activation is None else self.activation.name
+
+
+def analyze(graph: fx.Graph, options: Options) -> list[ForwardDecision]:
+    """Decide about every layer of ``graph`` that something foldable follows; changes nothing."""
+    if any(n.op == "placeholder" and n.name.startswith("tangents_") for n in graph.nodes):
+        return []  # a backward graph
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    writes = [order[n] for n in graph.nodes if _compat.is_mutable(n.target)]
+    chains = affine.find_chains(graph)
+    decisions = [d for d in (_decide(c, order, writes, options) for c in chains) if d is not None]
+    # In the order in which they are rewritten: scaled weights are shared forwards.
+    return sorted(decisions, key=lambda d: order[d.chain.last])
+
+
+def _decide(
+    chain: AffineChain, order: dict[fx.Node, int], writes: list[int], options: Options
+) -> ForwardDecision | None:
+    layer = chain.layer
+    chain, activation = _with_activation(chain)
+    residual = epilogue.residual_after(chain.last) if chain.steps or layer.bias else None
+    result = tensor_of(chain.last)
+    if result is None or (result.dtype, result.shape) != (layer.out.dtype, layer.out.shape):
+        residual = None
+    if not chain.steps and activation is None:
+        return None  # nothing to gain
+
+    sizes = choice.bytes_moved(chain, activation, residual)
+
+    def decision(code: ForwardCode, detail: str = "") -> ForwardDecision:
+        return ForwardDecision(chain, code, activation, residual, detail, *sizes)
+
+    if layer.out.dtype not in _DTYPES or not _DTYPES[layer.out.dtype].issuperset(_dtypes(chain)):
+        code = ForwardCode.UNSUPPORTED_DTYPE
+        if layer.out.dtype == torch.float16:
+            code = ForwardCode.FLOAT16_RANGE
+        return decision(code, str(layer.out.dtype))
+    first, last = order[layer.node], order[chain.last]
+    if bisect.bisect_right(writes, first) != bisect.bisect_left(writes, last):
+        return decision(ForwardCode.WRITE_BETWEEN, f"between {layer.node} and {chain.last}")
+    if _view_is_returned(chain.last if activation is None else activation.last):
+        return decision(ForwardCode.VIEW_RETURNED, str(chain.last))
+    if options.forward == "fold" or choice.is_faster(*sizes):
+        return decision(ForwardCode.FOLDED)
+    return decision(ForwardCode.SLOWER)
+
+
+def _view_is_returned(node: fx.Node) -> bool:
+    """Whether the graph returns a part of ``node``.
+
+    Inductor restores the strides of an output that is dense. A slice gets those of the memory
+    that it is cut from, and a library's kernel may choose others than a generated one.
+    """
+    whole = tensor_of(node)
+    for view in _views(node):
+        part = tensor_of(view)
+        is_part = part is None or whole is None or part.numel() != whole.numel()
+        if is_part and any(u.op == "output" for u in view.users):
+            return True
+    return False
+
+
+def _views(node: fx.Node) -> list[fx.Node]:
+    """All views of ``node``, and views of those."""
+    found = [u for u in node.users if _compat.is_view(u.target)]
+    for view in found:
+        found += [u for u in view.users if _compat.is_view(u.target) and u not in found]
+    return found
+
+
+# What a layer's dtype may meet in its chain.
+_DTYPES = {
+    torch.float32: {torch.float32},
+    torch.bfloat16: {torch.bfloat16, torch.float32},
+    torch.float64: {torch.float64},
+}
+
+
+def _dtypes(chain: AffineChain) -> Iterator[torch.dtype]:
+    for node in (chain.layer.input, chain.layer.weight, *(s.node for s in chain.steps)):
+        tensor = tensor_of(node)
+        if tensor is not None:
+            yield tensor.dtype
+
+
+def _with_activation(chain: AffineChain) -> tuple[AffineChain, Activation | None]:
+    """The chain up to where an activation begins, and the activation.
+
+    Some begin with a step of an affine map themselves, as hardsigmoid does with ``x + 3``: the
+    cut that leaves least behind is taken.
+    """
+    if not _has_epilogue_kernel(chain):
+        return chain, None
+    best: tuple[AffineChain, Activation | None] = chain, None
+    for end in range(len(chain.steps), -1, -1):
+        cut = dataclasses.replace(chain, steps=chain.steps[:end])
+        found = None
+        if _has_shape_of(cut, chain.layer.out):
+            found = epilogue.activation_after(cut.last, chain.layer.out.dtype)
+        if found is not None and (best[1] is None or best[1].last < found.last):
+            best = cut, found
+        if end and chain.steps[end - 1].reads_a_tensor:
+            break
+    return best
+
+
+def _has_shape_of(chain: AffineChain, out: torch.Tensor) -> bool:
+    """Whether the chain's result has its numbers where the layer's output has them."""
+    result = tensor_of(chain.last)
+    return result is not None and result.shape == out.shape
+
+
+def _has_epilogue_kernel(chain: AffineChain) -> bool:
+    """Whether oneDNN's convolution with post-ops takes this layer."""
+    layer = chain.layer
+    return (
+        layer.is_conv
+        and not layer.layout.transposed
+        and layer.out.ndim in (4, 5)
+        and layer.out.dtype in (torch.float32, torch.bfloat16)
+        and layer.out.device.type == "cpu"
+        and _compat.has_onednn_epilogues(layer.out.dtype)
+    )
+
+
+def apply(decisions: list[ForwardDecision], graph: fx.Graph) -> int:
+    """Rewrite the graph as decided; returns the number of layers folded.
+
+    Weights scaled in the same way are scaled once: a head that is applied to several levels
+    of a pyramid shares them.
+    """
+    folded = [d for d in decisions if d.code.folded]
+    if not folded:
+        return 0
+    writes = any(_compat.is_mutable(n.target) for n in graph.nodes)
+    build = Builder(graph, share=not writes)
+    for decision in folded:
+        with (
+            graph.inserting_before(decision.chain.last),
+            _compat.fake_mode_of(decision.chain.layer.out),
+        ):
+            _rewrite(decision, build)
+    return len(folded)
+
+
+def _rewrite(decision: ForwardDecision, build: Builder) -> None:
+    chain, layer = decision.chain, decision.chain.layer
+    weight, bias = layer.weight, layer.bias
+    if chain.steps:
+        scale, bias = affine.emit_scale_and_shift(chain, build)
+        if scale is not None:
+            weight = _scaled_weight(layer, scale, build)
+        if bias is not None:
+            bias = build.cast(bias, layer.out.dtype)
+    new = _layer_call(decision, weight, bias, build)
+    new.meta = {**layer.node.meta, "val": new.meta["val"]}
+    for step in chain.steps:
+        if step.kind == "move":
+            new = build.call(step.node.target, new, *step.node.args[1:], **step.node.kwargs)
+    replaced = chain.last if decision.activation is None else decision.activation.last
+    result = tensor_of(replaced)
+    if result is not None:
+        new = build.cast(new, result.dtype)
+    if new is not replaced:
+        new.meta = {**replaced.meta, "val": new.meta["val"]}
+    build.replace(replaced, new)
+    _erase_unused(replaced)
+
+
+def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
+    """``s * W``: scaled in the wide dtype, rounded once, in the weight's memory format."""
+    narrow, wide = tensor_of(layer.weight), tensor_of(scale)
+    if narrow is None or wide is None:
+        raise AssertionError(f"{layer.node} has no metadata")
+    for view, sizes in views_onto_output_axis(narrow.shape, layer.layout):
+        scale = build.call(getattr(aten, view).default, scale, sizes)
+    weight = build.cast(aten_ir.without_casts(layer.weight), wide.dtype)
+    return build.cast(build.call(aten.mul.Tensor, weight, scale), narrow.dtype)
+
+
+def _layer_call(
+    decision: ForwardDecision, weight: fx.Node, bias: fx.Node | None, build: Builder
+) -> fx.Node:
+    layer, act = decision.chain.layer, decision.activation
+    if _has_epilogue_kernel(decision.chain):
+        stride, padding, dilation = layer.node.args[3:6]
+        post_op = ("none", [], "") if act is None else (act.name, list(act.scalars), act.algorithm)
+        # The addition of a residual is left to Inductor, which knows whether it may be in place.
+        return build.call(
+            mkldnn._convolution_pointwise.default,
+            *(_input(layer, build), _dense(weight, build), bias and _dense(bias, build)),
+            *(padding, stride, dilation, layer.layout.groups, *post_op),
+        )
+    if layer.is_conv:
+        args = (layer.input, weight, bias, *layer.node.args[3:])
+        return build.call(aten.convolution.default, *args)
+    if bias is None:
+        return build.call(aten.mm.default, layer.input, weight)
+    return build.call(aten.addmm.default, bias, layer.input, weight)
+
+
+def _input(layer: Layer, build: Builder) -> fx.Node:
+    """The layer's input, as a copy if the graph returns it.
+
+    Inductor makes what goes into oneDNN's convolution channels-last, also where that is an
+    output with strides of its own. A plain convolution makes such a copy anyway.
+    """
+    node = build.current(layer.input)
+    returned = any(u.op == "output" for n in (node, *_views(node)) for u in n.users)
+    tensor = tensor_of(node)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    memory_format = None if tensor is None else formats.get(tensor.ndim)
+    if not returned or tensor is None or memory_format is None:
+        return node
+    if node.op == "placeholder" or tensor.is_contiguous(memory_format=memory_format):
+        return node
+    return build.call(aten.clone.default, node, memory_format=memory_format)
+
+
+def _dense(node: fx.Node, build: Builder) -> fx.Node:
+    """``node`` in memory without gaps or repeats: oneDNN reads past the strides of others."""
+    tensor = tensor_of(node)
+    if (
+        tensor is None
+        or tensor.is_contiguous()
+        or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+    ):
+        return node
+    return build.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+
+
+def _erase_unused(node: fx.Node) -> None:
+    """Erase ``node`` and what only it used; placeholders stay."""
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if (
+            node._erased
+            or node.users
+            or node.op == "placeholder"
+            or _compat.is_mutable(node.target)
+        ):
+            continue
+        pending += node.all_input_nodes
+        node.graph.erase_node(node)
