@@ -15,20 +15,43 @@ UNEXPLAINED = "not explained"
 
 def why(settings: Settings, other: str) -> str:
     """Why ours keeps more than ``other``, or other bytes than deploy mode, in this workload."""
-    by_protocol = _MORE.get((settings.protocol, other))
-    return by_protocol or _MORE_IN_CASE.get((settings.case, other), UNEXPLAINED)
+    if other == "deploy" and settings.precision.endswith("-autocast"):
+        return _AUTOCAST
+    return _MORE.get((settings.protocol, other), UNEXPLAINED)
 
 
 def why_little(settings: Settings) -> str:
     """Why ours saves next to nothing of eval mode's bytes in this workload."""
-    by_protocol = _LITTLE.get(settings.protocol)
-    return by_protocol or _LITTLE_IN_CASE.get(settings.case, UNEXPLAINED)
+    by_case = _LITTLE_IN_CASE.get(settings.case)
+    return by_case or _LITTLE.get(settings.protocol, UNEXPLAINED)
 
 
-_MORE: dict[tuple[str, str], str] = {}
+_AUTOCAST = "ours keeps less: deploy mode keeps half-precision copies of the merged weights"
+_SILU = "SiLU: eval mode recomputes its way to about one activation per pair already"
+_NO_BATCH_NORM = "a control: there is no batch norm"
+_FROZEN_MODULE = "FrozenBatchNorm: eval mode does not keep the convolutions' outputs either"
+_FROZEN = "the batch norms' weights are frozen: eval mode does not keep the layers' outputs either"
 
-_MORE_IN_CASE: dict[tuple[str, str], str] = {}
+_MORE = {
+    ("bn-tuning", "builtin"): (
+        "frozen layers are left alone: PyTorch's pass computes their weight gradients to get "
+        "gamma's, as ours does with fuse_frozen_layers"
+    ),
+    ("bn-tuning", "deploy"): "frozen layers are left alone; deploy mode has no gamma to train",
+}
 
-_LITTLE: dict[str, str] = {}
+_LITTLE = {
+    "frozen-bn": _FROZEN,
+    "adversarial": _FROZEN,
+    "bn-tuning": "frozen layers are left alone, unless fuse_frozen_layers is set",
+}
 
-_LITTLE_IN_CASE: dict[str, str] = {}
+_LITTLE_IN_CASE = {
+    "efficientnet_b0": _SILU,
+    "hf_mobilevit": _SILU,
+    "convnext_tiny": _NO_BATCH_NORM,
+    "vit_s_max": _NO_BATCH_NORM,
+    "pit_s_max": _NO_BATCH_NORM,
+    "faster_rcnn_resnet50_frozen_bn": _FROZEN_MODULE,
+    "retinanet_resnet50_frozen_bn": _FROZEN_MODULE,
+}

@@ -46,8 +46,9 @@ def _page(rows: list[Row], runs: list[dict[str, Any]], pictures: dict[str, Path]
 
     section("Published figures beside ours", tables.published(rows))
     section("Kept for backward", tables.saved(rows))
-    section("Where ours keeps more than another", tables.exceptions(rows))
-    section("Where ours saves less than a tenth", tables.small_gains(rows))
+    more = "Where ours keeps more than another, or not deploy mode's bytes"
+    section(more, tables.exceptions(rows))
+    section("Where ours saves less than a tenth of eval mode's bytes", tables.small_gains(rows))
     section("Recomputation", tables.recomputation(rows))
     for device, name in (("cpu", "CPU"), ("cuda", "GPU")):
         if any(r.metric == "measure" and r.settings.device == device for r in rows):
