@@ -29,7 +29,10 @@ def draw(rows: list[Row], folder: Path) -> dict[str, Path]:
         for g in groups(rows, "saved")
         if g.settings.protocol == "all" and g.values("eval") and g.values("ours")
     ]
-    kept = list({g.settings.case: g for g in reversed(kept)}.values())[::-1]
+    first: dict[str, Group] = {}
+    for group in kept:
+        first.setdefault(group.settings.case, group)
+    kept = list(first.values())
     if kept:
         title = "Kept for backward, relative to compiled eval mode"
         pictures[title] = _bars(kept, title, _saved_ratio, folder / "saved.png")
