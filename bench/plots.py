@@ -29,7 +29,10 @@ def draw(rows: list[Row], folder: Path) -> dict[str, Path]:
         for g in groups(rows, "saved")
         if g.settings.protocol == "all" and g.values("eval") and g.values("ours")
     ]
-    kept = list({g.settings.case: g for g in reversed(kept)}.values())[::-1]
+    first: dict[str, Group] = {}
+    for group in kept:
+        first.setdefault(group.settings.case, group)
+    kept = list(first.values())
     if kept:
         title = "Kept for backward, relative to compiled eval mode"
         pictures[title] = _bars(kept, title, _saved_ratio, folder / "saved.png")
@@ -79,10 +82,12 @@ def _batch(group: Group, provider: str) -> float | None:
 def _bars(
     chosen: list[Group], title: str, value: Callable[[Group, str], float | None], path: Path
 ) -> Path:
-    """Horizontal bars, one group of providers per workload."""
+    """Horizontal bars, one group of providers per workload; a line where eval mode is 1."""
     names = [p for p in _COLOURS if any(value(g, p) is not None for g in chosen)]
+    relative = len(names) > 1 and all(value(g, "eval") == 1 for g in chosen)
+    names = names[1:] if relative else names
     height = 0.8 / len(names)
-    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.16 * len(names) * len(chosen)))
+    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.12 * len(names) * len(chosen)))
     for i, name in enumerate(names):
         found = [(y, value(group, name)) for y, group in enumerate(chosen)]
         points = [(y, v) for y, v in found if v is not None]
@@ -93,6 +98,8 @@ def _bars(
             label=PROVIDERS[name].title,
             color=_COLOURS[name],
         )
+    if relative:
+        axes.axvline(1, color=_COLOURS["eval"], label=PROVIDERS["eval"].title)
     axes.set_yticks(range(len(chosen)), [g.label() for g in chosen])
     axes.invert_yaxis()
     axes.set_ylim(len(chosen) - 0.4, -0.6)

@@ -22,10 +22,6 @@ class Published:
     tune_gb: float
     source: str
 
-    @property
-    def saved(self) -> float:
-        return 1 - self.tune_gb / self.eval_gb
-
 
 PUBLISHED = (
     Published("ResNet-50, CUB-200", "resnet50_batch242", 19.499, 12.323, _PAPER),

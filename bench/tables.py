@@ -9,8 +9,10 @@ from .analysis import Group, geometric_mean, groups, ratio, spread
 from .cases import CASES
 from .protocols import PROTOCOLS
 from .providers import PROVIDERS
+from .reasons import why, why_little
 from .references import PUBLISHED
 from .results import Row
+from .suites import settings_of
 
 __all__ = [
     "NONE",
@@ -22,6 +24,7 @@ __all__ = [
     "published",
     "recomputation",
     "saved",
+    "small_gains",
     "totals",
 ]
 
@@ -65,47 +68,65 @@ def saved(rows: list[Row]) -> str:
     return markdown(header, body)
 
 
-def exceptions(rows: list[Row]) -> list[str]:
-    """Workloads in which ours keeps more than eval mode, PyTorch's pass or deploy mode."""
-    found = []
+def exceptions(rows: list[Row]) -> str:
+    """Workloads in which ours keeps more than eval mode or PyTorch's pass, or not deploy mode's
+    bytes, each with the reason."""
+    body = []
     for group in groups(rows, "saved"):
         ours = group.values("ours").get("bytes")
         if ours is None:
             continue
         for mode in ("eval", "builtin", "deploy"):
             other = group.values(mode).get("bytes")
-            if other is not None and ours > other:
-                found.append(
-                    f"{group.label(size=True)}: {(ours - other) / 1e6:,.1f} MB more than "
-                    f"{PROVIDERS[mode].title}"
-                )
-    return found
+            if other is None or ours == other or (ours < other and mode != "deploy"):
+                continue
+            cells = [group.label(size=True), _megabytes(ours), PROVIDERS[mode].title]
+            difference = f"{(ours - other) / 1e6:+,.3f}"
+            body.append([*cells, _megabytes(other), difference, why(group.settings, mode)])
+    return markdown(["workload", "ours MB", "other", "MB", "ours - other", "why"], body)
+
+
+def small_gains(rows: list[Row], least: float = 0.1) -> str:
+    """Workloads in which ours saves less than ``least`` of eval mode's bytes, with the reason."""
+    body = []
+    for group in groups(rows, "saved"):
+        ours, baseline = (group.values(mode).get("bytes") for mode in ("ours", "eval"))
+        if ours is None or baseline is None or ours < (1 - least) * baseline:
+            continue
+        gain = f"{1 - ours / baseline if baseline else 0.0:.1%}"
+        cells = [group.label(size=True), _megabytes(baseline), _megabytes(ours), gain]
+        body.append([*cells, why_little(group.settings)])
+    return markdown(["workload", "eval MB", "ours MB", "saved", "why"], body)
 
 
 def published(rows: list[Row]) -> str:
     """The paper's rows beside ours: its peak memory, our bytes kept and, where run, our peak."""
-    kept = {g.settings.case: g for g in groups(rows, "saved") if g.settings.protocol == "all"}
-    ran = {
-        g.settings.case: g
-        for g in groups(rows, "measure")
-        if g.settings.device == "cuda" and g.settings.batch == CASES[g.settings.case].batch
-    }
+    kept = {g.settings.case: g for g in groups(rows, "saved") if _usual(g)}
+    ran = {g.settings.case: g for g in groups(rows, "measure") if _usual(g, "cuda")}
     body = []
     for entry in PUBLISHED:
-        cells = [entry.what, f"{entry.eval_gb:.2f} → {entry.tune_gb:.2f} GB", f"{-entry.saved:.1%}"]
+        cells = [entry.what, _change(entry.eval_gb * 1e9, entry.tune_gb * 1e9)]
         for group, peak in ((kept.get(entry.case), False), (ran.get(entry.case), True)):
             before, after = (
                 None if group is None else group.peak(m) if peak else group.values(m).get("bytes")
                 for m in ("eval", "ours")
             )
-            if before is None or after is None:
-                cells += [NONE, NONE]
-            else:
-                cells.append(f"{before / 1e9:.2f} → {after / 1e9:.2f} GB")
-                cells.append(f"{after / before - 1:.1%}")
+            cells.append(_change(before, after))
         body.append([*cells, entry.source])
-    header = ["", "published peak, eager", "", "ours: kept for backward, compiled", ""]
-    return markdown([*header, "ours: peak on a GPU", "", "published in"], body)
+    header = ["eval mode → tune mode", "published: peak", "ours: kept for backward, compiled"]
+    return markdown([*header, "ours: peak on a GPU", "published in"], body)
+
+
+def _usual(group: Group, device: str = "cpu") -> bool:
+    """Whether a workload is its case at its real size and precision, all parameters trainable."""
+    case = CASES[group.settings.case]
+    return group.settings == settings_of(case, precision=case.precision, device=device)
+
+
+def _change(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return NONE
+    return f"{before / 1e9:.2f} → {after / 1e9:.2f} GB ({after / before - 1:.1%})"
 
 
 def measured(rows: list[Row], device: str, *, trains: bool) -> str:

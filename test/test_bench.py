@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from bench import analysis, cases, eager_coverage, module_pairs, protocols, results, runner, suites
+from bench import (
+    analysis,
+    cases,
+    eager_coverage,
+    module_pairs,
+    protocols,
+    reasons,
+    results,
+    runner,
+    suites,
+    tables,
+)
 from bench.capacity import largest_batch
 from bench.measure import Budget
 from bench.models import other_ranks, parameter_free, repvgg, transposed
@@ -354,3 +365,15 @@ def test_errors_without_flips():
     assert result["flipped"] == {"eval": 0, "tune": 0, "tune_float64": 0}
     assert 0 < result["error_tune"] < 1e-5
     assert 0 < result["error_tune_float64"] < 1e-13
+
+
+def test_committed_results_are_reported():
+    """report.md and the README's table are the result files', and every exception has a reason."""
+    folder = eager_coverage.RESULTS.parent
+    found = {row.key: row for p in sorted(folder.glob("*.jsonl")) for row in results.read(p)[1]}
+    rows = list(found.values())
+    page = (folder / "report.md").read_text()
+    parts = [tables.published, tables.saved, tables.exceptions, tables.small_gains]
+    assert all(part(rows) in page for part in parts)
+    assert reasons.UNEXPLAINED not in page
+    assert tables.published(rows) in (folder.parent.parent / "README.md").read_text()

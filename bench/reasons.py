@@ -1,0 +1,57 @@
+"""Why ours keeps more than another mode in a workload, or saves little: by protocol and case.
+
+Reports quote these; a row that none of them covers reads "not explained", and the tests fail
+on one among the committed results.
+"""
+
+from __future__ import annotations
+
+from .workload import Settings
+
+__all__ = ["UNEXPLAINED", "why", "why_little"]
+
+UNEXPLAINED = "not explained"
+
+
+def why(settings: Settings, other: str) -> str:
+    """Why ours keeps more than ``other``, or other bytes than deploy mode, in this workload."""
+    if other == "deploy" and settings.precision.endswith("-autocast"):
+        return _AUTOCAST
+    return _MORE.get((settings.protocol, other), UNEXPLAINED)
+
+
+def why_little(settings: Settings) -> str:
+    """Why ours saves next to nothing of eval mode's bytes in this workload."""
+    by_case = _LITTLE_IN_CASE.get(settings.case)
+    return by_case or _LITTLE.get(settings.protocol, UNEXPLAINED)
+
+
+_AUTOCAST = "ours keeps less: deploy mode keeps half-precision copies of the merged weights"
+_SILU = "SiLU: eval mode recomputes its way to about one activation per pair already"
+_NO_BATCH_NORM = "a control: there is no batch norm"
+_FROZEN_MODULE = "FrozenBatchNorm: eval mode does not keep the convolutions' outputs either"
+_FROZEN = "the batch norms' weights are frozen: eval mode does not keep the layers' outputs either"
+
+_MORE = {
+    ("bn-tuning", "builtin"): (
+        "frozen layers are left alone: PyTorch's pass computes their weight gradients to get "
+        "gamma's, as ours does with fuse_frozen_layers"
+    ),
+    ("bn-tuning", "deploy"): "frozen layers are left alone; deploy mode has no gamma to train",
+}
+
+_LITTLE = {
+    "frozen-bn": _FROZEN,
+    "adversarial": _FROZEN,
+    "bn-tuning": "frozen layers are left alone, unless fuse_frozen_layers is set",
+}
+
+_LITTLE_IN_CASE = {
+    "efficientnet_b0": _SILU,
+    "hf_mobilevit": _SILU,
+    "convnext_tiny": _NO_BATCH_NORM,
+    "vit_s_max": _NO_BATCH_NORM,
+    "pit_s_max": _NO_BATCH_NORM,
+    "faster_rcnn_resnet50_frozen_bn": _FROZEN_MODULE,
+    "retinanet_resnet50_frozen_bn": _FROZEN_MODULE,
+}
