@@ -60,6 +60,7 @@ class ForwardCode(enum.Enum):
 
     FOLDED = "folded: the scale is in the weight and the shift in the bias, in each call anew"
     SLOWER = "as written is estimated to be as fast or faster"
+    DENIED = "the options 'allow' and 'deny' leave this module out"
     FLOAT16_RANGE = "a scaled weight might not fit float16, and is not known when compiling"
     UNSUPPORTED_DTYPE = "this mix of dtypes is not supported"
     VIEW_RETURNED = "a view of the result is returned, whose strides would change"

@@ -22,6 +22,7 @@ from .affine import AffineChain
 from .aten_ir import Builder, Layer, tensor_of
 from .codes import ForwardCode
 from .config import Options
+from .decide import module_path
 from .epilogue import Activation, Residual
 from .fold import views_onto_output_axis
 
@@ -84,6 +85,9 @@ def _decide(
     def decision(code: ForwardCode, detail: str = "") -> ForwardDecision:
         return ForwardDecision(chain, code, activation, residual, detail, *sizes)
 
+    path = module_path(layer.node)
+    if not options.permits(path):
+        return decision(ForwardCode.DENIED, path)
     if layer.out.dtype not in _DTYPES or not _DTYPES[layer.out.dtype].issuperset(_dtypes(chain)):
         code = ForwardCode.UNSUPPORTED_DTYPE
         if layer.out.dtype == torch.float16:

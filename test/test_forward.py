@@ -447,6 +447,18 @@ def test_random_chains():
     assert taken >= 15
 
 
+@pytest.mark.parametrize("which", [{"deny": ("convs.*",)}, {"allow": ("stem*", "down*")}])
+def test_allow_and_deny(which):
+    torch.manual_seed(0)
+    model, x = Residual().eval(), torch.randn(2, 3, 8, 8)
+    with cbn.options(**which):
+        out, records = folded(model, x)
+    assert {r.layer for r in records if r.code.folded} == {"stem", "down"}
+    assert [r.code for r in records].count(ForwardCode.DENIED) == 4
+    with torch.no_grad():
+        torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_option_is_checked():
     with pytest.raises(ValueError, match="'exact', 'fold', 'auto'"):
         cbn.set_options(forward="fast")
