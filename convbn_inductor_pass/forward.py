@@ -171,6 +171,11 @@ def _has_shape_of(chain: AffineChain, out: torch.Tensor) -> bool:
 def _has_epilogue_kernel(chain: AffineChain) -> bool:
     """Whether oneDNN's convolution with post-ops takes this layer."""
     layer = chain.layer
+    # Where Inductor lets a grouped convolution add a residual and rectify, PyTorch runs the
+    # addition by itself, with a kernel that has no bfloat16 and raises (2.11 to 2.15).
+    is_grouped = layer.out.dtype == torch.bfloat16 and layer.layout.groups > 1
+    if is_grouped and any(u.target is aten.add.Tensor for u in chain.last.users):
+        return False
     return (
         layer.is_conv
         and not layer.layout.transposed

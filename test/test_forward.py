@@ -336,6 +336,25 @@ def test_dynamic_batch():
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_inductor_autocast():
+    """bfloat16, with a grouped convolution before a residual: oneDNN's kernel would raise."""
+    torch.manual_seed(0)
+    model, x = Residual().eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        outputs = {}
+        for forward in ("exact", "fold"):
+            cbn.clear_records()
+            autocast = torch.autocast("cpu", torch.bfloat16)
+            with testing.fresh_compile(), cbn.options(forward=forward), autocast:
+                outputs[forward] = torch.compile(model)(x)
+    assert sum(r.code.folded for r in cbn.forward_records()) == Residual.pairs
+    assert outputs["fold"].dtype == outputs["exact"].dtype
+    scale = exact.abs().max()
+    errors = {k: (v.double() - exact).abs().max() / scale for k, v in outputs.items()}
+    assert errors["fold"] <= 2 * errors["exact"] + 2 * torch.finfo(torch.bfloat16).eps
+
+
 class Features(nn.Module):
     """Returns feature maps, one of them a view, as a detector's backbone does."""
 
