@@ -18,7 +18,8 @@ import torch
 from torch import fx
 
 from . import aten_ir
-from .aten_ir import Builder, Layer, Operand, Step, tensor_of
+from .aten_ir import Layer, Operand, Step, tensor_of
+from .build import Builder
 
 __all__ = ["AffineChain", "emit_scale_and_shift", "find_chains"]
 

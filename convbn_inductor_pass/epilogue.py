@@ -165,7 +165,10 @@ class _Entry:
         pairs = zip(constants, self.constants, strict=True)
         if any(a != b for i, (a, b) in enumerate(pairs) if i not in self.parameters):
             return None
-        return tuple(float(constants[i]) for i in self.parameters)
+        parameters = tuple(float(constants[i]) for i in self.parameters)
+        if self.name == "hardtanh" and not parameters[0] <= parameters[1]:
+            return None  # well defined as written; oneDNN refuses it
+        return parameters
 
 
 _TABLED = (torch.float32, torch.bfloat16)

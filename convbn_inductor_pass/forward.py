@@ -17,31 +17,33 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from . import _compat, affine, aten_ir, choice, epilogue
+from . import _compat, affine, choice, epilogue
 from .affine import AffineChain
-from .aten_ir import Builder, Layer, tensor_of
+from .aten_ir import Layer, tensor_of
+from .build import Builder
 from .codes import ForwardCode
 from .config import Options
 from .decide import module_path
 from .epilogue import Activation, Residual
-from .fold import views_onto_output_axis
+from .forward_rewrite import fold_forward, views_of
 
 __all__ = ["ForwardDecision", "analyze", "apply"]
 
 aten = torch.ops.aten
-mkldnn = torch.ops.mkldnn
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardDecision:
     """What was decided about a layer and the affine map or activation after it.
 
+    ``onednn`` says whether oneDNN's convolution with post-ops computes the folded layer.
     ``bytes_exact`` and ``bytes_folded`` are what each way reads and writes besides the layer's
     own input, weight and output: hints where sizes are symbolic.
     """
 
     chain: AffineChain
     code: ForwardCode
+    onednn: bool
     activation: Activation | None = None
     residual: Residual | None = None
     detail: str = ""
@@ -73,17 +75,19 @@ def _decide(
 ) -> ForwardDecision | None:
     layer = chain.layer
     chain, activation = _with_activation(chain)
-    residual = epilogue.residual_after(chain.last) if chain.steps or layer.bias else None
+    residual = epilogue.residual_after(chain.last) if activation is None else None
     result = tensor_of(chain.last)
     if result is None or (result.dtype, result.shape) != (layer.out.dtype, layer.out.shape):
         residual = None
     if not chain.steps and activation is None:
         return None  # nothing to gain
-
+    onednn = _takes_post_ops(layer) and (activation is not None or not _may_raise(chain))
+    if not onednn:
+        residual = None
     sizes = choice.bytes_moved(chain, activation, residual)
 
     def decision(code: ForwardCode, detail: str = "") -> ForwardDecision:
-        return ForwardDecision(chain, code, activation, residual, detail, *sizes)
+        return ForwardDecision(chain, code, onednn, activation, residual, detail, *sizes)
 
     path = module_path(layer.node)
     if not options.permits(path):
@@ -110,20 +114,12 @@ def _view_is_returned(node: fx.Node) -> bool:
     that it is cut from, and a library's kernel may choose others than a generated one.
     """
     whole = tensor_of(node)
-    for view in _views(node):
+    for view in views_of(node):
         part = tensor_of(view)
         is_part = part is None or whole is None or part.numel() != whole.numel()
         if is_part and any(u.op == "output" for u in view.users):
             return True
     return False
-
-
-def _views(node: fx.Node) -> list[fx.Node]:
-    """All views of ``node``, and views of those."""
-    found = [u for u in node.users if _compat.is_view(u.target)]
-    for view in found:
-        found += [u for u in view.users if _compat.is_view(u.target) and u not in found]
-    return found
 
 
 # What a layer's dtype may meet in its chain.
@@ -147,7 +143,7 @@ def _with_activation(chain: AffineChain) -> tuple[AffineChain, Activation | None
     Some begin with a step of an affine map themselves, as hardsigmoid does with ``x + 3``: the
     cut that leaves least behind is taken.
     """
-    if not _has_epilogue_kernel(chain):
+    if not _takes_post_ops(chain.layer):
         return chain, None
     best: tuple[AffineChain, Activation | None] = chain, None
     for end in range(len(chain.steps), -1, -1):
@@ -168,14 +164,8 @@ def _has_shape_of(chain: AffineChain, out: torch.Tensor) -> bool:
     return result is not None and result.shape == out.shape
 
 
-def _has_epilogue_kernel(chain: AffineChain) -> bool:
-    """Whether oneDNN's convolution with post-ops takes this layer."""
-    layer = chain.layer
-    # Where Inductor lets a grouped convolution add a residual and rectify, PyTorch runs the
-    # addition by itself, with a kernel that has no bfloat16 and raises (2.11 to 2.15).
-    is_grouped = layer.out.dtype == torch.bfloat16 and layer.layout.groups > 1
-    if is_grouped and any(u.target is aten.add.Tensor for u in chain.last.users):
-        return False
+def _takes_post_ops(layer: Layer) -> bool:
+    """Whether oneDNN's convolution with post-ops can compute this layer."""
     return (
         layer.is_conv
         and not layer.layout.transposed
@@ -184,6 +174,17 @@ def _has_epilogue_kernel(chain: AffineChain) -> bool:
         and layer.out.device.type == "cpu"
         and _compat.has_onednn_epilogues(layer.out.dtype)
     )
+
+
+def _may_raise(chain: AffineChain) -> bool:
+    """Whether Inductor might let oneDNN's convolution add what comes next, where that raises.
+
+    Where oneDNN does not both add and rectify (a grouped convolution; an input that counts as
+    contiguous, as 1x1 maps do), PyTorch does it with a kernel that has no bfloat16 and raises
+    (2.11 to 2.15).
+    """
+    is_narrow = chain.layer.out.dtype == torch.bfloat16
+    return is_narrow and any(u.target is aten.add.Tensor for u in chain.last.users)
 
 
 def apply(decisions: list[ForwardDecision], graph: fx.Graph) -> int:
@@ -202,107 +203,5 @@ def apply(decisions: list[ForwardDecision], graph: fx.Graph) -> int:
             graph.inserting_before(decision.chain.last),
             _compat.fake_mode_of(decision.chain.layer.out),
         ):
-            _rewrite(decision, build)
+            fold_forward(decision.chain, decision.activation, decision.onednn, build)
     return len(folded)
-
-
-def _rewrite(decision: ForwardDecision, build: Builder) -> None:
-    chain, layer = decision.chain, decision.chain.layer
-    weight, bias = layer.weight, layer.bias
-    if chain.steps:
-        scale, bias = affine.emit_scale_and_shift(chain, build)
-        if scale is not None:
-            weight = _scaled_weight(layer, scale, build)
-        if bias is not None:
-            bias = build.cast(bias, layer.out.dtype)
-    new = _layer_call(decision, weight, bias, build)
-    new.meta = {**layer.node.meta, "val": new.meta["val"]}
-    for step in chain.steps:
-        if step.kind == "move":
-            new = build.call(step.node.target, new, *step.node.args[1:], **step.node.kwargs)
-    replaced = chain.last if decision.activation is None else decision.activation.last
-    result = tensor_of(replaced)
-    if result is not None:
-        new = build.cast(new, result.dtype)
-    if new is not replaced:
-        new.meta = {**replaced.meta, "val": new.meta["val"]}
-    build.replace(replaced, new)
-    _erase_unused(replaced)
-
-
-def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
-    """``s * W``: scaled in the wide dtype, rounded once, in the weight's memory format."""
-    narrow, wide = tensor_of(layer.weight), tensor_of(scale)
-    if narrow is None or wide is None:
-        raise AssertionError(f"{layer.node} has no metadata")
-    for view, sizes in views_onto_output_axis(narrow.shape, layer.layout):
-        scale = build.call(getattr(aten, view).default, scale, sizes)
-    weight = build.cast(aten_ir.without_casts(layer.weight), wide.dtype)
-    return build.cast(build.call(aten.mul.Tensor, weight, scale), narrow.dtype)
-
-
-def _layer_call(
-    decision: ForwardDecision, weight: fx.Node, bias: fx.Node | None, build: Builder
-) -> fx.Node:
-    layer, act = decision.chain.layer, decision.activation
-    if _has_epilogue_kernel(decision.chain):
-        stride, padding, dilation = layer.node.args[3:6]
-        post_op = ("none", [], "") if act is None else (act.name, list(act.scalars), act.algorithm)
-        # The addition of a residual is left to Inductor, which knows whether it may be in place.
-        return build.call(
-            mkldnn._convolution_pointwise.default,
-            *(_input(layer, build), _dense(weight, build), bias and _dense(bias, build)),
-            *(padding, stride, dilation, layer.layout.groups, *post_op),
-        )
-    if layer.is_conv:
-        args = (layer.input, weight, bias, *layer.node.args[3:])
-        return build.call(aten.convolution.default, *args)
-    if bias is None:
-        return build.call(aten.mm.default, layer.input, weight)
-    return build.call(aten.addmm.default, bias, layer.input, weight)
-
-
-def _input(layer: Layer, build: Builder) -> fx.Node:
-    """The layer's input, as a copy if the graph returns it.
-
-    Inductor makes what goes into oneDNN's convolution channels-last, also where that is an
-    output with strides of its own. A plain convolution makes such a copy anyway.
-    """
-    node = build.current(layer.input)
-    returned = any(u.op == "output" for n in (node, *_views(node)) for u in n.users)
-    tensor = tensor_of(node)
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    memory_format = None if tensor is None else formats.get(tensor.ndim)
-    if not returned or tensor is None or memory_format is None:
-        return node
-    if node.op == "placeholder" or tensor.is_contiguous(memory_format=memory_format):
-        return node
-    return build.call(aten.clone.default, node, memory_format=memory_format)
-
-
-def _dense(node: fx.Node, build: Builder) -> fx.Node:
-    """``node`` in memory without gaps or repeats: oneDNN reads past the strides of others."""
-    tensor = tensor_of(node)
-    if (
-        tensor is None
-        or tensor.is_contiguous()
-        or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
-    ):
-        return node
-    return build.call(aten.clone.default, node, memory_format=torch.contiguous_format)
-
-
-def _erase_unused(node: fx.Node) -> None:
-    """Erase ``node`` and what only it used; placeholders stay."""
-    pending = [node]
-    while pending:
-        node = pending.pop()
-        if (
-            node._erased
-            or node.users
-            or node.op == "placeholder"
-            or _compat.is_mutable(node.target)
-        ):
-            continue
-        pending += node.all_input_nodes
-        node.graph.erase_node(node)

@@ -249,6 +249,51 @@ def test_scale_from_the_layer_itself():
     torch.testing.assert_close(out, uses_itself(*args))
 
 
+def test_code_of_a_returned_view():
+    torch.manual_seed(0)
+    _, records = folded(Features().eval(), torch.randn(2, 3, 8, 8))
+    codes = {r.layer: r.code for r in records}
+    assert codes == {"conv": ForwardCode.VIEW_RETURNED, "down": ForwardCode.FOLDED}
+
+
+def test_mixed_dtypes_are_left_alone():
+    """A float32 layer whose affine map is in float64 keeps that precision."""
+    args = torch.randn(1, 3, 4, 4), torch.randn(4, 3, 1, 1), torch.randn(4, 1, 1).double()
+    out, (record,) = folded(per_sample, *args)
+    assert record.code is ForwardCode.UNSUPPORTED_DTYPE
+    torch.testing.assert_close(out, per_sample(*args), rtol=0, atol=0)
+
+
+@torch.library.custom_op("convbn_test::bump", mutates_args={"x"})
+def bump(x: Tensor) -> None:
+    x.add_(1)
+
+
+def writes_between(x, w, s):
+    y = F.conv2d(x, w)
+    bump(w)
+    return y * s
+
+
+def test_write_between_is_left_alone():
+    """Moved past the write, the layer would read the new weight."""
+    torch.manual_seed(0)
+    x, w, s = torch.randn(1, 3, 4, 4), torch.randn(4, 3, 1, 1), torch.randn(4, 1, 1)
+    expected = writes_between(x, w.clone(), s)
+    out, (record,) = folded(writes_between, x, w.clone(), s)
+    assert record.code is ForwardCode.WRITE_BETWEEN
+    torch.testing.assert_close(out, expected)
+
+
+def test_clamp_with_bounds_the_wrong_way_round():
+    """Gives the upper bound as written; oneDNN refuses it."""
+    x, w = torch.randn(1, 3, 4, 4), torch.randn(4, 3, 1, 1)
+    fn = lambda x, w: (F.conv2d(x, w) * 2).clamp(3.0, 1.0)  # noqa: E731
+    out, (record,) = folded(fn, x, w)
+    assert record.epilogue == ""
+    assert (out == 1).all()
+
+
 def test_float16_is_left_alone():
     """A weight scaled by 1/sqrt(variance) may not fit."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)).eval().half()
@@ -336,10 +381,11 @@ def test_dynamic_batch():
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_inductor_autocast():
-    """bfloat16, with a grouped convolution before a residual: oneDNN's kernel would raise."""
+@pytest.mark.parametrize("size", [8, 1])
+def test_inductor_autocast(size):
+    """bfloat16, with a residual after a grouped convolution, and on 1x1 maps: no raise."""
     torch.manual_seed(0)
-    model, x = Residual().eval(), torch.randn(2, 3, 8, 8)
+    model, x = Residual().eval(), torch.randn(2, 3, size, size)
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x.double())
         outputs = {}
