@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_modu
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "OptimizedModule",
     "TracingContext",
     "WeakIdKeyDictionary",
+    "benchmark_gpu",
     "boxed",
     "check_torch_version",
     "copy_dynamo_source",
@@ -60,8 +62,11 @@ __all__ = [
     "is_pure",
     "is_view",
     "lazy_graph_module",
+    "lookup_timings",
     "mark_cacheable",
+    "may_measure",
     "one_pass_per_hook",
+    "real_tensors",
     "remove_function_mode",
     "saved_tensors_hooks",
     "size_hint",
@@ -247,6 +252,59 @@ def has_onednn_epilogues(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Compute with real tensors, as outside of any compilation."""
+    with _disable_current_modes(), torch_functions_off():
+        yield
+
+
+class _Choice(NamedTuple):
+    """What Inductor's cache of timings asks of a choice."""
+
+    name: str
+
+    def hash_key(self) -> str:
+        return self.name
+
+
+def lookup_timings(
+    names: Sequence[str],
+    operation: str,
+    inputs: str,
+    benchmark: Callable[[Sequence[str]], dict[str, float]] | None,
+) -> dict[str, float]:
+    """Timings from the file in which Inductor keeps those of its autotuning.
+
+    What is not there for every name is measured with ``benchmark`` and stored; without it,
+    what is there is returned.
+    """
+    from torch._inductor.codecache import PersistentCache
+
+    def measure(choices: Any) -> Any:
+        assert benchmark is not None
+        return {_Choice(name): t for name, t in benchmark([c.name for c in choices]).items()}
+
+    choices: Any = [_Choice(name) for name in names]
+    found: Any = PersistentCache().lookup(
+        choices, operation, inputs, None if benchmark is None else measure
+    )
+    return {choice.name: time for choice, time in found.items()}
+
+
+def benchmark_gpu(function: Callable[[], Any]) -> float:
+    """Median seconds of ``function`` on the current GPU, caches flushed before each call."""
+    from torch._inductor.runtime.benchmarking import benchmarker
+
+    return float(benchmarker.benchmark_gpu(function)) / 1e3
+
+
+def may_measure() -> bool:
+    """Whether compiling may depend on how fast something runs here."""
+    deterministic = inductor_config.deterministic or torch.are_deterministic_algorithms_enabled()
+    return not deterministic
+
+
 def is_generated(target: Any) -> bool:
     """Whether Inductor generates code for ``target``, and can take over the call before it."""
     from torch._inductor import lowering
@@ -260,7 +318,9 @@ def is_generated(target: Any) -> bool:
         torch.ops.aten.bmm.default,
         torch.ops.aten.baddbmm.default,
     )
-    return target not in libraries and target not in lowering.fallbacks
+    # Pooling reads each number several times, and has its input computed first.
+    is_pooling = "_pool" in target._schema.name
+    return target not in (*libraries, *lowering.fallbacks) and not is_pooling
 
 
 def custom_passes(hook: str) -> tuple[Any, ...]:

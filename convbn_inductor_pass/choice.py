@@ -1,25 +1,79 @@
-"""Whether folding a layer pays: what each way has to read and write besides the layer itself.
+"""Which way to compute a layer and what follows it pays: as written, or folded, with which kernel.
 
-As written, a kernel reads the layer's output and writes the result of the affine map and of
-what follows it. Folded with an epilogue, that kernel is gone; instead the weight is read and
-written once more. Where something follows that Inductor computes in the same kernel as the
-affine map anyway (a reduction, a pooling, another pointwise function), nothing is gained.
+Measured by :mod:`timing` where that is possible, and estimated otherwise: from what each way has
+to read and write besides the layer itself. As written, a kernel reads the layer's output and
+writes the result of the affine map and of what follows it. Folded with an epilogue, that kernel is
+gone; instead the weight is read and written once more. Where something follows that Inductor
+computes in the same kernel as the affine map anyway (a reduction, a pooling, another pointwise
+function), nothing is gained.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 from torch import fx
 
-from . import _compat
+from . import _compat, timing
 from .affine import AffineChain
 from .aten_ir import tensor_of, without_casts
 from .epilogue import Activation, Residual
 
-__all__ = ["bytes_moved", "is_faster"]
+__all__ = ["Costs", "bytes_moved", "choose"]
 
 # Layers at which both ways move as many bytes came out slower when folded: the scale and the
 # shift are small kernels of their own, and a weight is read with less locality.
 _MARGIN = 2
+# A measured lead of less is left alone: it may be noise, and as written the bits are eval mode's.
+_LEAD = 0.99
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What each way costs.
+
+    Attributes:
+        kernel: the kernel that the folded layer is to be computed with; None where the layer
+            should stay as written.
+        seconds_exact, seconds_folded: measured, the latter with the fastest kernel; None where
+            nothing was measured.
+    """
+
+    kernel: str | None
+    seconds_exact: float | None = None
+    seconds_folded: float | None = None
+
+
+def choose(
+    chain: AffineChain,
+    activation: Activation | None,
+    residual: Residual | None,
+    kernels: Sequence[str],
+    *,
+    measure: bool,
+) -> Costs:
+    """The fastest way, by measurement if there is one and by an estimate if there is none.
+
+    ``kernels`` can compute the folded layer, the last one with the epilogue. With ``measure``,
+    what has not been measured before on this machine is measured now.
+    """
+    ends = _ends_a_kernel(_last(chain, activation, residual))
+    work = timing.workload_of(chain, activation, residual, ends)
+    times = timing.seconds(work, kernels, measure=measure and _compat.may_measure())
+    if not times:
+        faster = _is_faster(*bytes_moved(chain, activation, residual))
+        return Costs(kernels[-1] if faster else None)
+    exact = times[timing.AS_WRITTEN]
+    kernel = min(kernels, key=times.__getitem__)
+    faster = times[kernel] < _LEAD * exact
+    return Costs(kernel if faster else None, exact, times[kernel])
+
+
+def _last(chain: AffineChain, activation: Activation | None, residual: Residual | None) -> fx.Node:
+    if residual is not None:
+        return residual.last
+    return chain.last if activation is None else activation.last
 
 
 def bytes_moved(
@@ -57,6 +111,6 @@ def _ends_a_kernel(node: fx.Node) -> bool:
     return any(u.op == "output" or not _compat.is_generated(u.target) for u in node.users)
 
 
-def is_faster(bytes_exact: int, bytes_folded: int) -> bool:
+def _is_faster(bytes_exact: int, bytes_folded: int) -> bool:
     """Whether folding is estimated to be faster, with a margin for what is not counted."""
     return _MARGIN * bytes_folded < bytes_exact

@@ -59,7 +59,7 @@ class ForwardCode(enum.Enum):
     """Why a layer was folded with the affine map after it, or left as written (kernel half)."""
 
     FOLDED = "folded: the scale is in the weight and the shift in the bias, in each call anew"
-    SLOWER = "as written is estimated to be as fast or faster"
+    SLOWER = "as written is as fast or faster, as measured or estimated"
     DENIED = "the options 'allow' and 'deny' leave this module out"
     FLOAT16_RANGE = "a scaled weight might not fit float16, and is not known when compiling"
     UNSUPPORTED_DTYPE = "this mix of dtypes is not supported"

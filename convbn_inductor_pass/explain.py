@@ -97,12 +97,21 @@ class Explanation:
 
     def _forward_table(self) -> Table:
         table = Table(title="Forward: layers and what follows them", title_justify="left")
-        for column in ("layer", "epilogue", "as written", "folded", "decision"):
-            is_number = column in ("as written", "folded")
+        for column in ("layer", "epilogue", "bytes", "folded", "ms", "folded", "decision"):
+            is_number = column in ("bytes", "ms", "folded")
             table.add_column(column, justify="right" if is_number else "left", overflow="fold")
         for r in self.forward:
-            why = r.code.name if r.code.folded else f"{r.code.name}: {r.code.value}"
-            table.add_row(r.layer, r.epilogue, decimal(r.bytes_exact), decimal(r.bytes_folded), why)
+            times = (r.seconds_exact, r.seconds_folded)
+            table.add_row(
+                r.layer,
+                r.epilogue,
+                decimal(r.bytes_exact),
+                decimal(r.bytes_folded),
+                *("" if t is None else f"{t * 1e3:.3g}" for t in times),
+                f"{r.code.name} ({r.kernel})"
+                if r.code.folded
+                else f"{r.code.name}: {r.code.value}",
+            )
         return table
 
     def _summary(self) -> str:

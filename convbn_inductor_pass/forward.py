@@ -36,19 +36,23 @@ aten = torch.ops.aten
 class ForwardDecision:
     """What was decided about a layer and the affine map or activation after it.
 
-    ``onednn`` says whether oneDNN's convolution with post-ops computes the folded layer.
-    ``bytes_exact`` and ``bytes_folded`` are what each way reads and writes besides the layer's
-    own input, weight and output: hints where sizes are symbolic.
+    ``kernel`` computes the folded layer: "aten" is the layer's own operator, "onednn" its
+    convolution with post-ops. ``bytes_exact`` and ``bytes_folded`` are what each way reads and
+    writes besides the layer's own input, weight and output: hints where sizes are symbolic.
+    ``seconds_exact`` and ``seconds_folded`` were measured, for the layer and all of that; None
+    if they were not.
     """
 
     chain: AffineChain
     code: ForwardCode
-    onednn: bool
+    kernel: str
     activation: Activation | None = None
     residual: Residual | None = None
     detail: str = ""
     bytes_exact: int = 0
     bytes_folded: int = 0
+    seconds_exact: float | None = None
+    seconds_folded: float | None = None
 
     @property
     def epilogue(self) -> str:
@@ -58,20 +62,28 @@ class ForwardDecision:
         return "" if self.activation is None else self.activation.name
 
 
-def analyze(graph: fx.Graph, options: Options) -> list[ForwardDecision]:
-    """Decide about every layer of ``graph`` that something foldable follows; changes nothing."""
+def analyze(graph: fx.Graph, options: Options, *, measure: bool = False) -> list[ForwardDecision]:
+    """Decide about every layer of ``graph`` that something foldable follows; changes nothing.
+
+    ``measure`` lets ``forward="auto"`` time what was not timed before on this machine.
+    """
     if any(n.op == "placeholder" and n.name.startswith("tangents_") for n in graph.nodes):
         return []  # a backward graph
     order = {node: i for i, node in enumerate(graph.nodes)}
     writes = [order[n] for n in graph.nodes if _compat.is_mutable(n.target)]
     chains = affine.find_chains(graph)
-    decisions = [d for d in (_decide(c, order, writes, options) for c in chains) if d is not None]
+    found = (_decide(c, order, writes, options, measure) for c in chains)
+    decisions = [d for d in found if d is not None]
     # In the order in which they are rewritten: scaled weights are shared forwards.
     return sorted(decisions, key=lambda d: order[d.chain.last])
 
 
 def _decide(
-    chain: AffineChain, order: dict[fx.Node, int], writes: list[int], options: Options
+    chain: AffineChain,
+    order: dict[fx.Node, int],
+    writes: list[int],
+    options: Options,
+    measure: bool,
 ) -> ForwardDecision | None:
     layer = chain.layer
     chain, activation = _with_activation(chain)
@@ -81,13 +93,23 @@ def _decide(
         residual = None
     if not chain.steps and activation is None:
         return None  # nothing to gain
-    onednn = _takes_post_ops(layer) and (activation is not None or not _may_raise(chain))
-    if not onednn:
+    kernels = ["aten"]
+    if _takes_post_ops(layer) and (activation is not None or not _may_raise(chain)):
+        kernels.append("onednn")
+    else:
         residual = None
-    sizes = choice.bytes_moved(chain, activation, residual)
+    whole = ForwardDecision(
+        chain,
+        ForwardCode.FOLDED,
+        kernels[-1],
+        activation,
+        residual,
+        "",
+        *choice.bytes_moved(chain, activation, residual),
+    )
 
     def decision(code: ForwardCode, detail: str = "") -> ForwardDecision:
-        return ForwardDecision(chain, code, onednn, activation, residual, detail, *sizes)
+        return dataclasses.replace(whole, code=code, detail=detail)
 
     path = module_path(layer.node)
     if not options.permits(path):
@@ -102,9 +124,17 @@ def _decide(
         return decision(ForwardCode.WRITE_BETWEEN, f"between {layer.node} and {chain.last}")
     if _view_is_returned(chain.last if activation is None else activation.last):
         return decision(ForwardCode.VIEW_RETURNED, str(chain.last))
-    if options.forward == "fold" or choice.is_faster(*sizes):
-        return decision(ForwardCode.FOLDED)
-    return decision(ForwardCode.SLOWER)
+    if options.forward == "fold":
+        return whole
+    costs = choice.choose(chain, activation, residual, kernels, measure=measure)
+    whole = dataclasses.replace(
+        whole, seconds_exact=costs.seconds_exact, seconds_folded=costs.seconds_folded
+    )
+    if costs.kernel is None:
+        return decision(ForwardCode.SLOWER)
+    if costs.kernel == "aten":
+        whole = dataclasses.replace(whole, kernel="aten", activation=None, residual=None)
+    return whole
 
 
 def _view_is_returned(node: fx.Node) -> bool:
@@ -203,5 +233,5 @@ def apply(decisions: list[ForwardDecision], graph: fx.Graph) -> int:
             graph.inserting_before(decision.chain.last),
             _compat.fake_mode_of(decision.chain.layer.out),
         ):
-            fold_forward(decision.chain, decision.activation, decision.onednn, build)
+            fold_forward(decision.chain, decision.activation, decision.kernel, build)
     return len(folded)

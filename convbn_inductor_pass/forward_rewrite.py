@@ -22,12 +22,12 @@ aten = torch.ops.aten
 
 
 def fold_forward(
-    chain: AffineChain, activation: Activation | None, use_onednn: bool, build: Builder
+    chain: AffineChain, activation: Activation | None, kernel: str, build: Builder
 ) -> None:
     """Put one layer call in the place of a layer, its affine chain and the activation after it.
 
     Calls are added where ``build`` adds them, which has to be before the chain's last node.
-    ``activation`` needs ``use_onednn``.
+    ``activation`` needs a kernel that computes it.
     """
     layer = chain.layer
     weight, bias = layer.weight, layer.bias
@@ -37,7 +37,7 @@ def fold_forward(
             weight = _scaled_weight(layer, scale, build)
         if bias is not None:
             bias = build.cast(bias, layer.out.dtype)
-    if use_onednn:
+    if kernel == "onednn":
         new = _onednn_call(layer, activation, weight, bias, build)
     else:
         new = _plain_call(layer, weight, bias, build)
@@ -80,7 +80,7 @@ def _onednn_call(
     # The addition of a residual is left to Inductor, which knows whether it may be in place.
     return build.call(
         torch.ops.mkldnn._convolution_pointwise.default,
-        *(_input(layer, build), _dense(weight, build), bias and _dense(bias, build)),
+        *(_input(layer, build), _channels_last(weight, build), bias and _dense(bias, build)),
         *(padding, stride, dilation, layer.layout.groups, *post_op),
     )
 
@@ -112,16 +112,24 @@ def _input(layer: Layer, build: Builder) -> fx.Node:
     return build.call(aten.clone.default, node, memory_format=memory_format)
 
 
-def _dense(node: fx.Node, build: Builder) -> fx.Node:
-    """``node`` in memory without gaps or repeats: oneDNN reads past the strides of others."""
-    tensor = tensor_of(node)
-    if (
-        tensor is None
-        or tensor.is_contiguous()
-        or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
-    ):
-        return node
-    return build.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+def _channels_last(weight: fx.Node, build: Builder) -> fx.Node:
+    """A weight in the memory format that Inductor gives plain convolutions' weights.
+
+    oneDNN takes any that has no gaps or repeats, but brings others into its own format slowly.
+    """
+    tensor, formats = tensor_of(weight), {4: torch.channels_last, 5: torch.channels_last_3d}
+    if tensor is None or tensor.is_contiguous(memory_format=formats[tensor.ndim]):
+        return weight
+    strides = torch.empty(tensor.shape, device="meta", memory_format=formats[tensor.ndim]).stride()
+    return build.call(torch.ops.prims.inductor_force_stride_order.default, weight, list(strides))
+
+
+def _dense(bias: fx.Node, build: Builder) -> fx.Node:
+    """A bias in memory without gaps or repeats: oneDNN reads past the strides of others."""
+    tensor = tensor_of(bias)
+    if tensor is None or tensor.is_contiguous():
+        return bias
+    return build.call(aten.clone.default, bias, memory_format=torch.contiguous_format)
 
 
 def _erase_unused(node: fx.Node) -> None:

@@ -131,7 +131,7 @@ class ConvBNForwardPass(_Pass):
     def _run(self, graph: fx.Graph) -> None:
         if get_options().forward == "exact":
             return
-        decisions = forward.analyze(graph, get_options())
+        decisions = forward.analyze(graph, get_options(), measure=True)
         if not decisions:
             return
         made = report.make_forward_records(decisions)

@@ -87,6 +87,9 @@ class ForwardRecord:
         output_shape: shape of the layer's output, symbolic sizes as strings.
         bytes_exact, bytes_folded: estimates of the bytes that each way moves besides reading
             the layer's inputs and writing its output, once per call.
+        seconds_exact, seconds_folded: measured time of the layer and what follows it, once per
+            call; None if nothing was measured.
+        kernel: what computes the layer if it is folded: "aten" (its own operator) or "onednn".
     """
 
     code: ForwardCode
@@ -97,6 +100,9 @@ class ForwardRecord:
     output_shape: tuple[int | str, ...]
     bytes_exact: int
     bytes_folded: int
+    seconds_exact: float | None = None
+    seconds_folded: float | None = None
+    kernel: str = "aten"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON."""
@@ -115,6 +121,9 @@ def make_forward_records(decisions: list[ForwardDecision]) -> tuple[ForwardRecor
             output_shape=_shape(d.chain.layer.out),
             bytes_exact=d.bytes_exact,
             bytes_folded=d.bytes_folded,
+            seconds_exact=d.seconds_exact,
+            seconds_folded=d.seconds_folded,
+            kernel=d.kernel,
         )
         for d in decisions
     )

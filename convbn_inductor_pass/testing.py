@@ -120,8 +120,11 @@ def post_grad_backend(
         for each in _compat.custom_passes("post_grad_custom_pre_pass"):
             each(gm.graph)
         gm.graph.lint()
-        gm.recompile()
         on_graph(gm.graph)
+        # As Inductor reads it: strides may be others than the metadata says.
+        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+            node.target = torch.ops.aten.reshape.default
+        gm.recompile()
         return _compat.boxed(gm)
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

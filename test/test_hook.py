@@ -147,7 +147,7 @@ def test_both_hooks_compose(x):
 
 
 def test_failure_of_the_kernel_half_is_a_warning(x, monkeypatch):
-    monkeypatch.setattr(forward, "analyze", lambda *a: 1 / 0)
+    monkeypatch.setattr(forward, "analyze", lambda *a, **k: 1 / 0)
     model = Residual()
     with cbn.options(forward="fold"), testing.fresh_compile(), torch.no_grad():
         compiled_model = torch.compile(model, backend=testing.post_grad_backend())

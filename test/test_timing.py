@@ -1,0 +1,156 @@
+"""``forward="auto"``: what is measured, what follows from it, and that nothing else does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import fresh_cache
+
+import convbn_inductor_pass as cbn
+from convbn_inductor_pass import ForwardCode, testing, timing
+
+
+@pytest.fixture(autouse=True)
+def quick_and_alone(monkeypatch):
+    """No timings of other runs, none left behind, and no care for how good they are."""
+    monkeypatch.setattr(timing, "_last_level_cache", lambda: 1 << 16)
+    with fresh_cache():
+        yield
+
+
+def block(*, transposed: bool = False, relu: bool = True) -> nn.Module:
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    layers = [kind(8, 8, 3, padding=1), nn.BatchNorm2d(8)]
+    return nn.Sequential(*layers, *[nn.ReLU()] * relu).eval()
+
+
+def compiled(model: nn.Module, *inputs: torch.Tensor) -> tuple[cbn.ForwardRecord, ...]:
+    """Compile for inference with ``forward="auto"``, check the result, and return the records."""
+    expected = model(*inputs)
+    with testing.fresh_compile(), cbn.options(forward="auto"), torch.no_grad():
+        cbn.clear_records()
+        out = torch.compile(model, backend=testing.post_grad_backend())(*inputs)
+        torch.testing.assert_close(out, expected)
+        return cbn.forward_records()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_layer_is_timed_in_every_way(transposed, relu):
+    (record,) = compiled(block(transposed=transposed, relu=relu), torch.randn(2, 8, 16, 16))
+    assert record.seconds_exact > 0
+    assert 0 < record.seconds_folded < float("inf")
+    assert record.code.folded == (record.seconds_folded < 0.99 * record.seconds_exact)
+
+
+class Mixed(nn.Module):
+    """A residual, a linear layer with a batch norm, and a convolution in 3-d."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn_a = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.b, self.bn_b = nn.Conv2d(4, 4, 1, groups=2), nn.BatchNorm2d(4)
+        self.c, self.bn_c = nn.Conv3d(4, 6, 3), nn.BatchNorm3d(6)
+        self.d, self.bn_d = nn.Linear(6, 5), nn.BatchNorm1d(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn_a(self.a(x)))
+        x = torch.relu(self.bn_b(self.b(x)) + x)
+        x = self.bn_c(self.c(x.unsqueeze(2).expand(-1, -1, 3, -1, -1))).sigmoid()
+        return self.bn_d(self.d(x.mean((2, 3, 4))))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_every_kind_of_layer_can_be_timed(autocast):
+    model, x = Mixed().eval(), torch.randn(2, 3, 6, 6)
+    with testing.fresh_compile(), cbn.options(forward="auto"), torch.no_grad():
+        cbn.clear_records()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            torch.compile(model, backend=testing.post_grad_backend())(x)
+    records = cbn.forward_records()
+    assert len(records) == 4
+    for record in records:
+        assert record.seconds_exact > 0
+        assert record.seconds_folded > 0
+
+
+def test_timings_are_kept_on_disk(monkeypatch):
+    model, x = block(), torch.randn(2, 8, 16, 16)
+    first = compiled(model, x)
+
+    def measured_again(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(timing, "_measure", measured_again)
+    assert compiled(model, x) == first
+    with pytest.raises(BackendCompilerFailed, match="measured again"):  # another shape
+        compiled(model, torch.randn(3, 8, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("times", "folded", "kernel"),
+    [
+        ({"as written": 1.0, "aten": 0.9, "onednn": 0.5}, True, "onednn"),
+        ({"as written": 1.0, "aten": 0.5, "onednn": 0.9}, True, "aten"),
+        ({"as written": 1.0, "aten": 1.2, "onednn": 1.1}, False, "onednn"),
+        ({"as written": 1.0, "aten": 0.995, "onednn": 2.0}, False, "onednn"),
+        ({"as written": 1.0, "aten": 0.9, "onednn": float("inf")}, True, "aten"),
+    ],
+)
+def test_the_fastest_way_is_taken(monkeypatch, times, folded, kernel):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("without oneDNN there is one kernel")
+    monkeypatch.setattr(timing, "_measure", lambda workload, names: {n: times[n] for n in names})
+    (record,) = compiled(block(), torch.randn(2, 8, 4, 4))
+    assert (record.code.folded, record.kernel) == (folded, kernel)
+    assert record.epilogue == ("" if kernel == "aten" and folded else "relu")
+
+
+def test_a_kernel_that_refuses_is_not_taken(monkeypatch):
+    def refuse(self):
+        raise RuntimeError("not supported")
+
+    monkeypatch.setattr(timing._Ways, "_onednn", refuse)
+    monkeypatch.setattr(timing._Ways, "_aten", refuse)
+    (record,) = compiled(block(), torch.randn(2, 8, 4, 4))
+    assert record.code is ForwardCode.SLOWER
+    assert record.seconds_folded == float("inf")
+
+
+def test_without_memory_to_measure_in_bytes_are_counted(monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(timing, "_measure", out_of_memory)
+    (record,) = compiled(block(), torch.randn(2, 8, 32, 32))
+    assert record.code is ForwardCode.FOLDED
+    assert record.seconds_exact is None
+
+
+def test_deterministic_compilation_measures_nothing():
+    with inductor_config.patch(deterministic=True):
+        (record,) = compiled(block(), torch.randn(2, 8, 16, 16))
+    assert record.seconds_exact is None
+
+
+def test_explain_measures_nothing_but_knows_what_was_measured():
+    model, x = block(), torch.randn(2, 8, 16, 16)
+    with cbn.options(forward="auto"), torch.no_grad():
+        (before,) = cbn.explain(model, x).forward
+        (measured,) = compiled(model, x)
+        explanation = cbn.explain(model, x)
+    assert before.seconds_exact is None
+    assert explanation.forward[0].seconds_exact == measured.seconds_exact
+    assert f"{measured.seconds_exact * 1e3:.3g}" in str(explanation)
+
+
+def test_measuring_leaves_random_numbers_alone():
+    model, x = block(), torch.randn(2, 8, 16, 16)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    compiled(model, x)
+    assert torch.equal(torch.rand(3), expected)
