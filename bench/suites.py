@@ -15,6 +15,8 @@ __all__ = ["SUITES", "custom", "gpu", "settings_of"]
 SAVED = ("eval", "builtin", "ours", "deploy")
 TRAINING = ("eval", "ours", "deploy", "builtin")  # those worth most first
 INFERENCE = ("eval", "ours", "deploy", "builtin", "freezing")
+FOLDED_INFERENCE = ("eval", "ours-auto", "freezing")
+FOLDED_TRAINING = ("eval", "ours", "ours-auto", "deploy")
 BUDGETED = tuple(f"{who}-budget-{b}" for b in BUDGETS for who in ("eval", "ours"))
 EAGER = ("eager-eval", "eager-tune")
 
@@ -113,6 +115,22 @@ def _capacity(device: str) -> list[Job]:
     return [Job("capacity", settings, providers, cap_bytes=24 * _GB)]
 
 
+def forward(device: str) -> list[Job]:
+    """The kernel half: inference at several batch sizes, and training, at real sizes."""
+    names = ("resnet50", "mobilenet_v2", "resnext50_32x4d", "regnet_y_1_6gf", "repvgg_a0")
+
+    def job(name: str, batch: int, providers: tuple[str, ...], **fields: Any) -> Job:
+        settings = settings_of(CASES[name], batch=batch, device=device, **fields)
+        return Job("measure", settings, providers)
+
+    jobs = [
+        job(name, batch, FOLDED_INFERENCE, protocol="inference")
+        for batch in (8, 1, 32)
+        for name in names
+    ]
+    return [*jobs, *(job(name, 8, FOLDED_TRAINING) for name in names)]
+
+
 def gpu(device: str = "cuda") -> list[Job]:
     """What is wanted of a GPU, most valuable first, for a run that may be cut off."""
     fast = {"precision": "bf16-autocast", "memory_format": "channels_last"}
@@ -131,7 +149,7 @@ def gpu(device: str = "cuda") -> list[Job]:
     ]
 
 
-SUITES = {"quick": quick, "paper": paper, "full": full, "gpu": gpu}
+SUITES = {"quick": quick, "paper": paper, "full": full, "forward": forward, "gpu": gpu}
 
 
 def custom(

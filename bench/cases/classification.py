@@ -51,6 +51,7 @@ CASES = [
         note="eval mode keeps the 19.5 GB of the paper's table",
     ),
     _from_torchvision("resnet101", first_stages=_RESNET_STAGES),
+    _from_torchvision("resnext50_32x4d", first_stages=_RESNET_STAGES),
     _from_torchvision("resnext101_32x8d", first_stages=_RESNET_STAGES),
     _from_torchvision("wide_resnet50_2", first_stages=_RESNET_STAGES),
     _from_torchvision("regnet_y_1_6gf"),
