@@ -41,6 +41,7 @@ __all__ = [
     "OptimizedModule",
     "TracingContext",
     "WeakIdKeyDictionary",
+    "binary_folding_pass",
     "boxed",
     "check_torch_version",
     "copy_dynamo_source",
@@ -48,6 +49,7 @@ __all__ = [
     "counters_kept",
     "custom_passes",
     "dynamo_config",
+    "efficient_conv_bn_eval_pass",
     "fake_mode_of",
     "functorch_config",
     "has_onednn_epilogues",
@@ -261,6 +263,20 @@ def is_generated(target: Any) -> bool:
         torch.ops.aten.baddbmm.default,
     )
     return target not in libraries and target not in lowering.fallbacks
+
+
+def binary_folding_pass() -> Any:
+    """The patterns with which ``freezing=True`` folds constants into layers."""
+    from torch._inductor.fx_passes import freezing_patterns
+
+    return freezing_patterns.binary_folding_pass
+
+
+def efficient_conv_bn_eval_pass() -> Any:
+    """PyTorch's own pass behind the flag that is ours, too."""
+    from torch._inductor.fx_passes import pre_grad
+
+    return pre_grad.efficient_conv_bn_eval_pass
 
 
 def custom_passes(hook: str) -> tuple[Any, ...]:
