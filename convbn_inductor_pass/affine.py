@@ -61,20 +61,27 @@ class AffineChain:
 
 
 def find_chains(graph: fx.Graph) -> Iterator[AffineChain]:
-    """Every layer of ``graph`` in order, with the affine chain that follows it."""
+    """Every layer of ``graph`` in order, with the affine chain that follows it.
+
+    No call is a step of two chains. Where two layers' outputs are added that are one number per
+    channel, as for a batch of one, the addition could be: each output is an operand of the other.
+    """
+    taken: set[fx.Node] = set()
     for node in graph.nodes:
         layer = aten_ir.layer_of(node)
         if layer is not None:
-            yield _follow(layer)
+            chain = _follow(layer, taken)
+            taken.update(step.node for step in chain.steps)
+            yield chain
 
 
-def _follow(layer: Layer) -> AffineChain:
+def _follow(layer: Layer, taken: set[fx.Node]) -> AffineChain:
     steps: list[Step] = []
     node, dim = layer.node, layer.dim
     while len(node.users) == 1:
         (user,) = node.users
         found = aten_ir.read_step(user, node, dim)
-        if found is None:
+        if found is None or user in taken:
             break
         steps += found
         node, dim = user, found[-1].dim
