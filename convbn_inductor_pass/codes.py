@@ -63,6 +63,8 @@ class ForwardCode(enum.Enum):
     DENIED = "the options 'allow' and 'deny' leave this module out"
     FLOAT16_RANGE = "a scaled weight might not fit float16, and is not known when compiling"
     UNSUPPORTED_DTYPE = "this mix of dtypes is not supported"
+    QUANTISED = "the weight is made of integers or 8-bit numbers, which Inductor has kernels for"
+    NUMBER_RANGE = "the constants of the affine map, multiplied, do not fit float32"
     VIEW_RETURNED = "a view of the result is returned, whose strides would change"
     WRITE_BETWEEN = "something may be written to between the layer and the end of the affine map"
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from . import _compat, affine, choice, epilogue
+from . import _compat, affine, aten_ir, choice, epilogue
 from .affine import AffineChain
 from .aten_ir import Layer, tensor_of
 from .build import Builder
@@ -97,6 +97,10 @@ def _decide(
         if layer.out.dtype == torch.float16:
             code = ForwardCode.FLOAT16_RANGE
         return decision(code, str(layer.out.dtype))
+    if aten_ir.is_quantised(layer.weight):
+        return decision(ForwardCode.QUANTISED, str(layer.weight))
+    if not affine.numbers_fit(chain):
+        return decision(ForwardCode.NUMBER_RANGE)
     first, last = order[layer.node], order[chain.last]
     if bisect.bisect_right(writes, first) != bisect.bisect_left(writes, last):
         return decision(ForwardCode.WRITE_BETWEEN, f"between {layer.node} and {chain.last}")
