@@ -24,6 +24,7 @@ from torch._functorch.aot_autograd import make_boxed_func as boxed
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.inductor_prims import force_stride_order
 from torch._logging import trace_structured
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -43,6 +44,7 @@ __all__ = [
     "TracingContext",
     "WeakIdKeyDictionary",
     "benchmark_gpu",
+    "binary_folding_pass",
     "boxed",
     "check_torch_version",
     "copy_dynamo_source",
@@ -50,7 +52,10 @@ __all__ = [
     "counters_kept",
     "custom_passes",
     "dynamo_config",
+    "efficient_conv_bn_eval_pass",
     "fake_mode_of",
+    "for_python",
+    "force_stride_order",
     "functorch_config",
     "has_onednn_epilogues",
     "in_functional_transform",
@@ -299,17 +304,27 @@ def benchmark_gpu(function: Callable[[], Any]) -> float:
     return float(benchmarker.benchmark_gpu(function)) / 1e3
 
 
+def for_python() -> bool:
+    """Whether the compiled code is run by this process's Python, which knows our operators."""
+    from torch._inductor.virtualized import V
+
+    return not (inductor_config.cpp_wrapper or V.aot_compilation)
+
+
 def may_measure() -> bool:
     """Whether compiling may depend on how fast something runs here."""
     deterministic = inductor_config.deterministic or torch.are_deterministic_algorithms_enabled()
     return not deterministic
 
 
+_GENERATED = ("aten", "prims")  # other libraries' operators are called
+
+
 def is_generated(target: Any) -> bool:
     """Whether Inductor generates code for ``target``, and can take over the call before it."""
     from torch._inductor import lowering
 
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in _GENERATED:
         return False
     libraries = (
         torch.ops.aten.convolution.default,
@@ -321,6 +336,20 @@ def is_generated(target: Any) -> bool:
     # Pooling reads each number several times, and has its input computed first.
     is_pooling = "_pool" in target._schema.name
     return target not in (*libraries, *lowering.fallbacks) and not is_pooling
+
+
+def binary_folding_pass() -> Any:
+    """The patterns with which ``freezing=True`` folds constants into layers."""
+    from torch._inductor.fx_passes import freezing_patterns
+
+    return freezing_patterns.binary_folding_pass
+
+
+def efficient_conv_bn_eval_pass() -> Any:
+    """PyTorch's own pass behind the flag that is ours, too."""
+    from torch._inductor.fx_passes import pre_grad
+
+    return pre_grad.efficient_conv_bn_eval_pass
 
 
 def custom_passes(hook: str) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from . import aten_ir
 from .aten_ir import Layer, Operand, Step, tensor_of
 from .build import Builder
 
-__all__ = ["AffineChain", "emit_scale_and_shift", "find_chains"]
+__all__ = ["AffineChain", "emit_scale_and_shift", "find_chains", "numbers_fit"]
 
 aten = torch.ops.aten
 
@@ -61,20 +61,27 @@ class AffineChain:
 
 
 def find_chains(graph: fx.Graph) -> Iterator[AffineChain]:
-    """Every layer of ``graph`` in order, with the affine chain that follows it."""
+    """Every layer of ``graph`` in order, with the affine chain that follows it.
+
+    No call is a step of two chains. Where two layers' outputs are added that are one number per
+    channel, as for a batch of one, the addition could be: each output is an operand of the other.
+    """
+    taken: set[fx.Node] = set()
     for node in graph.nodes:
         layer = aten_ir.layer_of(node)
         if layer is not None:
-            yield _follow(layer)
+            chain = _follow(layer, taken)
+            taken.update(step.node for step in chain.steps)
+            yield chain
 
 
-def _follow(layer: Layer) -> AffineChain:
+def _follow(layer: Layer, taken: set[fx.Node]) -> AffineChain:
     steps: list[Step] = []
     node, dim = layer.node, layer.dim
     while len(node.users) == 1:
         (user,) = node.users
         found = aten_ir.read_step(user, node, dim)
-        if found is None:
+        if found is None or user in taken:
             break
         steps += found
         node, dim = user, found[-1].dim
@@ -87,6 +94,34 @@ def _follow(layer: Layer) -> AffineChain:
         after = tensor_of(steps[end].node)
         end += after is not None and after.dtype == layer.out.dtype
     return AffineChain(layer, tuple(steps[:end]), used_by)
+
+
+# float32 reaches from 1e-38 to 3e38; this leaves room for the weights.
+_RANGE = (1e-30, 1e30)
+
+
+def numbers_fit(chain: AffineChain) -> bool:
+    """Whether the constants in the chain, multiplied with each other, stay numbers of float32.
+
+    As written they need not: what is scaled by 1e-20 twice may have been large.
+    """
+
+    def fits(value: float) -> bool:
+        return value == 0 or _RANGE[0] <= abs(value) <= _RANGE[1]  # not a NaN either
+
+    scale, shift = 1.0, 0.0
+    for step in chain.steps:
+        number = None if step.operand is None or step.reads_a_tensor else step.operand.number
+        if number == 0 and step.kind == "divide":
+            return False
+        by = {"scale": number, "divide": number, "subtract_from": step.factor}.get(step.kind)
+        by = 1 if by is None else 1 / by if step.kind == "divide" else by
+        scale, shift = scale * by, shift * by
+        if number is not None and step.kind in ("shift", "subtract_from"):
+            shift += number * step.factor
+        if not (fits(scale) and fits(shift)):
+            return False
+    return True
 
 
 def emit_scale_and_shift(

@@ -20,6 +20,7 @@ __all__ = [
     "Layer",
     "Operand",
     "Step",
+    "is_quantised",
     "layer_of",
     "operand_per_channel",
     "read_step",
@@ -182,6 +183,21 @@ def without_casts(node: fx.Node) -> fx.Node:
             break
         result = source  # type: ignore[assignment]
     return result
+
+
+def is_quantised(node: fx.Node) -> bool:
+    """Whether a tensor is made of integers, or of numbers of 8 bits, of as many as it has."""
+    value, seen, pending = tensor_of(node), {node}, [node]
+    while value is not None and pending:
+        node = pending.pop()
+        tensor = tensor_of(node)
+        if tensor is None or not _known_equal(tensor.numel(), value.numel()):
+            continue
+        if tensor.dtype.itemsize == 1 or not (tensor.is_floating_point() or tensor.is_complex()):
+            return True
+        pending += [n for n in node.all_input_nodes if n not in seen]
+        seen.update(node.all_input_nodes)
+    return False
 
 
 Kind = Literal["scale", "divide", "shift", "subtract_from", "negate", "cast", "move"]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from . import _compat, timing
+from . import _compat, kernels, timing
 from .affine import AffineChain
 from .aten_ir import tensor_of, without_casts
 from .epilogue import Activation, Residual
@@ -34,9 +34,9 @@ class Costs:
     """What each way costs.
 
     Attributes:
-        kernel: the kernel that the folded layer is to be computed with; None where the layer
-            should stay as written.
-        seconds_exact, seconds_folded: measured, the latter with the fastest kernel; None where
+        kernel: the fastest way, one of :mod:`kernels`; None where the layer should stay as
+            written.
+        seconds_exact, seconds_folded: measured, the latter in the fastest other way; None where
             nothing was measured.
     """
 
@@ -49,23 +49,24 @@ def choose(
     chain: AffineChain,
     activation: Activation | None,
     residual: Residual | None,
-    kernels: Sequence[str],
+    folding: Sequence[str],
     *,
     measure: bool,
 ) -> Costs:
     """The fastest way, by measurement if there is one and by an estimate if there is none.
 
-    ``kernels`` can compute the folded layer, the last one with the epilogue. With ``measure``,
-    what has not been measured before on this machine is measured now.
+    ``folding`` are the kernels that can compute the folded layer, the first one the default.
+    With ``measure``, what has not been measured before on this machine is measured now.
     """
     ends = _ends_a_kernel(_last(chain, activation, residual))
     work = timing.workload_of(chain, activation, residual, ends)
-    times = timing.seconds(work, kernels, measure=measure and _compat.may_measure())
+    ways = [*folding, kernels.UNFOLDED_LINEAR] if kernels.LINEAR in folding else folding
+    times = timing.seconds(work, ways, measure=measure and _compat.may_measure())
     if not times:
         faster = _is_faster(*bytes_moved(chain, activation, residual))
-        return Costs(kernels[-1] if faster else None)
+        return Costs(folding[0] if faster else None)
     exact = times[timing.AS_WRITTEN]
-    kernel = min(kernels, key=times.__getitem__)
+    kernel = min(ways, key=times.__getitem__)
     faster = times[kernel] < _LEAD * exact
     return Costs(kernel if faster else None, exact, times[kernel])
 

@@ -59,13 +59,21 @@ class ForwardCode(enum.Enum):
     """Why a layer was folded with the affine map after it, or left as written (kernel half)."""
 
     FOLDED = "folded: the scale is in the weight and the shift in the bias, in each call anew"
+    AS_LINEAR = "not folded, but computed as a linear layer, which is faster"
     SLOWER = "as written is as fast or faster, as measured or estimated"
     DENIED = "the options 'allow' and 'deny' leave this module out"
     FLOAT16_RANGE = "a scaled weight might not fit float16, and is not known when compiling"
     UNSUPPORTED_DTYPE = "this mix of dtypes is not supported"
+    QUANTISED = "the weight is made of integers or 8-bit numbers, which Inductor has kernels for"
+    NUMBER_RANGE = "the constants of the affine map, multiplied, do not fit float32"
     VIEW_RETURNED = "a view of the result is returned, whose strides would change"
     WRITE_BETWEEN = "something may be written to between the layer and the end of the affine map"
 
     @property
     def folded(self) -> bool:
         return self is ForwardCode.FOLDED
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether the layer is computed in another way than written."""
+        return self in (ForwardCode.FOLDED, ForwardCode.AS_LINEAR)

@@ -17,15 +17,15 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from . import _compat, affine, choice, epilogue
+from . import _compat, affine, aten_ir, choice, epilogue, kernels
 from .affine import AffineChain
-from .aten_ir import Layer, tensor_of
+from .aten_ir import tensor_of
 from .build import Builder
 from .codes import ForwardCode
 from .config import Options
 from .decide import module_path
 from .epilogue import Activation, Residual
-from .forward_rewrite import fold_forward, views_of
+from .forward_rewrite import compute_as_linear, fold_forward, views_of
 
 __all__ = ["ForwardDecision", "analyze", "apply"]
 
@@ -36,9 +36,9 @@ aten = torch.ops.aten
 class ForwardDecision:
     """What was decided about a layer and the affine map or activation after it.
 
-    ``kernel`` computes the folded layer: "aten" is the layer's own operator, "onednn" its
-    convolution with post-ops. ``bytes_exact`` and ``bytes_folded`` are what each way reads and
-    writes besides the layer's own input, weight and output: hints where sizes are symbolic.
+    ``kernel`` computes the layer if it is rewritten, see :mod:`kernels`. ``bytes_exact`` and
+    ``bytes_folded`` are what each way reads and writes besides the layer's own input, weight and
+    output: hints where sizes are symbolic.
     ``seconds_exact`` and ``seconds_folded`` were measured, for the layer and all of that; None
     if they were not.
     """
@@ -53,6 +53,12 @@ class ForwardDecision:
     bytes_folded: int = 0
     seconds_exact: float | None = None
     seconds_folded: float | None = None
+
+    @property
+    def place(self) -> fx.Node:
+        """The node before which the layer is rewritten."""
+        is_folded = self.code is not ForwardCode.AS_LINEAR
+        return self.chain.last if is_folded else self.chain.layer.node
 
     @property
     def epilogue(self) -> str:
@@ -75,7 +81,7 @@ def analyze(graph: fx.Graph, options: Options, *, measure: bool = False) -> list
     found = (_decide(c, order, writes, options, measure) for c in chains)
     decisions = [d for d in found if d is not None]
     # In the order in which they are rewritten: scaled weights are shared forwards.
-    return sorted(decisions, key=lambda d: order[d.chain.last])
+    return sorted(decisions, key=lambda d: order[d.place])
 
 
 def _decide(
@@ -93,17 +99,13 @@ def _decide(
         residual = None
     if not chain.steps and activation is None:
         return None  # nothing to gain
-    kernels = ["aten"]
-    if _takes_post_ops(layer) and (activation is not None or not _may_raise(chain)):
-        kernels.append("onednn")
-    else:
-        residual = None
+    folding = kernels.folding_kernels(chain, has_activation=activation is not None)
     whole = ForwardDecision(
         chain,
         ForwardCode.FOLDED,
-        kernels[-1],
+        folding[0],
         activation,
-        residual,
+        residual if folding[0] == kernels.ONEDNN else None,
         "",
         *choice.bytes_moved(chain, activation, residual),
     )
@@ -119,22 +121,37 @@ def _decide(
         if layer.out.dtype == torch.float16:
             code = ForwardCode.FLOAT16_RANGE
         return decision(code, str(layer.out.dtype))
+    if aten_ir.is_quantised(layer.weight):
+        return decision(ForwardCode.QUANTISED, str(layer.weight))
+    if not affine.numbers_fit(chain):
+        return decision(ForwardCode.NUMBER_RANGE)
     first, last = order[layer.node], order[chain.last]
     if bisect.bisect_right(writes, first) != bisect.bisect_left(writes, last):
         return decision(ForwardCode.WRITE_BETWEEN, f"between {layer.node} and {chain.last}")
     if _view_is_returned(chain.last if activation is None else activation.last):
         return decision(ForwardCode.VIEW_RETURNED, str(chain.last))
     if options.forward == "fold":
-        return whole
-    costs = choice.choose(chain, activation, residual, kernels, measure=measure)
+        return _computed_by(whole, folding[0])
+    costs = choice.choose(chain, activation, residual, folding, measure=measure)
     whole = dataclasses.replace(
         whole, seconds_exact=costs.seconds_exact, seconds_folded=costs.seconds_folded
     )
-    if costs.kernel is None:
-        return decision(ForwardCode.SLOWER)
-    if costs.kernel == "aten":
-        whole = dataclasses.replace(whole, kernel="aten", activation=None, residual=None)
-    return whole
+    return (
+        decision(ForwardCode.SLOWER) if costs.kernel is None else _computed_by(whole, costs.kernel)
+    )
+
+
+def _computed_by(decision: ForwardDecision, kernel: str) -> ForwardDecision | None:
+    """``decision`` to rewrite, for a kernel and with the epilogue that it computes."""
+    activation = None if kernel in (kernels.ATEN, kernels.UNFOLDED_LINEAR) else decision.activation
+    residual = decision.residual if kernel == kernels.ONEDNN else None
+    is_linear = kernel == kernels.UNFOLDED_LINEAR
+    code = ForwardCode.AS_LINEAR if is_linear else ForwardCode.FOLDED
+    if kernel == kernels.ATEN and not decision.chain.steps:
+        return None  # nothing to gain
+    return dataclasses.replace(
+        decision, code=code, kernel=kernel, activation=activation, residual=residual
+    )
 
 
 def _view_is_returned(node: fx.Node) -> bool:
@@ -173,7 +190,7 @@ def _with_activation(chain: AffineChain) -> tuple[AffineChain, Activation | None
     Some begin with a step of an affine map themselves, as hardsigmoid does with ``x + 3``: the
     cut that leaves least behind is taken.
     """
-    if not _takes_post_ops(chain.layer):
+    if not kernels.takes_activation(chain.layer):
         return chain, None
     best: tuple[AffineChain, Activation | None] = chain, None
     for end in range(len(chain.steps), -1, -1):
@@ -194,44 +211,22 @@ def _has_shape_of(chain: AffineChain, out: torch.Tensor) -> bool:
     return result is not None and result.shape == out.shape
 
 
-def _takes_post_ops(layer: Layer) -> bool:
-    """Whether oneDNN's convolution with post-ops can compute this layer."""
-    return (
-        layer.is_conv
-        and not layer.layout.transposed
-        and layer.out.ndim in (4, 5)
-        and layer.out.dtype in (torch.float32, torch.bfloat16)
-        and layer.out.device.type == "cpu"
-        and _compat.has_onednn_epilogues(layer.out.dtype)
-    )
-
-
-def _may_raise(chain: AffineChain) -> bool:
-    """Whether Inductor might let oneDNN's convolution add what comes next, where that raises.
-
-    Where oneDNN does not both add and rectify (a grouped convolution; an input that counts as
-    contiguous, as 1x1 maps do), PyTorch does it with a kernel that has no bfloat16 and raises
-    (2.11 to 2.15).
-    """
-    is_narrow = chain.layer.out.dtype == torch.bfloat16
-    return is_narrow and any(u.target is aten.add.Tensor for u in chain.last.users)
-
-
 def apply(decisions: list[ForwardDecision], graph: fx.Graph) -> int:
-    """Rewrite the graph as decided; returns the number of layers folded.
+    """Rewrite the graph as decided; returns the number of layers rewritten.
 
     Weights scaled in the same way are scaled once: a head that is applied to several levels
     of a pyramid shares them.
     """
-    folded = [d for d in decisions if d.code.folded]
-    if not folded:
+    wanted = [d for d in decisions if d.code.rewritten]
+    if not wanted:
         return 0
     writes = any(_compat.is_mutable(n.target) for n in graph.nodes)
     build = Builder(graph, share=not writes)
-    for decision in folded:
-        with (
-            graph.inserting_before(decision.chain.last),
-            _compat.fake_mode_of(decision.chain.layer.out),
-        ):
-            fold_forward(decision.chain, decision.activation, decision.kernel, build)
-    return len(folded)
+    for decision in wanted:
+        chain = decision.chain
+        with graph.inserting_before(decision.place), _compat.fake_mode_of(chain.layer.out):
+            if decision.code is ForwardCode.AS_LINEAR:
+                compute_as_linear(chain.layer, build)
+            else:
+                fold_forward(chain, decision.activation, decision.kernel, build)
+    return len(wanted)

@@ -6,17 +6,20 @@ A rewrite cannot refuse: everything that could speak against it has been decided
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 from torch import fx
 
-from . import _compat, affine, aten_ir
+from . import _compat, affine, aten_ir, kernels, ops
 from .affine import AffineChain
 from .aten_ir import Layer, tensor_of
 from .build import Builder
 from .epilogue import Activation
 from .fold import views_onto_output_axis
 
-__all__ = ["fold_forward", "views_of"]
+__all__ = ["compute_as_linear", "fold_forward", "views_of"]
 
 aten = torch.ops.aten
 
@@ -37,8 +40,10 @@ def fold_forward(
             weight = _scaled_weight(layer, scale, build)
         if bias is not None:
             bias = build.cast(bias, layer.out.dtype)
-    if kernel == "onednn":
+    if kernel == kernels.ONEDNN:
         new = _onednn_call(layer, activation, weight, bias, build)
+    elif kernel == kernels.LINEAR:
+        new = _linear_call(layer, activation, weight, bias, build)
     else:
         new = _plain_call(layer, weight, bias, build)
     new.meta = {**layer.node.meta, "val": new.meta["val"]}
@@ -55,6 +60,14 @@ def fold_forward(
     _erase_unused(replaced)
 
 
+def compute_as_linear(layer: Layer, build: Builder) -> None:
+    """Put a linear layer in the place of a layer, and leave what follows as it is."""
+    new = _linear_call(layer, None, layer.weight, layer.bias, build)
+    new.meta = {**layer.node.meta, "val": new.meta["val"]}
+    build.replace(layer.node, new)
+    _erase_unused(layer.node)
+
+
 def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
     """``s * W``: scaled in the wide dtype, rounded once, in the weight's memory format."""
     narrow, wide = tensor_of(layer.weight), tensor_of(scale)
@@ -62,7 +75,11 @@ def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
         raise AssertionError(f"{layer.node} has no metadata")
     for view, sizes in views_onto_output_axis(narrow.shape, layer.layout):
         scale = build.call(getattr(aten, view).default, scale, sizes)
-    weight = build.cast(aten_ir.without_casts(layer.weight), wide.dtype)
+    weight = aten_ir.without_casts(layer.weight)
+    if layer.is_conv and weight is layer.weight:
+        # Inductor vectorises a change of memory format, but not together with the scaling.
+        weight = _channels_last(weight, build)
+    weight = build.cast(weight, wide.dtype)
     return build.cast(build.call(aten.mul.Tensor, weight, scale), narrow.dtype)
 
 
@@ -73,16 +90,54 @@ def _onednn_call(
     bias: fx.Node | None,
     build: Builder,
 ) -> fx.Node:
-    post_op: tuple[object, ...] = ("none", [], "")
-    if activation is not None:
-        post_op = (activation.name, list(activation.scalars), activation.algorithm)
     stride, padding, dilation = layer.node.args[3:6]
     # The addition of a residual is left to Inductor, which knows whether it may be in place.
     return build.call(
         torch.ops.mkldnn._convolution_pointwise.default,
         *(_input(layer, build), _channels_last(weight, build), bias and _dense(bias, build)),
-        *(padding, stride, dilation, layer.layout.groups, *post_op),
+        *(padding, stride, dilation, layer.layout.groups, *_post_op(activation)),
     )
+
+
+def _post_op(activation: Activation | None) -> tuple[object, ...]:
+    if activation is None:
+        return "none", [], ""
+    return activation.name, list(activation.scalars), activation.algorithm
+
+
+def _linear_call(
+    layer: Layer,
+    activation: Activation | None,
+    weight: fx.Node,
+    bias: fx.Node | None,
+    build: Builder,
+) -> fx.Node:
+    x, size = build.current(layer.input), layer.out.shape
+    if layer.is_conv:
+        for dim, step in enumerate(layer.node.args[3], 2):  # type: ignore[arg-type]
+            if step != 1:
+                x = build.call(aten.slice.Tensor, x, dim, 0, sys.maxsize, step)
+        rows = build.call(aten.permute.default, x, [0, *range(2, len(size)), 1])
+        x = build.call(aten.reshape.default, rows, [-1, _shape(layer.input)[1]])
+        weight = build.call(aten.reshape.default, weight, [size[1], -1])
+    else:
+        weight = build.call(aten.permute.default, weight, [1, 0])
+        if bias is not None and _shape(bias) != (size[1],):  # addmm's may broadcast
+            bias = build.call(aten.reshape.default, bias, [-1])
+            bias = build.call(aten.expand.default, bias, [size[1]])
+    bias = bias and _dense(bias, build)
+    out = build.call(ops.linear_pointwise, x, weight, bias, *_post_op(activation))
+    if not layer.is_conv:
+        return out
+    rows = build.call(aten.reshape.default, out, [-1, *size[2:], size[1]])
+    return build.call(aten.permute.default, rows, [0, len(size) - 1, *range(1, len(size) - 1)])
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    tensor = tensor_of(node)
+    if tensor is None:
+        raise AssertionError(f"{node} has no metadata")
+    return tuple(tensor.shape)
 
 
 def _plain_call(layer: Layer, weight: fx.Node, bias: fx.Node | None, build: Builder) -> fx.Node:
@@ -113,15 +168,18 @@ def _input(layer: Layer, build: Builder) -> fx.Node:
 
 
 def _channels_last(weight: fx.Node, build: Builder) -> fx.Node:
-    """A weight in the memory format that Inductor gives plain convolutions' weights.
+    """A weight in the memory format that Inductor gives convolutions' weights on CPU.
 
     oneDNN takes any that has no gaps or repeats, but brings others into its own format slowly.
     """
     tensor, formats = tensor_of(weight), {4: torch.channels_last, 5: torch.channels_last_3d}
-    if tensor is None or tensor.is_contiguous(memory_format=formats[tensor.ndim]):
+    if tensor is None or tensor.device.type != "cpu" or tensor.ndim not in formats:
         return weight
-    strides = torch.empty(tensor.shape, device="meta", memory_format=formats[tensor.ndim]).stride()
-    return build.call(torch.ops.prims.inductor_force_stride_order.default, weight, list(strides))
+    memory_format = formats[tensor.ndim]
+    if tensor.is_contiguous(memory_format=memory_format):
+        return weight
+    strides = torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
+    return build.call(_compat.force_stride_order, weight, list(strides))
 
 
 def _dense(bias: fx.Node, build: Builder) -> fx.Node:

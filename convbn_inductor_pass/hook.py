@@ -2,9 +2,9 @@
 
 ``install`` adds one ``CustomGraphPass`` to ``torch._inductor.config.pre_grad_custom_pass`` (the
 gradient half) and one to ``post_grad_custom_pre_pass`` (the kernel half: before Inductor's own
-patterns, which fuse what it leaves), after the passes that are there, and makes PyTorch's own
-pass of the same flag step aside: it runs first and would take the pairs. ``uninstall`` undoes
-all of it.
+patterns, which fuse what it leaves), after the passes that are there. Two passes of PyTorch's are
+wrapped: its own pass of the same flag steps aside, since it runs first and would take the
+pairs, and freezing's folding is held back where it is wrong. ``uninstall`` undoes all of it.
 
 Cache keys: Inductor asks the pass for its ``uuid``, which covers this package's sources, the
 options, and the passes wrapped where torch takes one pass only. The flag itself is part of
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import pathlib
 import warnings
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from typing import Any
 
 from torch import fx
 
-from . import _compat, autograd, forward, pipeline, report
+from . import _compat, autograd, forward, freezing, pipeline, report
 from .config import get_options
 
 __all__ = [
@@ -184,10 +183,10 @@ def _set_passes(hook: str, passes: _Passes) -> None:
 
 
 class _Installation:
-    """Whether we are installed, and PyTorch's own pass as it was."""
+    """Whether we are installed, and what was in the place of each ``apply`` that we wrapped."""
 
     installed = False
-    builtin_apply: Callable[..., Any] | None = None
+    before: tuple[tuple[Any, Callable[..., Any] | None], ...] = ()
 
 
 def install() -> None:
@@ -199,9 +198,13 @@ def install() -> None:
         if ours not in _current_passes(hook):
             _set_passes(hook, (*_current_passes(hook), ours))
     if not _Installation.installed:
-        builtin = _builtin_pass()
-        _Installation.builtin_apply = builtin.__dict__.get("apply")
-        builtin.apply = functools.partial(_instead_of_builtin, builtin.apply)
+        wrapped = (
+            (_compat.efficient_conv_bn_eval_pass(), _instead_of_builtin),
+            (_compat.binary_folding_pass(), _around_freezing),
+        )
+        _Installation.before = tuple((p, p.__dict__.get("apply")) for p, _ in wrapped)
+        for builtin, ours_instead in wrapped:
+            builtin.apply = functools.partial(ours_instead, builtin.apply)
         _Installation.installed = True
 
 
@@ -211,11 +214,11 @@ def uninstall() -> None:
         if ours in _current_passes(hook):
             _set_passes(hook, tuple(p for p in _current_passes(hook) if p is not ours))
     if _Installation.installed:
-        builtin = _builtin_pass()
-        if _Installation.builtin_apply is None:
-            del builtin.apply
-        else:
-            builtin.apply = _Installation.builtin_apply
+        for builtin, apply in _Installation.before:
+            if apply is None:
+                del builtin.apply
+            else:
+                builtin.apply = apply
         _Installation.installed = False
 
 
@@ -223,10 +226,6 @@ def is_installed() -> bool:
     """Whether Inductor will run the pass (given the flag)."""
     there = all(ours in _current_passes(hook) for hook, ours in _HOOKS.items())
     return _Installation.installed and there
-
-
-def _builtin_pass() -> Any:
-    return importlib.import_module("torch._inductor.fx_passes.pre_grad").efficient_conv_bn_eval_pass
 
 
 def _instead_of_builtin(builtin_apply: Callable[..., Any], graph: Any) -> int:
@@ -246,3 +245,10 @@ def _instead_of_builtin(builtin_apply: Callable[..., Any], graph: Any) -> int:
             stacklevel=2,
         )
     return 0
+
+
+def _around_freezing(builtin_apply: Callable[..., Any], graph: Any) -> int:
+    """Runs where Inductor folds constants under ``freezing=True``."""
+    if not _enabled():
+        return builtin_apply(graph)
+    return freezing.fold_what_is_right(builtin_apply, graph)

@@ -89,7 +89,7 @@ class ForwardRecord:
             the layer's inputs and writing its output, once per call.
         seconds_exact, seconds_folded: measured time of the layer and what follows it, once per
             call; None if nothing was measured.
-        kernel: what computes the layer if it is folded: "aten" (its own operator) or "onednn".
+        kernel: what computes the layer if it is rewritten, by its name in ``kernels``.
     """
 
     code: ForwardCode

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _compat, epilogue
+from . import _compat, epilogue, kernels, ops
 from .affine import AffineChain
 from .aten_ir import tensor_of, without_casts
 from .epilogue import Activation, Residual
@@ -219,13 +219,20 @@ class _Ways:
         axis = 1 if not workload.rest or workload.rest[3] else 0
         sizes[axis] = self.weight.shape[axis]
         self.scale = torch.full(sizes, 0.5, dtype=self.weight.dtype, device=device)
+        # Made once: the memory allocator's moods are not what is to be compared.
+        self.relaid = workload.weight.make()
+        self.narrow_scale = self.scale.to(workload.weight.dtype)
         self.other = workload.output.make() if workload.residual else None
+        if self.other is not None:
+            self.rows = self.other.movedim(1, -1).reshape(-1, self.other.shape[1])
 
     def function(self, name: str) -> Callable[[], object]:
         return {
             AS_WRITTEN: self._as_written,
-            "aten": self._aten,
-            "onednn": self._onednn,
+            kernels.ATEN: self._aten,
+            kernels.ONEDNN: self._onednn,
+            kernels.LINEAR: self._linear,
+            kernels.UNFOLDED_LINEAR: self._unfolded_linear,
         }[name]
 
     def _as_written(self) -> Tensor:
@@ -251,6 +258,32 @@ class _Ways:
             self.other, self.x, weight, bias, *geometry, "add", 1.0, relu, [], ""
         )
 
+    def _linear(self) -> Tensor:
+        post_op = self.workload.activation or ("none", (), "")
+        out = self._matrix_product(self._scaled(), self._shift(), post_op)
+        return torch.add(out, self.rows) if self.other is not None and self.workload.ends else out
+
+    def _unfolded_linear(self) -> Tensor:
+        w = self.workload
+        weight = self._relaid() if w.wide != w.weight.dtype else self.weight
+        out = self._matrix_product(weight, self.vector if w.bias else None, ("none", (), ""))
+        if self.other is not None and w.ends:
+            return torch.add(out, self.rows)
+        return self._generated(out) if w.ends else out
+
+    def _matrix_product(
+        self, weight: Tensor, bias: Tensor | None, post_op: tuple[Any, ...]
+    ) -> Tensor:
+        x, name, scalars, algorithm = self.x, *post_op
+        if self.workload.rest:
+            for dim, step in enumerate(self.workload.rest[0], 2):
+                x = x[(slice(None),) * dim + (slice(None, None, step),)]
+            x = x.movedim(1, -1).reshape(-1, x.shape[1])
+            weight = weight.reshape(weight.shape[0], -1)
+        else:
+            weight = weight.t()
+        return ops.linear_pointwise(x, weight, bias, name, list(scalars), algorithm)
+
     def _layer(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.workload.rest:
             return aten.convolution.default(self.x, weight, bias, *self.workload.rest)
@@ -260,21 +293,18 @@ class _Ways:
 
     def _relaid(self) -> Tensor:
         """The weight in the layer's dtype and memory format: one generated kernel."""
-        w = self.workload.weight
-        out = torch.empty_strided(w.shape, w.stride, dtype=w.dtype, device=w.device)
-        return out.copy_(self.weight)
+        if self.workload.wide != self.workload.weight.dtype:
+            return self.relaid.copy_(self.weight)
+        # Eager mode's copy between memory formats is several times slower than a generated one.
+        return torch.mul(self.weight, 1.0, out=self.relaid)
 
     def _scaled(self) -> Tensor:
         """The same, and scaled."""
         w = self.workload
-        if not w.scales:
-            return self._relaid() if w.copies_weight or w.wide != w.weight.dtype else self.weight
-        torch.add(self.vector, self.vector)  # the scale itself
-        if w.wide != w.weight.dtype:
-            return self._relaid()  # eager mode does not scale and cast in one pass
-        like = w.weight
-        out = torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=like.device)
-        return torch.mul(self.weight, self.scale, out=out)
+        if w.copies_weight or w.wide != w.weight.dtype:
+            weight = self._relaid()
+            return weight.mul_(self.narrow_scale) if w.scales else weight
+        return torch.mul(self.weight, self.scale, out=self.relaid) if w.scales else self.weight
 
     def _shift(self) -> Tensor | None:
         w = self.workload
@@ -287,6 +317,11 @@ class _Ways:
             return out
         if self.other is not None:
             return torch.add(out, self.other)
+        return self._generated(out) if affine or w.activation is not None else out
+
+    def _generated(self, out: Tensor) -> Tensor:
+        """The affine map and the activation in one kernel."""
+        w = self.workload
         if w.activation is not None:
             return epilogue.EAGER[w.activation[0]](out)
-        return torch.relu(out) if affine and (w.scales or w.shifts) else out
+        return torch.relu(out) if w.scales or w.shifts else out

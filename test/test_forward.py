@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from common import Residual, spread_statistics
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch._inductor import config as inductor_config
 
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import ForwardCode, testing
@@ -181,8 +180,7 @@ def test_a_shared_head_scales_its_weight_once():
         if n.target is torch.ops.aten.mul.Tensor and n.meta["val"].shape == (4, 4, 3, 3)
     ]  # fmt: skip
     assert len(scaled) == 1
-    (relaid,) = scaled[0].users  # and brought into oneDNN's memory format once
-    assert len(relaid.users) == 3
+    assert len(scaled[0].users) == 3
 
 
 class BeforeViews(nn.Module):
@@ -319,7 +317,6 @@ def test_exact_is_the_default_and_changes_nothing():
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
-@inductor_config.patch(deterministic=True)
 def test_auto_weighs_bytes_where_it_must_not_measure():
     """Large activations: folded. Large weights: as written."""
     wide = nn.Sequential(nn.Conv2d(512, 512, 1), nn.BatchNorm2d(512), nn.ReLU()).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from common import spread_statistics
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import config as inductor_config
@@ -11,6 +12,8 @@ from torch._inductor.utils import fresh_cache
 
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import ForwardCode, testing, timing
+
+pytestmark = pytest.mark.timed
 
 
 @pytest.fixture(autouse=True)
@@ -154,3 +157,80 @@ def test_measuring_leaves_random_numbers_alone():
     torch.manual_seed(0)
     compiled(model, x)
     assert torch.equal(torch.rand(3), expected)
+
+
+# Timings of a 1x1 convolution, and what is made of it.
+_ONE_BY_ONE = [
+    ({"aten": 0.9, "onednn": 0.9, "linear": 0.5, "unfolded linear": 0.6}, "FOLDED", "linear"),
+    ({"aten": 0.9, "onednn": 0.9, "linear": 0.6, "unfolded linear": 0.5}, "AS_LINEAR", ""),
+]
+
+
+class OneByOne(nn.Module):
+    """1x1 convolutions: strided, in 1-d and 3-d, with a residual; and linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn_a = nn.Conv2d(4, 6, 1, stride=(2, 1), bias=False), nn.BatchNorm2d(6)
+        self.b, self.bn_b = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+        self.c, self.bn_c = nn.Conv1d(6, 5, 1, stride=3), nn.BatchNorm1d(5)
+        self.d, self.bn_d = nn.Conv3d(5, 4, 1), nn.BatchNorm3d(4)
+        self.e, self.bn_e = nn.Linear(4, 7), nn.BatchNorm1d(7)
+        self.f, self.bn_f = nn.Linear(7, 3, bias=False), nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn_a(self.a(x)))
+        x = torch.relu(self.bn_b(self.b(x)) + x)
+        x = nn.functional.silu(self.bn_c(self.c(x.flatten(2))))
+        x = nn.functional.hardsigmoid(self.bn_d(self.d(x[..., None, None])))
+        x = nn.functional.gelu(self.bn_e(self.e(x.mean((2, 3, 4)))))
+        return self.bn_f(self.f(x))
+
+
+@pytest.mark.parametrize(("times", "code", "kernel"), _ONE_BY_ONE)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("inductor", [False, True])
+def test_layers_as_linear_layers(monkeypatch, times, code, kernel, autocast, dynamic, inductor):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("needs oneDNN")
+    if inductor and not dynamic == autocast == (code == "AS_LINEAR"):
+        pytest.skip("two through Inductor are enough: each takes a quarter of a minute")
+    monkeypatch.setattr(
+        timing, "_measure", lambda work, names: {n: times.get(n, 1.0) for n in names}
+    )
+    torch.manual_seed(0)
+    model = OneByOne().eval()
+    spread_statistics(model)
+    x = torch.randn(2, 4, 6, 5)
+    with testing.fresh_compile(), cbn.options(forward="auto"), torch.no_grad():
+        expected = model.double()(x.double())
+        model.float()
+        cbn.clear_records()
+        backend = "inductor" if inductor else testing.post_grad_backend()
+        compiled_model = torch.compile(model, backend=backend)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for batch in (2, 3) if dynamic else (2,):
+                inputs = x[[0, 1, 0][:batch]]
+                if dynamic:
+                    torch._dynamo.mark_dynamic(inputs, 0)
+                out = compiled_model(inputs)
+                tolerance = 0.05 if autocast else 1e-5
+                torch.testing.assert_close(
+                    out[:2].double(), expected, rtol=tolerance, atol=tolerance
+                )
+    linear = {"linear", "unfolded linear"}
+    records = [r for r in cbn.forward_records() if r.kernel in linear]
+    assert len(records) == 6
+    assert {r.code.name for r in records} == {code}
+
+
+def test_no_own_operator_where_python_may_not_run(monkeypatch):
+    times = _ONE_BY_ONE[0][0]
+    monkeypatch.setattr(
+        timing, "_measure", lambda work, names: {n: times.get(n, 1.0) for n in names}
+    )
+    model = nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6)).eval()
+    with inductor_config.patch(cpp_wrapper=True):
+        (record,) = compiled(model, torch.randn(2, 4, 6, 6))
+    assert record.kernel == "onednn"

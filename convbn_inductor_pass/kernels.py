@@ -1,0 +1,85 @@
+"""The ways to compute a layer and what follows it, and which of them can take a given layer.
+
+To add one: its name and its condition here, what it emits in ``forward_rewrite``, and how it is
+timed in ``timing``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _compat
+from .affine import AffineChain
+from .aten_ir import Layer, tensor_of
+
+__all__ = ["ATEN", "LINEAR", "ONEDNN", "UNFOLDED_LINEAR", "folding_kernels", "takes_activation"]
+
+aten = torch.ops.aten
+
+ATEN = "aten"
+"""The layer's own operator with a scaled weight and shifted bias; no activation inside."""
+ONEDNN = "onednn"
+"""oneDNN's convolution, the activation inside; a residual is added by Inductor's patterns."""
+LINEAR = "linear"
+"""oneDNN's linear layer, also for convolutions with a kernel of one; the activation inside."""
+UNFOLDED_LINEAR = "unfolded linear"
+"""The same with the weight as it is; what follows is left to generated code."""
+
+
+def folding_kernels(chain: AffineChain, *, has_activation: bool) -> tuple[str, ...]:
+    """Kernels that can compute the folded layer; the first one is the default."""
+    layer, kernels = chain.layer, []
+    if _takes_post_ops(layer) and (has_activation or not _may_raise(chain)):
+        kernels.append(ONEDNN)
+    kernels.append(ATEN)
+    if _takes_linear(layer):
+        kernels.append(LINEAR)
+    return tuple(kernels)
+
+
+def takes_activation(layer: Layer) -> bool:
+    """Whether some kernel can compute an activation after this layer."""
+    return _takes_post_ops(layer) or _takes_linear(layer)
+
+
+def _takes_post_ops(layer: Layer) -> bool:
+    """Whether oneDNN's convolution with post-ops can compute this layer."""
+    return (
+        layer.is_conv
+        and not layer.layout.transposed
+        and layer.out.ndim in (4, 5)
+        and layer.out.dtype in (torch.float32, torch.bfloat16)
+        and layer.out.device.type == "cpu"
+        and _compat.has_onednn_epilogues(layer.out.dtype)
+    )
+
+
+def _may_raise(chain: AffineChain) -> bool:
+    """Whether Inductor might let oneDNN's convolution add what comes next, where that raises.
+
+    Where oneDNN does not both add and rectify (a grouped convolution; an input that counts as
+    contiguous, as 1x1 maps do), PyTorch does it with a kernel that has no bfloat16 and raises
+    (2.11 to 2.15).
+    """
+    is_narrow = chain.layer.out.dtype == torch.bfloat16
+    return is_narrow and any(u.target is aten.add.Tensor for u in chain.last.users)
+
+
+def _takes_linear(layer: Layer) -> bool:
+    """Whether the layer is a matrix product that oneDNN's linear layer can compute."""
+    weight = tensor_of(layer.weight)
+    on_cpu = layer.out.device.type == "cpu" and layer.out.dtype in (torch.float32, torch.bfloat16)
+    if weight is None or not on_cpu or not _compat.has_onednn_epilogues(layer.out.dtype):
+        return False
+    if not _compat.for_python():
+        return False
+    if not layer.is_conv:
+        return True
+    padding = layer.node.args[4]
+    return (
+        not layer.layout.transposed
+        and layer.layout.groups == 1
+        and all(isinstance(size, int) for size in (*layer.out.shape[1:], *weight.shape))
+        and all(size == 1 for size in weight.shape[2:])
+        and all(p == 0 for p in padding)  # type: ignore[union-attr]
+    )
