@@ -127,10 +127,33 @@ def test_not_pointwise_is_left_alone():
     assert masks.rewrite_masks(graph) == 0
 
 
-def test_operator():
+def test_loads_in_a_backward():
+    graph = fx.Graph()
+    with FakeTensorMode():
+        value = torch.empty(1 << 14)
+        values = {"mask": torch.empty(1 << 14, dtype=torch.bool), "tangents_1": value}
+    mask, dy = (graph.placeholder(name) for name in values)
+    for node in (mask, dy):
+        node.meta["val"] = values[node.name]
+    zero = graph.call_function(aten.full.default, ([], 0.0))
+    graph.output((graph.call_function(aten.where.self, (mask, zero, dy)),))
+    assert masks.rewrite_masks(graph) == 1
+    graph.lint()
+    assert [n.target for n in mask.users] == [torch.ops.convbn_inductor_pass.as_bytes.default]
+    y, dy = torch.randn(1 << 14), torch.randn(1 << 14)
+    (dx,) = fx.Interpreter(fx.GraphModule({}, graph)).run(y <= 0, dy)
+    assert torch.equal(dx, torch.where(y <= 0, 0.0, dy))
+
+
+def test_operators():
     bytes = torch.tensor([[0, 1, 1], [1, 0, 0]], dtype=torch.uint8).t()
     torch.library.opcheck(torch.ops.convbn_inductor_pass.as_mask.default, (bytes,))
     mask = torch.ops.convbn_inductor_pass.as_mask(bytes)
     assert mask.dtype == torch.bool
     assert mask.stride() == bytes.stride()
     assert torch.equal(mask, bytes != 0)
+    torch.library.opcheck(torch.ops.convbn_inductor_pass.as_bytes.default, (mask,))
+    back = torch.ops.convbn_inductor_pass.as_bytes(mask)
+    assert back.dtype == torch.uint8
+    assert back.stride() == bytes.stride()
+    assert torch.equal(back, bytes)
