@@ -8,6 +8,7 @@ The samples of every round are kept; reports take medians, quantiles and ratios 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import math
@@ -24,7 +25,7 @@ from . import codegen, memory
 from .providers import Provider
 from .workload import Settings, Workload, setup
 
-__all__ = ["Budget", "measure"]
+__all__ = ["Budget", "keep_freed_memory", "measure"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +117,7 @@ def measure(
     Raises:
         NotApplicable, MissingLibrary: as :func:`bench.workload.setup`.
     """
+    keep_freed_memory()
     _warm_up(settings.device)
     workload = setup(settings)
     reference = _results(workload, workload.model, workload.model) if thorough else None
@@ -130,6 +132,22 @@ def measure(
     _take_turns(runners, budget)
     for runner in runners:
         yield runner.provider.name, {**runner.values, **runner.samples}
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Make glibc's malloc keep what is freed in this process; whether that could be done.
+
+    By default it gives large blocks back to the system, when and how many depending on what else
+    is alive, and each step then pays for page faults on the same memory again. All providers
+    share the process, so that it holds for all of them alike.
+    """
+    trim_threshold, mmap_max = -1, -4  # names of parameters in malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return False
+    return bool(mallopt(trim_threshold, -1)) and bool(mallopt(mmap_max, 0))
 
 
 @functools.cache

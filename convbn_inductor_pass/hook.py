@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import fx
 
-from . import _compat, autograd, forward, freezing, pipeline, report
+from . import _compat, autograd, forward, freezing, masks, pipeline, report
 from .config import get_options
 
 __all__ = [
@@ -119,15 +119,17 @@ class ConvBNEvalPass(_Pass):
 
 
 class ConvBNForwardPass(_Pass):
-    """The post-grad pass: folds what follows a layer into it, as ``Options.forward`` says.
+    """The post-grad pass: stores masks fast (``masks``), folds what follows a layer into it.
 
-    Does nothing with ``forward="exact"``, the default, or while
+    Folds nothing with ``forward="exact"``, the default, and does nothing at all while
     ``torch._inductor.config.efficient_conv_bn_eval_fx_passes`` is False.
     """
 
     _uuid = "convbn_inductor_pass, forward"
 
     def _run(self, graph: fx.Graph) -> None:
+        rewritten = masks.rewrite_masks(graph)
+        _compat.counters["inductor"]["efficient_conv_bn_eval_masks"] += rewritten
         if get_options().forward == "exact":
             return
         decisions = forward.analyze(graph, get_options(), measure=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["linear_pointwise"]
 
-_library = torch.library.Library("convbn_inductor_pass", "DEF")
+_library = torch.library.Library("convbn_inductor_pass", "FRAGMENT")
 _library.define(
     "linear_pointwise(Tensor input, Tensor weight, Tensor? bias, str attr, Scalar?[] scalars, "
     "str? algorithm) -> Tensor",

@@ -1,0 +1,159 @@
+"""Masks that the forward keeps on CPU: stored in another way, the same bits and bytes kept."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import spread_statistics
+from torch import fx, nn
+from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensorMode
+
+from convbn_inductor_pass import masks
+
+aten = torch.ops.aten
+
+
+class Pooled(nn.Module):
+    """Layers whose activations have other users than a convolution, so that masks are kept."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.activation = activation
+        self.convs = nn.ModuleList(
+            [nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1, bias=False)]
+        )
+        self.bns = nn.ModuleList([nn.BatchNorm2d(16), nn.BatchNorm2d(32)])
+        spread_statistics(self)
+        self.eval()
+
+    def forward(self, x):
+        for conv, bn in zip(self.convs, self.bns, strict=True):
+            x = F.max_pool2d(self.activation(bn(conv(x))), 2)
+        return x.mean((2, 3))
+
+
+def step(model, x, *, dynamic=False):
+    """Outputs, gradients and what autograd keeps of a compiled step, masks and all."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    def backend(gm, inputs):
+        with config.patch(efficient_conv_bn_eval_fx_passes=True):
+            return compile_fx(gm, inputs)
+
+    torch._dynamo.reset()
+    model, kept = copy.deepcopy(model), []
+
+    def keep(tensor):
+        kept.append(tensor.detach().clone())
+        return tensor
+
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = compiled(x)
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad for p in model.parameters())], kept
+
+
+@pytest.mark.parametrize("activation", [F.relu, F.relu6, F.hardtanh])
+@pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last])
+def test_same_bits_and_bytes(activation, fmt, monkeypatch):
+    torch.manual_seed(0)
+    model = Pooled(activation).to(memory_format=fmt)
+    x = torch.randn(4, 3, 32, 32).to(memory_format=fmt)
+    before = counters["inductor"]["efficient_conv_bn_eval_masks"]
+    results, kept = step(model, x)
+    assert counters["inductor"]["efficient_conv_bn_eval_masks"] > before
+    monkeypatch.setattr(masks, "rewrite_masks", lambda graph: 0)
+    expected, expected_kept = step(model, x)
+    for a, b in zip(results, expected, strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+    assert any(t.dtype == torch.bool for t in kept)
+    for a, b in zip(kept, expected_kept, strict=True):
+        # In the same layout, too: in another, a copy would have been made.
+        assert a.dtype == b.dtype
+        assert a.stride() == b.stride()
+        assert torch.equal(a, b)
+
+
+def test_dynamic_shapes():
+    torch.manual_seed(0)
+    model, x = Pooled(F.relu), torch.randn(4, 3, 32, 32)
+    dynamic, static = step(model, x, dynamic=True), step(model, x)
+    for a, b in zip(dynamic[0], static[0], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def graph_of(numel, device="cpu", pointwise=True):
+    graph = fx.Graph()
+    with FakeTensorMode():
+        value = torch.empty(numel, device=device)
+        mask = torch.empty(numel, device=device, dtype=torch.bool)
+    y = graph.placeholder("y")
+    target, args = (aten.le.Scalar, (y, 0)) if pointwise else (aten.isin.Tensor_Tensor, (y, y))
+    le = graph.call_function(target, args)
+    y.meta["val"], le.meta["val"] = value, mask
+    graph.output((y, le))
+    return graph
+
+
+def test_rewritten_graph():
+    graph = graph_of(1 << 14)
+    assert masks.rewrite_masks(graph) == 1
+    graph.lint()
+    names = [n.target for n in graph.nodes if n.op == "call_function"]
+    assert names[-1] is torch.ops.convbn_inductor_pass.as_mask.default
+    y = torch.randn(1 << 14)
+    _, mask = fx.Interpreter(fx.GraphModule({}, graph)).run(y)
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask, y <= 0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"numel": 100}, {"numel": 1 << 14, "device": "meta"}], ids=["small", "device"]
+)
+def test_left_alone(options):
+    graph = graph_of(**options)
+    before = str(graph)
+    assert masks.rewrite_masks(graph) == 0
+    assert str(graph) == before
+
+
+def test_not_pointwise_is_left_alone():
+    graph = graph_of(1 << 14, pointwise=False)
+    assert masks.rewrite_masks(graph) == 0
+
+
+def test_loads_in_a_backward():
+    graph = fx.Graph()
+    with FakeTensorMode():
+        value = torch.empty(1 << 14)
+        values = {"mask": torch.empty(1 << 14, dtype=torch.bool), "tangents_1": value}
+    mask, dy = (graph.placeholder(name) for name in values)
+    for node in (mask, dy):
+        node.meta["val"] = values[node.name]
+    zero = graph.call_function(aten.full.default, ([], 0.0))
+    graph.output((graph.call_function(aten.where.self, (mask, zero, dy)),))
+    assert masks.rewrite_masks(graph) == 1
+    graph.lint()
+    assert [n.target for n in mask.users] == [torch.ops.convbn_inductor_pass.as_bytes.default]
+    y, dy = torch.randn(1 << 14), torch.randn(1 << 14)
+    (dx,) = fx.Interpreter(fx.GraphModule({}, graph)).run(y <= 0, dy)
+    assert torch.equal(dx, torch.where(y <= 0, 0.0, dy))
+
+
+def test_operators():
+    bytes = torch.tensor([[0, 1, 1], [1, 0, 0]], dtype=torch.uint8).t()
+    torch.library.opcheck(torch.ops.convbn_inductor_pass.as_mask.default, (bytes,))
+    mask = torch.ops.convbn_inductor_pass.as_mask(bytes)
+    assert mask.dtype == torch.bool
+    assert mask.stride() == bytes.stride()
+    assert torch.equal(mask, bytes != 0)
+    torch.library.opcheck(torch.ops.convbn_inductor_pass.as_bytes.default, (mask,))
+    back = torch.ops.convbn_inductor_pass.as_bytes(mask)
+    assert back.dtype == torch.uint8
+    assert back.stride() == bytes.stride()
+    assert torch.equal(back, bytes)
