@@ -123,12 +123,11 @@ def forward(device: str) -> list[Job]:
         settings = settings_of(CASES[name], batch=batch, device=device, **fields)
         return Job("measure", settings, providers)
 
-    jobs = [
-        job(name, batch, FOLDED_INFERENCE, protocol="inference")
-        for batch in (8, 1, 32)
-        for name in names
-    ]
-    return [*jobs, *(job(name, 8, FOLDED_TRAINING) for name in names)]
+    def inference(batch: int) -> list[Job]:
+        return [job(name, batch, FOLDED_INFERENCE, protocol="inference") for name in names]
+
+    training = [job(name, 8, FOLDED_TRAINING) for name in names]
+    return [*inference(8), *inference(1), *training, *inference(32)]
 
 
 def gpu(device: str = "cuda") -> list[Job]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -59,6 +60,7 @@ __all__ = [
     "functorch_config",
     "has_onednn_epilogues",
     "in_functional_transform",
+    "in_subgraph",
     "inductor_config",
     "is_functorch_tensor",
     "is_generated",
@@ -71,6 +73,7 @@ __all__ = [
     "mark_cacheable",
     "may_measure",
     "one_pass_per_hook",
+    "reads_strides",
     "real_tensors",
     "remove_function_mode",
     "saved_tensors_hooks",
@@ -231,6 +234,14 @@ def is_view(target: Any) -> bool:
     return any(r.alias_info is not None for r in target._schema.returns)
 
 
+def reads_strides(target: Any) -> bool:
+    """Whether ``target`` may depend on how its arguments lie in memory."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return isinstance(target, torch._ops.HigherOrderOperator)
+    is_as_strided = target._schema.name.startswith("aten::as_strided")
+    return is_as_strided or target.namespace not in ("aten", "prims", "mkldnn")
+
+
 def is_pure(target: Any) -> bool:
     """Whether ``target`` always computes the same from the same tensors, and does nothing else."""
     if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
@@ -318,6 +329,18 @@ def may_measure() -> bool:
 
 
 _GENERATED = ("aten", "prims")  # other libraries' operators are called
+
+
+def in_subgraph() -> bool:
+    """Whether Inductor's post-grad passes are at a graph inside another one (cond, scan, ...).
+
+    The only thing that tells is that they are called for it from within those of the outer one.
+    """
+    frame, depth = inspect.currentframe(), 0
+    while frame is not None:
+        depth += frame.f_code.co_name == "_recursive_post_grad_passes"
+        frame = frame.f_back
+    return depth > 1
 
 
 def is_generated(target: Any) -> bool:

@@ -67,6 +67,8 @@ class ForwardCode(enum.Enum):
     QUANTISED = "the weight is made of integers or 8-bit numbers, which Inductor has kernels for"
     NUMBER_RANGE = "the constants of the affine map, multiplied, do not fit float32"
     VIEW_RETURNED = "a view of the result is returned, whose strides would change"
+    STRIDES_USED = "something reads the result's memory by its strides, which would change"
+    SUBGRAPH = "inside cond, scan and the like, whose results must have the strides they had"
     WRITE_BETWEEN = "something may be written to between the layer and the end of the affine map"
 
     @property

@@ -128,8 +128,14 @@ def _decide(
     first, last = order[layer.node], order[chain.last]
     if bisect.bisect_right(writes, first) != bisect.bisect_left(writes, last):
         return decision(ForwardCode.WRITE_BETWEEN, f"between {layer.node} and {chain.last}")
-    if _view_is_returned(chain.last if activation is None else activation.last):
+    if _compat.in_subgraph():
+        return decision(ForwardCode.SUBGRAPH)
+    end = chain.last if activation is None else activation.last
+    if _view_is_returned(end):
         return decision(ForwardCode.VIEW_RETURNED, str(chain.last))
+    ends = (end,) if residual is None else (end, residual.last)
+    if any(_strides_are_used(node) for node in ends):
+        return decision(ForwardCode.STRIDES_USED, str(end))
     if options.forward == "fold":
         return _computed_by(whole, folding[0])
     costs = choice.choose(chain, activation, residual, folding, measure=measure)
@@ -167,6 +173,16 @@ def _view_is_returned(node: fx.Node) -> bool:
         if is_part and any(u.op == "output" for u in view.users):
             return True
     return False
+
+
+def _strides_are_used(node: fx.Node) -> bool:
+    """Whether something may read the memory of ``node`` by its strides.
+
+    A library's kernel may lay its result out in another way than the graph says. Inductor knows
+    that for aten, but for ``as_strided`` and for what others have written.
+    """
+    users = {u for n in (node, *views_of(node)) for u in n.users if u.op == "call_function"}
+    return any(_compat.reads_strides(u.target) for u in users)
 
 
 # What a layer's dtype may meet in its chain.

@@ -150,19 +150,23 @@ def _plain_call(layer: Layer, weight: fx.Node, bias: fx.Node | None, build: Buil
 
 
 def _input(layer: Layer, build: Builder) -> fx.Node:
-    """The layer's input, as a copy if the graph returns it.
+    """The layer's input, as a copy if the graph returns it, or writes to it later.
 
     Inductor makes what goes into oneDNN's convolution channels-last, also where that is an
-    output with strides of its own. A plain convolution makes such a copy anyway.
+    output with strides of its own, and where it is an input of the graph: a later write then
+    goes to the copy. A plain convolution makes such a copy anyway.
     """
     node = build.current(layer.input)
-    returned = any(u.op == "output" for n in (node, *views_of(node)) for u in n.users)
+    if node.op == "placeholder":
+        needed = any(_compat.is_mutable(u.target) for u in node.users)
+    else:
+        needed = any(u.op == "output" for n in (node, *views_of(node)) for u in n.users)
     tensor = tensor_of(node)
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     memory_format = None if tensor is None else formats.get(tensor.ndim)
-    if not returned or tensor is None or memory_format is None:
+    if not needed or tensor is None or memory_format is None:
         return node
-    if node.op == "placeholder" or tensor.is_contiguous(memory_format=memory_format):
+    if tensor.is_contiguous(memory_format=memory_format):
         return node
     return build.call(aten.clone.default, node, memory_format=memory_format)
 

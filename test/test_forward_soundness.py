@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from test_forward import folded
 from torch import Tensor
 
-from convbn_inductor_pass import ForwardCode
+import convbn_inductor_pass as cbn
+from convbn_inductor_pass import ForwardCode, testing
 
 
 def test_two_layers_that_are_each_others_operand():
@@ -68,3 +69,75 @@ def test_quantised_weights_are_left_to_inductor(dtype, stored):
         out, (record,) = folded(fn, x, w, s)
         assert record.code is ForwardCode.QUANTISED
         torch.testing.assert_close(out, fn(x, w, s))
+
+
+@torch.library.custom_op("convbn_test::memory", mutates_args=())
+def memory(x: Tensor) -> Tensor:
+    """The numbers of ``x`` as they lie in memory."""
+    return x.as_strided((x.numel(),), (1,)).clone()
+
+
+@memory.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.numel())
+
+
+def compiled(fn, *inputs, **options):
+    """Under Inductor, folded: the outputs, and records."""
+    cbn.clear_records()
+    with testing.fresh_compile(), cbn.options(forward="fold"), torch.no_grad():
+        out = torch.compile(fn, **options)(*inputs)
+    return out, cbn.forward_records()
+
+
+def test_what_reads_memory_by_its_strides():
+    """oneDNN's results are channels-last, whatever the graph says."""
+    torch.manual_seed(0)
+    x, w, v = torch.randn(2, 3, 7, 7), torch.randn(6, 3, 3, 3), torch.randn(6, 3, 3, 3)
+    s, other = torch.rand(6, 1, 1), torch.randn(2, 6, 5, 5)
+
+    def fn(x, w, v, s, other):
+        strided = (F.conv2d(x, w) * s).relu().as_strided((2, 4), (1, 2)).sin()
+        added = (F.conv2d(x, v) * s + other).relu().as_strided((2, 4), (1, 2)).cos()
+        return strided, added, memory((F.conv2d(x, w + 1) * s).relu())
+
+    out, records = compiled(fn, x, w, v, s, other)
+    assert {r.code for r in records} == {ForwardCode.STRIDES_USED}
+    torch.testing.assert_close(out, fn(x, w, v, s, other), rtol=1e-4, atol=1e-4)
+
+
+def test_input_that_is_written_to():
+    """The write reaches the caller's tensor, not a copy for oneDNN; and comes after the layer."""
+    torch.manual_seed(0)
+    args = torch.randn(2, 3, 7, 7), torch.randn(6, 3, 3, 3), torch.rand(6, 1, 1)
+
+    def fn(x, w, s):
+        before = F.conv2d(x, w) * s
+        x.add_(1)
+        after = F.conv2d(x, w).relu()
+        return before, after
+
+    mine, expected = [t.clone() for t in args], [t.clone() for t in args]
+    out, records = compiled(fn, *mine)
+    assert [r.code.folded for r in records] == [True, True]
+    torch.testing.assert_close(out, fn(*expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mine, expected)
+
+
+def test_branches_keep_their_strides():
+    """torch.cond wants the strides of both branches' results to be the same."""
+    torch.manual_seed(0)
+    x, w, s = torch.randn(2, 3, 7, 7), torch.randn(6, 3, 3, 3), torch.rand(6, 1, 1)
+
+    def fn(flag, x, w, s):
+        return torch.cond(
+            flag,
+            lambda x, w, s: (F.conv2d(x, w) * s).relu(),
+            lambda x, w, s: x[:, :1, 1:-1, 1:-1] * s,
+            (x, w, s),
+        )
+
+    for flag in (torch.tensor(True), torch.tensor(False)):
+        out, records = compiled(fn, flag, x, w, s)
+        assert [r.code for r in records] == [ForwardCode.SUBGRAPH]
+        torch.testing.assert_close(out, fn(flag, x, w, s), rtol=1e-4, atol=1e-4)
