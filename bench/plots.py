@@ -100,7 +100,7 @@ def _bars(
         )
     if relative:
         axes.axvline(1, color=_COLOURS["eval"], label=PROVIDERS["eval"].title)
-    axes.set_yticks(range(len(chosen)), [g.label() for g in chosen])
+    axes.set_yticks(range(len(chosen)), [g.label(size=True) for g in chosen])
     axes.invert_yaxis()
     axes.set_ylim(len(chosen) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.3)
