@@ -11,7 +11,7 @@ a ReLU is often its mask, one byte per element. Inductor's vectorised code store
 with ``VecMask::store`` and ``VecMask::from``, whose loops GCC does not vectorise with the flag
 ``-fno-tree-loop-vectorize`` that Inductor gives it: measured with AVX-512, 7 nanoseconds per
 element stored and 2 per element loaded, where conversions of floats to and from bytes take 0.1.
-``as_mask`` and ``as_bytes`` copy bytes that are 0 or 1 from one dtype to the other as they are.
+``ops.as_mask`` and ``ops.as_bytes`` copy bytes that are 0 or 1 from one dtype to the other as they are.
 What is kept, and every bit of it, stays the same.
 
 Declines: other devices, masks so small that a call costs more than it gains, masks that are no
@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from . import _compat
+from . import _compat, ops
 
 __all__ = ["rewrite_masks"]
 
@@ -33,31 +33,6 @@ prims = torch.ops.prims
 
 _LEAST_ELEMENTS = 1 << 14  # about 0.1 ms as Inductor stores it, ten times what a call costs
 
-_library = torch.library.Library("convbn_inductor_pass", "FRAGMENT")
-# "Flexible" keeps Inductor from bringing the argument into the layout that was traced.
-_library.define("as_mask(Tensor bytes) -> Tensor", tags=(torch.Tag.flexible_layout,))
-_library.define("as_bytes(Tensor mask) -> Tensor", tags=(torch.Tag.flexible_layout,))
-
-
-@torch.library.impl(_library, "as_mask", "CPU")
-def _as_mask(bytes: Tensor) -> Tensor:
-    return bytes.view(torch.bool).clone()
-
-
-@torch.library.impl(_library, "as_mask", "Meta")
-def _as_mask_meta(bytes: Tensor) -> Tensor:
-    return torch.empty_like(bytes, dtype=torch.bool)
-
-
-@torch.library.impl(_library, "as_bytes", "CPU")
-def _as_bytes(mask: Tensor) -> Tensor:
-    return mask.view(torch.uint8).clone()
-
-
-@torch.library.impl(_library, "as_bytes", "Meta")
-def _as_bytes_meta(mask: Tensor) -> Tensor:
-    return torch.empty_like(mask, dtype=torch.uint8)
-
 
 def rewrite_masks(graph: fx.Graph) -> int:
     """Rewrite how masks leave ``graph``, a forward on aten IR, or enter it, a backward.
@@ -65,7 +40,7 @@ def rewrite_masks(graph: fx.Graph) -> int:
     Returns how many.
     """
     output = next(iter(graph.find_nodes(op="output")), None)
-    if output is None or _compat.inductor_config.cpp_wrapper:
+    if output is None or not _compat.for_python():
         return 0
     inputs = graph.find_nodes(op="placeholder")
     if any(n.name.startswith("tangents_") for n in inputs):
@@ -83,7 +58,7 @@ def _rewrite_loads(graph: fx.Graph, masks: list[fx.Node]) -> int:
             continue
         value = mask.meta["val"]
         with graph.inserting_before(min(users, key=order.__getitem__)):
-            stored = graph.call_function(torch.ops.convbn_inductor_pass.as_bytes.default, (mask,))
+            stored = graph.call_function(ops.as_bytes, (mask,))
             numbers = graph.call_function(
                 prims.convert_element_type.default, (stored, torch.float32)
             )
@@ -114,7 +89,7 @@ def _rewrite_stores(graph: fx.Graph, masks: list[fx.Node], output: fx.Node) -> i
             )
             numbers = graph.call_function(aten.where.self, (mask, ones, zeros))
             stored = graph.call_function(prims.convert_element_type.default, (numbers, torch.uint8))
-            kept = graph.call_function(torch.ops.convbn_inductor_pass.as_mask.default, (stored,))
+            kept = graph.call_function(ops.as_mask, (stored,))
         with _compat.fake_mode_of(value):
             for scalar in (ones, zeros):
                 scalar.meta["val"] = torch.empty((), device=value.device)

@@ -1,8 +1,15 @@
-"""The package's own operator: oneDNN's linear layer with a post-op, for weights that change.
+"""The package's own operators, for what Inductor cannot be told otherwise. On CPU only.
 
-PyTorch has it as ``mkldnn::_linear_pointwise``, but Inductor lowers that only for weights that
-``freezing`` has made constants. It takes a weight as it is, where oneDNN's convolution repacks it
-in every call: a 1x1 convolution with a large weight is faster as a linear layer.
+``linear_pointwise``: oneDNN's linear layer with a post-op, for weights that change. PyTorch has it
+as ``mkldnn::_linear_pointwise``, but Inductor lowers that only for weights that ``freezing`` has
+made constants. It takes a weight as it is, where oneDNN's convolution repacks it in every call: a
+1x1 convolution with a large weight is faster as a linear layer.
+
+``as_mask`` and ``as_bytes``: a copy of bytes that are 0 or 1 as a mask, and of a mask as bytes.
+:mod:`masks` says why.
+
+They are written in Python. Compiled code that has to run without it must not contain them:
+``_compat.for_python``.
 """
 
 from __future__ import annotations
@@ -10,16 +17,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["linear_pointwise"]
+__all__ = ["as_bytes", "as_mask", "linear_pointwise"]
 
-_library = torch.library.Library("convbn_inductor_pass", "FRAGMENT")
+_library = torch.library.Library("convbn_inductor_pass", "DEF")
 _library.define(
     "linear_pointwise(Tensor input, Tensor weight, Tensor? bias, str attr, Scalar?[] scalars, "
     "str? algorithm) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
+# "Flexible" keeps Inductor from bringing the argument into the layout that was traced.
+_FLEXIBLE = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+_library.define("as_mask(Tensor bytes) -> Tensor", tags=_FLEXIBLE)
+_library.define("as_bytes(Tensor mask) -> Tensor", tags=_FLEXIBLE)
 
 
+@torch.library.impl(_library, "linear_pointwise", "CPU")
 def _linear_pointwise(
     input: Tensor,
     weight: Tensor,
@@ -35,13 +47,33 @@ def _linear_pointwise(
     return torch.ops.mkldnn._linear_pointwise(input, weight, bias, attr, scalars, algorithm)
 
 
+@torch.library.impl(_library, "linear_pointwise", "Meta")
 def _linear_pointwise_meta(
     input: Tensor, weight: Tensor, bias: Tensor | None, *_post_op: object
 ) -> Tensor:
     return input.new_empty([input.shape[0], weight.shape[0]])
 
 
-_library.impl("linear_pointwise", _linear_pointwise, "CPU")
-_library.impl("linear_pointwise", _linear_pointwise_meta, "Meta")
+@torch.library.impl(_library, "as_mask", "CPU")
+def _as_mask(bytes: Tensor) -> Tensor:
+    return bytes.view(torch.bool).clone()
+
+
+@torch.library.impl(_library, "as_mask", "Meta")
+def _as_mask_meta(bytes: Tensor) -> Tensor:
+    return torch.empty_like(bytes, dtype=torch.bool)
+
+
+@torch.library.impl(_library, "as_bytes", "CPU")
+def _as_bytes(mask: Tensor) -> Tensor:
+    return mask.view(torch.uint8).clone()
+
+
+@torch.library.impl(_library, "as_bytes", "Meta")
+def _as_bytes_meta(mask: Tensor) -> Tensor:
+    return torch.empty_like(mask, dtype=torch.uint8)
+
 
 linear_pointwise = torch.ops.convbn_inductor_pass.linear_pointwise.default
+as_mask = torch.ops.convbn_inductor_pass.as_mask.default
+as_bytes = torch.ops.convbn_inductor_pass.as_bytes.default

@@ -1,0 +1,128 @@
+"""Random affine chains: with ``forward="fold"`` nothing is other than in eager mode.
+
+By default 60 examples, always the same, up to Inductor's post-grad passes and then eager.
+``CONVBN_FUZZ_EXAMPLES=5000`` draws that many, ``CONVBN_FUZZ_SEED=7`` other ones, and
+``CONVBN_FUZZ_INDUCTOR=1`` generates code; a failing example prints as source code.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import warnings
+from typing import Any
+
+import hypothesis
+import torch
+from random_chains import random_chains
+from random_graphs import RandomFunction
+from torch import Tensor
+
+import convbn_inductor_pass as cbn
+from convbn_inductor_pass import testing
+
+EXAMPLES = int(os.environ.get("CONVBN_FUZZ_EXAMPLES", "60"))
+SEED = os.environ.get("CONVBN_FUZZ_SEED")
+INDUCTOR = bool(os.environ.get("CONVBN_FUZZ_INDUCTOR"))
+
+# Of the largest number of the result and of those it was made of: what rounding may change.
+BAND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2}
+
+settings = hypothesis.settings(
+    max_examples=EXAMPLES,
+    derandomize=SEED is None,
+    deadline=None,
+    database=None,
+    print_blob=False,
+    suppress_health_check=list(hypothesis.HealthCheck),
+    # Shrinking takes minutes: not where many are drawn.
+    phases=[p for p in hypothesis.Phase if SEED is None or p is not hypothesis.Phase.shrink],
+)
+
+
+def run(function: RandomFunction, forward: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs and arguments after a call, and gradients, by name; ``forward=""`` is eager."""
+    arguments = function.arguments()
+    fn = function.function()
+    backend: Any = "inductor" if INDUCTOR else testing.post_grad_backend()
+    grad = any(t.requires_grad for t in arguments.values())
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=function.ambient_autocast)
+    with contextlib.ExitStack() as stack:
+        if forward:
+            stack.enter_context(testing.fresh_compile())
+            stack.enter_context(cbn.options(forward=forward))
+            fn = torch.compile(fn, backend=backend, dynamic=function.dynamic)
+        stack.enter_context(autocast)
+        stack.enter_context(torch.set_grad_enabled(grad))
+        leaves = {n: t for n, t in arguments.items() if t.requires_grad}
+        if grad:
+            outputs, gradients = testing.outputs_and_gradients(
+                lambda: fn(*arguments.values()), leaves, ()
+            )
+        else:
+            outputs, gradients = list(fn(*arguments.values())), {}
+    after = {f"after: {n}": t.detach().clone() for n, t in arguments.items()}
+    return outputs, {**after, **{f"grad: {n}": g for n, g in gradients.items()}}
+
+
+def differences(function: RandomFunction, got: Any, expected: Any) -> str:
+    """What is not as expected, in a few words; "" if all is."""
+    dtype = torch.bfloat16 if function.ambient_autocast else function.tensors[0].dtype
+    found = [*((f"output {i}", *p) for i, p in enumerate(zip(got[0], expected[0], strict=True)))]
+    found += [(name, got[1].get(name), value) for name, value in expected[1].items()]
+    for name, out, value in found:
+        if out is None or (out.shape, out.dtype) != (value.shape, value.dtype):
+            return f"{name}: {None if out is None else (out.shape, out.dtype)}"
+        if value.numel() and value.isfinite().all():
+            error = (out.double() - value.double()).abs().max().item()
+            if not error <= BAND[dtype] * (1 + value.abs().max().item()):
+                return f"{name}: off by {error}"
+    return ""
+
+
+def check(function: RandomFunction, counts: collections.Counter) -> None:
+    try:
+        expected = run(function, "")
+    except Exception:  # as autograd does, where the backward needs what was written to
+        counts["raises"] += 1
+        return
+    cbn.clear_records()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("error", cbn.PassFailedWarning)
+        try:
+            got = run(function, "fold")
+        except Exception:
+            try:
+                run(function, "exact")
+            except Exception:
+                counts["raises"] += 1
+                return
+            raise  # only with folding
+    records = cbn.forward_records()
+    counts.update(r.code.name for r in records)
+    counts["functions"] += 1
+    counts["folded"] += any(r.code.folded for r in records)
+    found = differences(function, got, expected)
+    if found or INDUCTOR:
+        plain = run(function, "exact")
+        if found and differences(function, plain, expected):
+            counts["wrong without folding, too"] += 1
+            found = differences(function, got, plain)
+        strides = [[t.stride() for t in outputs] for outputs in (got[0], plain[0])]
+        assert not INDUCTOR or strides[0] == strides[1]
+    assert not found, found
+
+
+def test_random_chains() -> None:
+    counts: collections.Counter = collections.Counter()
+
+    @settings
+    @hypothesis.given(random_chains())
+    def each(function: RandomFunction) -> None:
+        check(function, counts)
+
+    (each if SEED is None else hypothesis.seed(int(SEED))(each))()
+    print(dict(counts.most_common()))
+    assert counts["folded"] > counts["functions"] // 4  # else the draws test nothing
