@@ -11,8 +11,8 @@ a ReLU is often its mask, one byte per element. Inductor's vectorised code store
 with ``VecMask::store`` and ``VecMask::from``, whose loops GCC does not vectorise with the flag
 ``-fno-tree-loop-vectorize`` that Inductor gives it: measured with AVX-512, 7 nanoseconds per
 element stored and 2 per element loaded, where conversions of floats to and from bytes take 0.1.
-``ops.as_mask`` and ``ops.as_bytes`` copy bytes that are 0 or 1 from one dtype to the other as they are.
-What is kept, and every bit of it, stays the same.
+``ops.as_mask`` and ``ops.as_bytes`` copy bytes that are 0 or 1 from one dtype to the other as they
+are. What is kept, and every bit of it, stays the same.
 
 Declines: other devices, masks so small that a call costs more than it gains, masks that are no
 result of pointwise operations (nothing generated stores them), and generated C++ wrappers,
