@@ -156,10 +156,13 @@ class _Drawer:
             f"{v}[{index}].expand({y}.shape[1:])", f"{v}[None, {index}].expand_as({y})",
             f"{v}.exp()[{index}]", f"({v} + 1.5)[{index}]",
         )  # fmt: skip
-        other = self.pick((), (1,), (*shape[:2], *ones), (1, 1, *shape[2:]), shape[1:], shape)
+        b, c, size = shape[0], shape[1], shape[2:]
+        other = self.pick(
+            (), (1,), (b, c, *ones), (1, 1, *size), shape[1:], shape, (b, 1, *ones), size, (c,),
+        )  # fmt: skip
         dims = tuple(range(2, len(shape)))
         others = (
-            self.tensor(other), f"{v}.sum()", f"{v}[:1]", f"{v}.view(-1, 1, *{ones})",
+            *[self.tensor(other)] * 6, f"{v}.sum()", f"{v}[:1]", f"{v}.view(-1, 1, *{ones})",
             f"{y}.mean({dims or 0}, keepdim=True)", f"{y}.mean(0, keepdim=True)", f"{y}[:, :1]",
             f"x.mean().to({y}.dtype)", f"torch.full((), 0.5, dtype={y}.dtype)", "x",
             f"torch.arange(float({y}.shape[-1])).to({y}.dtype)", self.pick(*self.activations),

@@ -28,10 +28,14 @@ def test_layers(case, offset, precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS[1:])
 def test_network(precision):
-    """Rounding that adds up; one draw may differ by more. Under autocast, with code generated."""
+    """Rounding that adds up. Under autocast, with code generated.
+
+    One draw in five is above 2, so few draws say nothing: in bfloat16 the first 6 give 2.17,
+    60 give 1.37 (95% interval 1.16 to 1.62), and blocks of 20 1.27 to 1.51.
+    """
     generated = precision == "bf16-autocast"
     backend = "inductor" if generated else testing.post_grad_backend()
-    errors = measure("small ResNet", precision, seeds=6, backend=backend)
+    errors = measure("small ResNet", precision, seeds=20, backend=backend)
     assert errors.ratio <= 2, errors
 
 
