@@ -270,8 +270,8 @@ def has_onednn_epilogues(dtype: torch.dtype) -> bool:
 
 @contextlib.contextmanager
 def real_tensors() -> Iterator[None]:
-    """Compute with real tensors, as outside of any compilation."""
-    with _disable_current_modes(), torch_functions_off():
+    """Compute with real tensors and their dtypes, as outside of any compilation or autocast."""
+    with _disable_current_modes(), torch_functions_off(), torch._C._DisableAutocast():
         yield
 
 

@@ -178,7 +178,7 @@ def _measure(workload: Workload, names: Sequence[str]) -> dict[str, float]:
 
 def _take_turns(functions: dict[str, Callable[[], object]], x: Tensor) -> dict[str, float]:
     """Median seconds of each function, called in turns."""
-    evict = torch.zeros(2 * _last_level_cache() // 4)
+    evict = torch.zeros(2 * _last_level_cache() // 4, dtype=torch.float32, device="cpu")
     samples: dict[str, list[float]] = {name: [] for name in functions}
     begin = time.perf_counter()
     for i in range(_ROUNDS):

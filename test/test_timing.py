@@ -11,7 +11,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import ForwardCode, testing, timing
+from convbn_inductor_pass import ForwardCode, _compat, testing, timing
 
 pytestmark = pytest.mark.timed
 
@@ -148,6 +148,11 @@ def test_explain_measures_nothing_but_knows_what_was_measured():
     assert before.seconds_exact is None
     assert explanation.forward[0].seconds_exact == measured.seconds_exact
     assert f"{measured.seconds_exact * 1e3:.3g}" in str(explanation)
+
+
+def test_measuring_is_not_cast_by_autocast():
+    with torch.autocast("cpu", torch.bfloat16), _compat.real_tensors():
+        assert nn.functional.linear(torch.ones(1, 2), torch.ones(3, 2)).dtype == torch.float32
 
 
 def test_measuring_leaves_random_numbers_alone():
