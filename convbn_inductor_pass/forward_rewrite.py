@@ -112,7 +112,7 @@ def _linear_call(
     bias: fx.Node | None,
     build: Builder,
 ) -> fx.Node:
-    x, size = build.current(layer.input), layer.out.shape
+    x, size = _input(layer, build), layer.out.shape
     if layer.is_conv:
         for dim, step in enumerate(layer.node.args[3], 2):  # type: ignore[arg-type]
             if step != 1:
