@@ -19,6 +19,7 @@ from . import _compat, kernels, timing
 from .affine import AffineChain
 from .aten_ir import tensor_of, without_casts
 from .epilogue import Activation, Residual
+from .workload import workload_of
 
 __all__ = ["Costs", "bytes_moved", "choose"]
 
@@ -59,7 +60,7 @@ def choose(
     With ``measure``, what has not been measured before on this machine is measured now.
     """
     ends = _ends_a_kernel(_last(chain, activation, residual))
-    work = timing.workload_of(chain, activation, residual, ends)
+    work = workload_of(chain, activation, residual, ends)
     ways = [*folding, kernels.UNFOLDED_LINEAR] if kernels.LINEAR in folding else folding
     times = timing.seconds(work, ways, measure=measure and _compat.may_measure())
     if not times:
