@@ -54,8 +54,14 @@ def step(model, x, *, dynamic=False):
     return [out.detach(), *(p.grad for p in model.parameters())], kept
 
 
-@pytest.mark.parametrize("activation", [F.relu, F.relu6, F.hardtanh])
-@pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("activation", "fmt"),
+    [
+        (F.relu, torch.contiguous_format),
+        (F.relu6, torch.channels_last),
+        (F.hardtanh, torch.contiguous_format),
+    ],
+)
 def test_same_bits_and_bytes(activation, fmt, monkeypatch):
     torch.manual_seed(0)
     model = Pooled(activation).to(memory_format=fmt)
