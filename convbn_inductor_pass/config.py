@@ -33,8 +33,10 @@ class Options:
         forward: what the kernel half does with a layer and the batch norm after it, in inference
             and in the forward of training. ``"exact"`` keeps eval mode's bits: nothing.
             ``"fold"`` scales the layer's weight in each call, wherever that is right.
-            ``"auto"`` does so where it is estimated to be faster. Outputs then differ from
-            eval mode's by rounding (and oneDNN's ReLU and clamp make a number of a NaN).
+            ``"auto"`` does so, or computes a layer with another library's kernel, where that
+            is measured to be faster (estimated, where compiling must not measure). Outputs
+            then differ from eval mode's by rounding (and oneDNN's ReLU and clamp make a number
+            of a NaN).
         allow: shell-style patterns of module paths (``"backbone.*"``). If given, only pairs
             whose batch norm or convolution matches one of them are fused.
         deny: patterns of module paths that are never fused; wins over ``allow``.
