@@ -64,7 +64,7 @@ def choose(
     ways = [*folding, kernels.UNFOLDED_LINEAR] if kernels.LINEAR in folding else folding
     times = timing.seconds(work, ways, measure=measure and _compat.may_measure())
     if not times:
-        faster = _is_faster(*bytes_moved(chain, activation, residual))
+        faster = _is_faster(*bytes_moved(chain, activation, residual, folding[0]))
         return Costs(folding[0] if faster else None)
     exact = times[timing.AS_WRITTEN]
     kernel = min(ways, key=times.__getitem__)
@@ -79,14 +79,15 @@ def _last(chain: AffineChain, activation: Activation | None, residual: Residual 
 
 
 def bytes_moved(
-    chain: AffineChain, activation: Activation | None, residual: Residual | None
+    chain: AffineChain, activation: Activation | None, residual: Residual | None, kernel: str
 ) -> tuple[int, int]:
     """Bytes moved as written and folded, besides reading the layer's inputs and writing its output.
 
-    Hints where sizes are symbolic.
+    ``kernel`` is to compute the folded layer. Hints where sizes are symbolic.
     """
     out = chain.layer.out
-    fused = activation is not None or residual is not None
+    has_epilogue = activation is not None or residual is not None
+    fused = has_epilogue and kernel == kernels.ONEDNN
     kernel_goes = fused or (_ends_a_kernel(chain.last) and not _adds_bias_apart(chain))
     exact = 2 * _compat.size_hint(out.numel()) * out.element_size() if kernel_goes else 0
     return exact, _weight_bytes(chain) if chain.scales else 0

@@ -100,14 +100,16 @@ def _decide(
     if not chain.steps and activation is None:
         return None  # nothing to gain
     folding = kernels.folding_kernels(chain, has_activation=activation is not None)
+    if options.forward == "fold" and folding[0] == kernels.ATEN and not chain.steps:
+        return None  # its own operator computes no activation
     whole = ForwardDecision(
         chain,
         ForwardCode.FOLDED,
         folding[0],
         activation,
-        residual if folding[0] == kernels.ONEDNN else None,
+        residual,
         "",
-        *choice.bytes_moved(chain, activation, residual),
+        *choice.bytes_moved(chain, activation, residual, folding[0]),
     )
 
     def decision(code: ForwardCode, detail: str = "") -> ForwardDecision:

@@ -562,5 +562,17 @@ def test_auto_on_cuda_knows_that_the_bias_is_added_apart():
             conv.meta["val"] = node.meta["val"] = torch.empty(1, 4, 9, 9, device=device)
         layer = Layer(conv, x, w, None, Layout(), 1, 4, True)
         chain = affine.AffineChain(layer, (Step(node, "shift", 1, Operand(node=shift)),))
-        costs[device] = choice.bytes_moved(chain, None, None)
+        costs[device] = choice.bytes_moved(chain, None, None, "aten")
     assert costs == {"cpu": (2 * 4 * 81 * 4, 0), "cuda": (0, 0)}
+
+
+def test_what_the_layers_own_operator_does_not_compute_is_not_counted():
+    """An activation after a linear layer stays a kernel of its own, also when bytes are counted."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()).eval()
+    x = torch.randn(64, 8)
+    _, (kept,) = folded(model, x, forward="auto")
+    assert (kept.code, kept.bytes_exact) == (ForwardCode.SLOWER, 0)
+    _, (taken,) = folded(model, x, forward="fold")
+    assert (taken.code, taken.epilogue) == (ForwardCode.FOLDED, "")
+    _, records = folded(nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval(), x, forward="fold")
+    assert not records
