@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import testing
 
+from . import tables
 from .libraries import MissingLibrary, require
 
 __all__ = ["CASES", "PRECISIONS", "Errors", "draw", "measure"]
@@ -216,14 +216,7 @@ def main() -> None:
             extremes = f"{min(e.ratios):.2f} to {max(e.ratios):.2f}"
             rows.append([case, precision, *(f"{m:.1e}" for m in means), f"{e.ratio:.2f}", extremes])
             Console(stderr=True).print(*rows[-1])
-    if arguments.markdown:
-        for cells in (HEADER, ["---"] * len(HEADER), *rows):
-            print(f"| {' | '.join(cells)} |")
-        return
-    table = Table(*HEADER)
-    for cells in rows:
-        table.add_row(*cells)
-    Console(width=120).print(table)
+    tables.show(HEADER, rows, as_markdown=arguments.markdown, width=120)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import testing
 
+from . import tables
 from .libraries import MissingLibrary, require
 
 __all__ = ["MODELS", "Recognition", "frozen_batch_norms", "recognise"]
@@ -231,14 +231,7 @@ def main() -> None:
         counts = (r.batch_norms, r.after_layer, r.folded, len(r.missed))
         rows.append([name, *map(str, counts), ", ".join(r.classes)])
         Console(stderr=True).print(*rows[-1], *r.missed)
-    if arguments.markdown:
-        for cells in (HEADER, ["---"] * len(HEADER), *rows):
-            print(f"| {' | '.join(cells)} |")
-        return
-    table = Table(*HEADER)
-    for cells in rows:
-        table.add_row(*cells)
-    Console(width=140).print(table)
+    tables.show(HEADER, rows, as_markdown=arguments.markdown, width=140)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from .analysis import Group, geometric_mean, groups, ratio, spread
 from .cases import CASES
@@ -24,12 +27,24 @@ __all__ = [
     "published",
     "recomputation",
     "saved",
+    "show",
     "small_gains",
     "totals",
 ]
 
 NONE = "not measured"
 MODES = ("eval", "builtin", "ours", "deploy")
+
+
+def show(header: Sequence[str], rows: list[list[str]], *, as_markdown: bool, width: int) -> None:
+    """Print a table, for people or for a document."""
+    if as_markdown:
+        print(markdown(list(header), rows))
+        return
+    table = Table(*header)
+    for cells in rows:
+        table.add_row(*cells)
+    Console(width=width).print(table)
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:

@@ -1,7 +1,11 @@
-"""Small layers and models that many tests use."""
+"""What many tests use: small layers and models, and how random functions are drawn."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+
+import hypothesis
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -104,3 +108,28 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
     pairs = 6
+
+
+def fuzz(examples: int) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Decorate a test that hypothesis gives its arguments: the same ones in each run.
+
+    ``examples`` are drawn, or as many as ``CONVBN_FUZZ_EXAMPLES`` says; other ones for each number
+    in ``CONVBN_FUZZ_SEED``.
+    """
+    seed = os.environ.get("CONVBN_FUZZ_SEED")
+    settings = hypothesis.settings(
+        max_examples=int(os.environ.get("CONVBN_FUZZ_EXAMPLES", examples)),
+        derandomize=seed is None,
+        deadline=None,
+        database=None,
+        print_blob=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        # Shrinking takes minutes: not where many are drawn.
+        phases=[p for p in hypothesis.Phase if seed is None or p is not hypothesis.Phase.shrink],
+    )
+
+    def decorate(test: Callable[[], None]) -> Callable[[], None]:
+        test = settings(test)
+        return test if seed is None else hypothesis.seed(int(seed))(test)
+
+    return decorate

@@ -15,6 +15,7 @@ from typing import Any
 
 import hypothesis
 import torch
+from common import fuzz
 from random_chains import random_chains
 from random_graphs import RandomFunction
 from torch import Tensor
@@ -22,23 +23,10 @@ from torch import Tensor
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import testing
 
-EXAMPLES = int(os.environ.get("CONVBN_FUZZ_EXAMPLES", "60"))
-SEED = os.environ.get("CONVBN_FUZZ_SEED")
 INDUCTOR = bool(os.environ.get("CONVBN_FUZZ_INDUCTOR"))
 
 # Of the largest number of the result and of those it was made of: what rounding may change.
 BAND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2}
-
-settings = hypothesis.settings(
-    max_examples=EXAMPLES,
-    derandomize=SEED is None,
-    deadline=None,
-    database=None,
-    print_blob=False,
-    suppress_health_check=list(hypothesis.HealthCheck),
-    # Shrinking takes minutes: not where many are drawn.
-    phases=[p for p in hypothesis.Phase if SEED is None or p is not hypothesis.Phase.shrink],
-)
 
 
 def run(function: RandomFunction, forward: str) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -118,11 +106,11 @@ def check(function: RandomFunction, counts: collections.Counter) -> None:
 def test_random_chains() -> None:
     counts: collections.Counter = collections.Counter()
 
-    @settings
+    @fuzz(60)
     @hypothesis.given(random_chains())
     def each(function: RandomFunction) -> None:
         check(function, counts)
 
-    (each if SEED is None else hypothesis.seed(int(SEED))(each))()
+    each()
     print(dict(counts.most_common()))
     assert counts["folded"] > counts["functions"] // 4  # else the draws test nothing

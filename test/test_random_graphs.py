@@ -8,26 +8,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import os
 import warnings
 from functools import partial
 
 import hypothesis
 import torch
+from common import fuzz
 from oracle import assert_same_as_unfused
 from random_graphs import RandomFunction, random_functions
-
-EXAMPLES = int(os.environ.get("CONVBN_FUZZ_EXAMPLES", "150"))
-SEED = os.environ.get("CONVBN_FUZZ_SEED")
-
-settings = hypothesis.settings(
-    max_examples=EXAMPLES,
-    derandomize=SEED is None,
-    deadline=None,
-    database=None,
-    print_blob=False,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
 
 
 class TestRandomGraphs:
@@ -59,12 +47,12 @@ class TestRandomGraphs:
     def test_random_functions(self) -> None:
         codes: collections.Counter = collections.Counter()
 
-        @settings
+        @fuzz(150)
         @hypothesis.given(random_functions())
         def check(function: RandomFunction) -> None:
             self.check(function, codes)
 
-        (check if SEED is None else hypothesis.seed(int(SEED))(check))()
+        check()
         print(dict(codes.most_common()))
         # Else the draws test nothing.
         assert codes["functions with a fused pair"] > codes["functions"] // 3
