@@ -56,6 +56,7 @@ __all__ = [
     "efficient_conv_bn_eval_pass",
     "fake_mode_of",
     "for_python",
+    "function_of_source",
     "force_stride_order",
     "functorch_config",
     "has_onednn_epilogues",
@@ -68,7 +69,9 @@ __all__ = [
     "is_pointwise",
     "is_pure",
     "is_view",
+    "keep_output",
     "lazy_graph_module",
+    "load_cpp",
     "lookup_timings",
     "mark_cacheable",
     "may_measure",
@@ -320,6 +323,47 @@ def for_python() -> bool:
     from torch._inductor.virtualized import V
 
     return not (inductor_config.cpp_wrapper or V.aot_compilation)
+
+
+def load_cpp(source: str) -> Any:
+    """A library (ctypes) of C++ code, compiled as Inductor compiles its own and kept in its cache.
+
+    Raises what Inductor raises where there is no compiler.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source)
+
+
+def function_of_source(source: str) -> Callable[..., Any]:
+    """The function that ``torch.fx.Graph.python_code`` has written."""
+    from torch.fx.graph import _custom_builtins
+
+    namespace: dict[str, Any] = {name: builtin.obj for name, builtin in _custom_builtins.items()}
+    exec(source, namespace)
+    return functools.partial(namespace["forward"], None)
+
+
+@functools.cache
+def keep_output(target: Any) -> None:
+    """Have Inductor call ``target`` and neither look into its results nor write to them afterwards.
+
+    Inductor asserts the strides of what operators return, which a tensor in oneDNN's layout has
+    not, and gives memory that is not used any more to other results.
+    """
+    from torch._inductor import ir, lowering
+    from torch._inductor.virtualized import V
+    from torch.utils import _pytree as pytree
+
+    def keep(buffer: Any) -> Any:
+        buffer.codegen_size_asserts = lambda wrapper: None
+        buffer.codegen_alignment_asserts = lambda wrapper: None
+        V.graph.never_reuse_buffers.add(buffer.get_name())
+        return ir.TensorBox.create(buffer)
+
+    @lowering.register_lowering(target, type_promotion_kind=None)
+    def _lower(*args: Any, **kwargs: Any) -> Any:
+        return pytree.tree_map(keep, ir.FallbackKernel.create(target, *args, **kwargs))
 
 
 def may_measure() -> bool:

@@ -55,6 +55,12 @@ class AffineChain:
         return any(s.kind in _SCALING and s.operand != Operand(number=1) for s in self.steps)
 
     @property
+    def scaling_operands(self) -> tuple[fx.Node, ...]:
+        """Nodes that the scale is computed from."""
+        operands = [s.operand for s in self.steps if s.kind in ("scale", "divide")]
+        return tuple(o.node for o in operands if o is not None and o.node is not None)
+
+    @property
     def shifts(self) -> bool:
         """Whether a shift is added."""
         return any(s.kind in ("shift", "subtract_from") for s in self.steps)

@@ -10,7 +10,7 @@ from torch import fx
 from . import _compat
 from .aten_ir import tensor_of
 
-__all__ = ["Builder"]
+__all__ = ["Builder", "erase_unused"]
 
 
 class Builder:
@@ -73,3 +73,19 @@ class Builder:
         pure = node.op == "call_function" and _compat.is_pure(node.target)
         key = self._key(node.target, node.args, node.kwargs) if pure else node
         return self._interned.setdefault(key, len(self._interned))
+
+
+def erase_unused(node: fx.Node) -> None:
+    """Erase ``node`` and what only it used; placeholders stay."""
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if (
+            node._erased
+            or node.users
+            or node.op == "placeholder"
+            or _compat.is_mutable(node.target)
+        ):
+            continue
+        pending += node.all_input_nodes
+        node.graph.erase_node(node)

@@ -87,7 +87,7 @@ def bytes_moved(
     """
     out = chain.layer.out
     has_epilogue = activation is not None or residual is not None
-    fused = has_epilogue and kernel == kernels.ONEDNN
+    fused = has_epilogue and kernel in (kernels.ONEDNN, kernels.PACKED)
     kernel_goes = fused or (_ends_a_kernel(chain.last) and not _adds_bias_apart(chain))
     exact = 2 * _compat.size_hint(out.numel()) * out.element_size() if kernel_goes else 0
     return exact, _weight_bytes(chain) if chain.scales else 0

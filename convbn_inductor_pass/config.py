@@ -37,6 +37,9 @@ class Options:
             is measured to be faster (estimated, where compiling must not measure). Outputs
             then differ from eval mode's by rounding (and oneDNN's ReLU and clamp make a number
             of a NaN).
+        keep_packed_weights: in inference with ``"auto"``, also consider to keep a layer's scaled
+            weight in the library's own layout, made anew when a call finds the weight changed.
+            That takes the memory of the weights once more, for each size of input compiled for.
         allow: shell-style patterns of module paths (``"backbone.*"``). If given, only pairs
             whose batch norm or convolution matches one of them are fused.
         deny: patterns of module paths that are never fused; wins over ``allow``.
@@ -48,6 +51,7 @@ class Options:
     objective: Objective = "memory"
     fuse_frozen_layers: bool = False
     forward: Forward = "exact"
+    keep_packed_weights: bool = True
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from . import _compat, affine, aten_ir, choice, epilogue, kernels
+from . import _compat, affine, aten_ir, choice, epilogue, kept, kernels
 from .affine import AffineChain
 from .aten_ir import tensor_of
 from .build import Builder
@@ -99,7 +99,11 @@ def _decide(
         residual = None
     if not chain.steps and activation is None:
         return None  # nothing to gain
-    folding = kernels.folding_kernels(chain, has_activation=activation is not None)
+    folding = kernels.folding_kernels(
+        chain,
+        has_activation=activation is not None,
+        may_pack=options.keep_packed_weights and not writes,
+    )
     if options.forward == "fold" and folding[0] == kernels.ATEN and not chain.steps:
         return None  # its own operator computes no activation
     whole = ForwardDecision(
@@ -152,7 +156,8 @@ def _decide(
 def _computed_by(decision: ForwardDecision, kernel: str) -> ForwardDecision | None:
     """``decision`` to rewrite, for a kernel and with the epilogue that it computes."""
     activation = None if kernel in (kernels.ATEN, kernels.UNFOLDED_LINEAR) else decision.activation
-    residual = decision.residual if kernel == kernels.ONEDNN else None
+    adds = kernel in (kernels.ONEDNN, kernels.PACKED)  # and Inductor's patterns see to it
+    residual = decision.residual if adds else None
     is_linear = kernel == kernels.UNFOLDED_LINEAR
     code = ForwardCode.AS_LINEAR if is_linear else ForwardCode.FOLDED
     if kernel == kernels.ATEN and not decision.chain.steps:
@@ -247,4 +252,5 @@ def apply(decisions: list[ForwardDecision], graph: fx.Graph) -> int:
                 compute_as_linear(chain.layer, build)
             else:
                 fold_forward(chain, decision.activation, decision.kernel, build)
+    kept.keep_packed(graph)
     return len(wanted)

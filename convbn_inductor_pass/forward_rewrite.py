@@ -15,7 +15,7 @@ from torch import fx
 from . import _compat, affine, aten_ir, kernels, ops
 from .affine import AffineChain
 from .aten_ir import Layer, tensor_of
-from .build import Builder
+from .build import Builder, erase_unused
 from .epilogue import Activation
 from .fold import views_onto_output_axis
 
@@ -33,14 +33,16 @@ def fold_forward(
     ``activation`` needs a kernel that computes it.
     """
     layer = chain.layer
-    weight, bias = layer.weight, layer.bias
+    weight, bias, scale = layer.weight, layer.bias, None
     if chain.steps:
         scale, bias = affine.emit_scale_and_shift(chain, build)
-        if scale is not None:
-            weight = _scaled_weight(layer, scale, build)
         if bias is not None:
             bias = build.cast(bias, layer.out.dtype)
-    if kernel == kernels.ONEDNN:
+    if kernel == kernels.PACKED:
+        weight = _packed_weight(layer, scale, build)
+    elif scale is not None:
+        weight = _scaled_weight(layer, scale, build)
+    if kernel in (kernels.ONEDNN, kernels.PACKED):
         new = _onednn_call(layer, activation, weight, bias, build)
     elif kernel == kernels.LINEAR:
         new = _linear_call(layer, activation, weight, bias, build)
@@ -57,7 +59,7 @@ def fold_forward(
     if new is not replaced:
         new.meta = {**replaced.meta, "val": new.meta["val"]}
     build.replace(replaced, new)
-    _erase_unused(replaced)
+    erase_unused(replaced)
 
 
 def compute_as_linear(layer: Layer, build: Builder) -> None:
@@ -65,7 +67,7 @@ def compute_as_linear(layer: Layer, build: Builder) -> None:
     new = _linear_call(layer, None, layer.weight, layer.bias, build)
     new.meta = {**layer.node.meta, "val": new.meta["val"]}
     build.replace(layer.node, new)
-    _erase_unused(layer.node)
+    erase_unused(layer.node)
 
 
 def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
@@ -81,6 +83,21 @@ def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
         weight = _channels_last(weight, build)
     weight = build.cast(weight, wide.dtype)
     return build.cast(build.call(aten.mul.Tensor, weight, scale), narrow.dtype)
+
+
+def _packed_weight(layer: Layer, scale: fx.Node | None, build: Builder) -> fx.Node:
+    """The same in oneDNN's layout, in a form that :mod:`kept` knows."""
+    stride, padding, dilation = layer.node.args[3:6]
+    weight = aten_ir.without_casts(layer.weight)
+    if scale is not None:
+        sizes = [-1, *[1] * (layer.out.ndim - 1)]
+        weight = build.cast(weight, scale.meta["val"].dtype)
+        weight = build.call(aten.mul.Tensor, weight, build.call(aten.reshape.default, scale, sizes))
+    return build.call(
+        ops.pack,
+        build.cast(weight, layer.out.dtype),
+        *(padding, stride, dilation, layer.layout.groups, list(_shape(layer.input))),
+    )
 
 
 def _onednn_call(
@@ -192,22 +209,6 @@ def _dense(bias: fx.Node, build: Builder) -> fx.Node:
     if tensor is None or tensor.is_contiguous():
         return bias
     return build.call(aten.clone.default, bias, memory_format=torch.contiguous_format)
-
-
-def _erase_unused(node: fx.Node) -> None:
-    """Erase ``node`` and what only it used; placeholders stay."""
-    pending = [node]
-    while pending:
-        node = pending.pop()
-        if (
-            node._erased
-            or node.users
-            or node.op == "placeholder"
-            or _compat.is_mutable(node.target)
-        ):
-            continue
-        pending += node.all_input_nodes
-        node.graph.erase_node(node)
 
 
 def views_of(node: fx.Node) -> list[fx.Node]:

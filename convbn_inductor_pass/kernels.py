@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import torch
 
-from . import _compat
+from . import _compat, aten_ir
 from .affine import AffineChain
 from .aten_ir import Layer, tensor_of
+from .kept import made_of_parameters
 
-__all__ = ["ATEN", "LINEAR", "ONEDNN", "UNFOLDED_LINEAR", "folding_kernels", "takes_activation"]
+__all__ = [
+    "ATEN",
+    "LINEAR",
+    "ONEDNN",
+    "PACKED",
+    "UNFOLDED_LINEAR",
+    "folding_kernels",
+    "takes_activation",
+]
 
 aten = torch.ops.aten
 
@@ -20,18 +29,23 @@ ATEN = "aten"
 """The layer's own operator with a scaled weight and shifted bias; no activation inside."""
 ONEDNN = "onednn"
 """oneDNN's convolution, the activation inside; a residual is added by Inductor's patterns."""
+PACKED = "onednn, packed"
+"""The same with a weight that is kept in oneDNN's layout, see :mod:`kept`."""
 LINEAR = "linear"
 """oneDNN's linear layer, also for convolutions with a kernel of one; the activation inside."""
 UNFOLDED_LINEAR = "unfolded linear"
 """The same with the weight as it is; what follows is left to generated code."""
 
 
-def folding_kernels(chain: AffineChain, *, has_activation: bool) -> tuple[str, ...]:
+def folding_kernels(chain: AffineChain, *, has_activation: bool, may_pack: bool) -> tuple[str, ...]:
     """Kernels that can compute the folded layer; the first one is the default."""
     layer, kernels = chain.layer, []
-    if _takes_post_ops(layer) and (has_activation or not _may_raise(chain)):
+    takes_post_ops = _takes_post_ops(layer) and (has_activation or not _may_raise(chain))
+    if takes_post_ops:
         kernels.append(ONEDNN)
     kernels.append(ATEN)
+    if takes_post_ops and may_pack and _may_stay_packed(chain):
+        kernels.append(PACKED)
     if _takes_linear(layer):
         kernels.append(LINEAR)
     return tuple(kernels)
@@ -63,6 +77,38 @@ def _may_raise(chain: AffineChain) -> bool:
     """
     is_narrow = chain.layer.out.dtype == torch.bfloat16
     return is_narrow and any(u.target is aten.add.Tensor for u in chain.last.users)
+
+
+def _may_stay_packed(chain: AffineChain) -> bool:
+    """Whether the scaled weight is the same in many calls, as far as the graph tells.
+
+    It is made of the graph's inputs alone: of a weight, and of numbers per channel. The layout
+    that oneDNN wants depends on the input's size, which has to be known; another one makes it
+    slow, up to forty times.
+    """
+    layer = chain.layer
+    x, weight = tensor_of(layer.input), tensor_of(layer.weight)
+    if x is None or weight is None or not _compat.for_python():
+        return False
+    live = tensor_of(aten_ir.without_casts(layer.weight))
+    inputs = {n.name for n in layer.node.graph.find_nodes(op="placeholder")}
+    is_training = any(name.startswith("primals_") for name in inputs)
+    is_static = all(isinstance(size, int) for size in (*x.shape, *weight.shape))
+    return (
+        not is_training
+        and is_static
+        and aten_ir.without_casts(layer.weight).op == "placeholder"
+        and live is not None
+        and _is_dense(live)
+        and all(made_of_parameters(n, layer.channels) for n in chain.scaling_operands)
+    )
+
+
+def _is_dense(weight: torch.Tensor) -> bool:
+    """Whether a convolution's weight lies in memory without gaps and repeats, in a usual order."""
+    formats = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
+    usual = formats[: 1 + (weight.ndim == 4)] + formats[2:] * (weight.ndim == 5)
+    return any(weight.is_contiguous(memory_format=f) for f in usual)
 
 
 def _takes_linear(layer: Layer) -> bool:

@@ -5,6 +5,9 @@ as ``mkldnn::_linear_pointwise``, but Inductor lowers that only for weights that
 made constants. It takes a weight as it is, where oneDNN's convolution repacks it in every call: a
 1x1 convolution with a large weight is faster as a linear layer.
 
+``pack``: a weight in oneDNN's own layout. Its result is no plain tensor, which Inductor must not
+see: it is in graphs only until :mod:`kept` takes it away.
+
 ``as_mask`` and ``as_bytes``: a copy of bytes that are 0 or 1 as a mask, and of a mask as bytes.
 :mod:`masks` says why.
 
@@ -17,13 +20,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["as_bytes", "as_mask", "linear_pointwise"]
+__all__ = ["as_bytes", "as_mask", "linear_pointwise", "pack"]
 
 _library = torch.library.Library("convbn_inductor_pass", "DEF")
 _library.define(
     "linear_pointwise(Tensor input, Tensor weight, Tensor? bias, str attr, Scalar?[] scalars, "
     "str? algorithm) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_library.define(
+    "pack(Tensor weight, int[] padding, int[] stride, int[] dilation, int groups, "
+    "int[] input_size) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 # "Flexible" keeps Inductor from bringing the argument into the layout that was traced.
 _FLEXIBLE = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -54,6 +62,26 @@ def _linear_pointwise_meta(
     return input.new_empty([input.shape[0], weight.shape[0]])
 
 
+@torch.library.impl(_library, "pack", "CPU")
+def _pack(
+    weight: Tensor,
+    padding: list[int],
+    stride: list[int],
+    dilation: list[int],
+    groups: int,
+    input_size: list[int],
+) -> Tensor:
+    """A convolution's weight in the layout that is fastest for an input of that size."""
+    geometry = (padding, stride, dilation, groups, input_size)
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry)
+
+
+@torch.library.impl(_library, "pack", "Meta")
+def _pack_meta(weight: Tensor, *_geometry: object) -> Tensor:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return torch.empty_like(weight, memory_format=formats[weight.ndim])
+
+
 @torch.library.impl(_library, "as_mask", "CPU")
 def _as_mask(bytes: Tensor) -> Tensor:
     return bytes.view(torch.bool).clone()
@@ -75,5 +103,6 @@ def _as_bytes_meta(mask: Tensor) -> Tensor:
 
 
 linear_pointwise = torch.ops.convbn_inductor_pass.linear_pointwise.default
+pack = torch.ops.convbn_inductor_pass.pack.default
 as_mask = torch.ops.convbn_inductor_pass.as_mask.default
 as_bytes = torch.ops.convbn_inductor_pass.as_bytes.default

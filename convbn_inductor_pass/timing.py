@@ -11,6 +11,7 @@ Results are kept where Inductor keeps those of its own autotuning.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import time
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _compat, epilogue, kernels, ops
+from . import _compat, epilogue, fingerprint, kernels, ops
 from .workload import Workload
 
 __all__ = ["AS_WRITTEN", "seconds"]
@@ -28,7 +29,7 @@ __all__ = ["AS_WRITTEN", "seconds"]
 aten = torch.ops.aten
 AS_WRITTEN = "as written"
 
-_METHOD = 1  # part of the key: count up when something else is timed
+_METHOD = 2  # part of the key: count up when something else is timed
 _ROUNDS, _FEWEST_ROUNDS = 9, 3
 _SECONDS = 0.5  # of timing per workload, after which no round beyond the fewest begins
 
@@ -129,6 +130,7 @@ class _Ways:
             AS_WRITTEN: self._as_written,
             kernels.ATEN: self._aten,
             kernels.ONEDNN: self._onednn,
+            kernels.PACKED: self._packed,
             kernels.LINEAR: self._linear,
             kernels.UNFOLDED_LINEAR: self._unfolded_linear,
         }[name]
@@ -142,11 +144,26 @@ class _Ways:
         return self._epilogue(self._layer(self._scaled(), self._shift()), affine=False)
 
     def _onednn(self) -> Tensor:
+        return self._with_post_ops(self._scaled(), self._shift())
+
+    def _packed(self) -> Tensor:
+        fingerprint.fingerprints(self.weight)
+        w = self.workload
+        return self._with_post_ops(self._pack, self.vector if w.shifts or w.bias else None)
+
+    @functools.cached_property
+    def _pack(self) -> Tensor:
+        w = self.workload
+        stride, padding, dilation, *_, groups = w.rest
+        weight = self.weight.to(w.weight.dtype)
+        return ops.pack(weight, padding, stride, dilation, groups, w.input.shape)
+
+    def _with_post_ops(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         w = self.workload
         stride, padding, dilation, *_, groups = w.rest
         name, scalars, algorithm = w.activation or ("none", (), "")
         geometry = (padding, stride, dilation, groups)
-        mkldnn, weight, bias = torch.ops.mkldnn, self._scaled(), self._shift()
+        mkldnn = torch.ops.mkldnn
         if self.other is None:
             return mkldnn._convolution_pointwise(
                 self.x, weight, bias, *geometry, name, list(scalars), algorithm

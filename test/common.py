@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import hypothesis
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from convbn_inductor_pass import kernels, timing
 
 LAYERS = {
     "conv1d": lambda: nn.Conv1d(4, 6, 3, padding=1),
@@ -108,6 +111,12 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
     pairs = 6
+
+
+def packed_is_fastest(workload: Any, ways: Sequence[str], *, measure: bool) -> dict[str, float]:
+    """For ``timing.seconds``: as if packed weights were fastest, and all is better than nothing."""
+    times = {way: 0.5 if way == kernels.PACKED else 0.75 for way in ways}
+    return {timing.AS_WRITTEN: 1.0, **times}
 
 
 def fuzz(examples: int) -> Callable[[Callable[[], None]], Callable[[], None]]:

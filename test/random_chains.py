@@ -72,16 +72,18 @@ _RESULTS = (
 class _Drawer:
     """One draw: the lines so far, the tensors, and what running the lines has given."""
 
-    def __init__(self, draw: Callable[[st.SearchStrategy], Any]) -> None:
-        self.draw = draw
+    def __init__(self, draw: Callable[[st.SearchStrategy], Any], packable: bool) -> None:
+        self.draw, self.packable = draw, packable
         self.lines: list[str] = []
         self.tensors: list[TensorSpec] = []
         self.layers: list[str] = []
         self.results: list[str] = []
         self.scope: dict[str, Any] = {"torch": torch, "F": F}
         self.dtype = self.pick(torch.float64, torch.float64, torch.float32, torch.bfloat16)
+        if packable:
+            self.dtype = self.pick(torch.float32, torch.float32, torch.bfloat16)
         self.autocast = self.dtype is torch.float32 and self.chance(25)
-        self.grad = self.chance(20)
+        self.grad = not packable and self.chance(20)
 
     def pick(self, *values: Any) -> Any:
         return self.draw(st.sampled_from(values))
@@ -127,7 +129,7 @@ class _Drawer:
                 f"torch.addmm({bias}, {{x}}, {w}.t(), beta=0.5, alpha=2)",
             )  # fmt: skip
         else:
-            c_in, transposed = shape[1], self.chance(30)
+            c_in, transposed = shape[1], self.chance(10 if self.packable else 30)
             kernel = (self.pick(1, 1, 3, 2),) * d
             groups = self.pick(1, 1, *(g for g in (2, c_in) if not (c_in % g or channels % g)))
             ends = (c_in, channels // groups) if transposed else (channels, c_in // groups)
@@ -180,6 +182,8 @@ class _Drawer:
         self.layer(y, x)
         for _ in range(self.pick(0, 1, 1, 2, 2, 3, 5)):
             kind = self.pick(*["step"] * 10, *["other"] * 5, *["norm"] * 3, "write", "result")
+            if kind == "write" and self.packable:
+                continue
             if kind == "step":
                 line = f"{y} = {self.pick(*_STEPS).format(y=y, o=self.operand(y))}"
             elif kind == "other":
@@ -201,7 +205,7 @@ class _Drawer:
             self.run(f"{y} = {self.pick(*_ACTIVATIONS).format(y=y)}")
 
     def function(self) -> RandomFunction:
-        d = self.pick(2, 2, 2, 1, 3, 0, 0)
+        d = self.pick(2, 2, 2, 3) if self.packable else self.pick(2, 2, 2, 1, 3, 0, 0)
         batch, sizes = self.pick(1, 1, 2, 4, 0), [self.pick(4, 1, 5, 2) for _ in range(d)]
         self.tensor(
             (batch, self.pick(4, 2, 1), *sizes), "x", channels_last=d > 1 and self.chance(20)
@@ -218,15 +222,20 @@ class _Drawer:
         lines = [*self.lines, f"return {', '.join([*self.results, y])},"]
         names = ", ".join(t.name for t in self.tensors)
         body = textwrap.indent("\n".join(lines), "    ")
-        dynamic = self.pick(False, False, False, True)
+        dynamic = not self.packable and self.pick(False, False, False, True)
         return RandomFunction(
             f"def f({names}):\n{body}", tuple(self.tensors), self.autocast, dynamic
         )
 
 
 @st.composite
-def random_chains(draw: Callable[[st.SearchStrategy], Any]) -> RandomFunction:
-    """Strategy for functions around affine chains; they run in eager mode."""
+def random_chains(
+    draw: Callable[[st.SearchStrategy], Any], *, packable: bool = False
+) -> RandomFunction:
+    """Strategy for functions around affine chains; they run in eager mode.
+
+    ``packable`` draws less of what speaks against keeping packed weights.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _Drawer(draw).function()
+        return _Drawer(draw, packable).function()

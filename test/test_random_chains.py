@@ -14,14 +14,15 @@ import warnings
 from typing import Any
 
 import hypothesis
+import pytest
 import torch
-from common import fuzz
+from common import fuzz, packed_is_fastest
 from random_chains import random_chains
 from random_graphs import RandomFunction
 from torch import Tensor
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import testing
+from convbn_inductor_pass import _compat, kernels, testing, timing
 
 INDUCTOR = bool(os.environ.get("CONVBN_FUZZ_INDUCTOR"))
 
@@ -30,7 +31,10 @@ BAND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
 def run(function: RandomFunction, forward: str) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Outputs and arguments after a call, and gradients, by name; ``forward=""`` is eager."""
+    """Outputs and arguments after a call, and gradients, by name; ``forward=""`` is eager.
+
+    Where nothing has a gradient, it is called a second time, with other numbers.
+    """
     arguments = function.arguments()
     fn = function.function()
     backend: Any = "inductor" if INDUCTOR else testing.post_grad_backend()
@@ -49,7 +53,10 @@ def run(function: RandomFunction, forward: str) -> tuple[list[Tensor], dict[str,
                 lambda: fn(*arguments.values()), leaves, ()
             )
         else:
-            outputs, gradients = list(fn(*arguments.values())), {}
+            outputs, gradients = [t.clone() for t in fn(*arguments.values())], {}
+            for tensor in {id(t): t for t in arguments.values() if t.is_floating_point()}.values():
+                tensor.mul_(1.5)
+            outputs += fn(*arguments.values())
     after = {f"after: {n}": t.detach().clone() for n, t in arguments.items()}
     return outputs, {**after, **{f"grad: {n}": g for n, g in gradients.items()}}
 
@@ -69,7 +76,7 @@ def differences(function: RandomFunction, got: Any, expected: Any) -> str:
     return ""
 
 
-def check(function: RandomFunction, counts: collections.Counter) -> None:
+def check(function: RandomFunction, forward: str, counts: collections.Counter) -> None:
     try:
         expected = run(function, "")
     except Exception:  # as autograd does, where the backward needs what was written to
@@ -80,7 +87,7 @@ def check(function: RandomFunction, counts: collections.Counter) -> None:
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("error", cbn.PassFailedWarning)
         try:
-            got = run(function, "fold")
+            got = run(function, forward)
         except Exception:
             try:
                 run(function, "exact")
@@ -92,6 +99,7 @@ def check(function: RandomFunction, counts: collections.Counter) -> None:
     counts.update(r.code.name for r in records)
     counts["functions"] += 1
     counts["folded"] += any(r.code.folded for r in records)
+    counts["packed"] += any(r.code.folded and r.kernel == kernels.PACKED for r in records)
     found = differences(function, got, expected)
     if found or INDUCTOR:
         plain = run(function, "exact")
@@ -109,8 +117,23 @@ def test_random_chains() -> None:
     @fuzz(60)
     @hypothesis.given(random_chains())
     def each(function: RandomFunction) -> None:
-        check(function, counts)
+        check(function, "fold", counts)
 
     each()
     print(dict(counts.most_common()))
     assert counts["folded"] > counts["functions"] // 4  # else the draws test nothing
+
+
+@pytest.mark.skipif(not _compat.has_onednn_epilogues(torch.float32), reason="needs oneDNN")
+def test_random_chains_with_packed_weights(monkeypatch) -> None:
+    monkeypatch.setattr(timing, "seconds", packed_is_fastest)
+    counts: collections.Counter = collections.Counter()
+
+    @fuzz(60)
+    @hypothesis.given(random_chains(packable=True))
+    def each(function: RandomFunction) -> None:
+        check(function, "auto", counts)
+
+    each()
+    print(dict(counts.most_common()))
+    assert counts["packed"] > counts["functions"] // 4

@@ -97,6 +97,7 @@ def test_timings_are_kept_on_disk(monkeypatch):
     ("times", "folded", "kernel"),
     [
         ({"as written": 1.0, "aten": 0.9, "onednn": 0.5}, True, "onednn"),
+        ({"as written": 1.0, "onednn": 0.9, "onednn, packed": 0.8}, True, "onednn, packed"),
         ({"as written": 1.0, "aten": 0.5, "onednn": 0.9}, True, "aten"),
         ({"as written": 1.0, "aten": 1.2, "onednn": 1.1}, False, "onednn"),
         ({"as written": 1.0, "aten": 0.995, "onednn": 2.0}, False, "onednn"),
@@ -106,7 +107,8 @@ def test_timings_are_kept_on_disk(monkeypatch):
 def test_the_fastest_way_is_taken(monkeypatch, times, folded, kernel):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("without oneDNN there is one kernel")
-    monkeypatch.setattr(timing, "_measure", lambda workload, names: {n: times[n] for n in names})
+    slow = float("inf")
+    monkeypatch.setattr(timing, "_measure", lambda _, names: {n: times.get(n, slow) for n in names})
     (record,) = compiled(block(), torch.randn(2, 8, 4, 4))
     assert (record.code.folded, record.kernel) == (folded, kernel)
     assert record.epilogue == ("" if kernel == "aten" and folded else "relu")
@@ -118,6 +120,7 @@ def test_a_kernel_that_refuses_is_not_taken(monkeypatch):
 
     monkeypatch.setattr(timing._Ways, "_onednn", refuse)
     monkeypatch.setattr(timing._Ways, "_aten", refuse)
+    monkeypatch.setattr(timing._Ways, "_packed", refuse)
     (record,) = compiled(block(), torch.randn(2, 8, 4, 4))
     assert record.code is ForwardCode.SLOWER
     assert record.seconds_folded == float("inf")
