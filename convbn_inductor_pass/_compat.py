@@ -81,6 +81,7 @@ __all__ = [
     "remove_function_mode",
     "saved_tensors_hooks",
     "size_hint",
+    "static_inputs",
     "storage_key",
     "torch_functions_off",
     "trace_decomposed",
@@ -364,6 +365,19 @@ def keep_output(target: Any) -> None:
     @lowering.register_lowering(target, type_promotion_kind=None)
     def _lower(*args: Any, **kwargs: Any) -> Any:
         return pytree.tree_map(keep, ir.FallbackKernel.create(target, *args, **kwargs))
+
+
+def static_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """Inputs of a graph without a backward that are parameters and buffers of a module.
+
+    Empty where Dynamo has not said which they are.
+    """
+    context = TracingContext.try_get()
+    metadata = None if context is None else context.fw_metadata
+    if metadata is None or metadata.tokens:  # tokens are inputs, too
+        return set()
+    inputs = graph.find_nodes(op="placeholder")
+    return {inputs[i] for i in metadata.static_input_indices or () if i < len(inputs)}
 
 
 def may_measure() -> bool:

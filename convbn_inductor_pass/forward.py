@@ -102,7 +102,7 @@ def _decide(
     folding = kernels.folding_kernels(
         chain,
         has_activation=activation is not None,
-        may_pack=options.keep_packed_weights and not writes,
+        may_pack=options.forward == "auto" and options.keep_packed_weights and not writes,
     )
     if options.forward == "fold" and folding[0] == kernels.ATEN and not chain.steps:
         return None  # its own operator computes no activation
@@ -168,17 +168,24 @@ def _computed_by(decision: ForwardDecision, kernel: str) -> ForwardDecision | No
 
 
 def _view_is_returned(node: fx.Node) -> bool:
-    """Whether the graph returns a part of ``node``.
+    """Whether the graph returns a part of ``node``, or of what is generated from it.
 
     Inductor restores the strides of an output that is dense. A slice gets those of the memory
-    that it is cut from, and a library's kernel may choose others than a generated one.
+    that it is cut from. A library's kernel may choose others for that than a generated one, and
+    generated code lays its results out as its inputs are.
     """
-    whole = tensor_of(node)
-    for view in views_of(node):
-        part = tensor_of(view)
-        is_part = part is None or whole is None or part.numel() != whole.numel()
-        if is_part and any(u.op == "output" for u in view.users):
-            return True
+    pending, seen = [node], {node}
+    while pending:
+        node = pending.pop()
+        whole, views = tensor_of(node), views_of(node)
+        for view in views:
+            part = tensor_of(view)
+            is_part = part is None or whole is None or part.numel() != whole.numel()
+            if is_part and any(u.op == "output" for u in view.users):
+                return True
+        made = {u for n in (node, *views) for u in n.users if _compat.is_generated(u.target)}
+        pending += made - seen
+        seen |= made
     return False
 
 

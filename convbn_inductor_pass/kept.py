@@ -10,22 +10,28 @@ too, but in each call reads the live parameters once to see whether they are tho
 were made of (:mod:`fingerprint`; that a change goes unnoticed has a probability below 2**-61). For
 a layer of which a bit has changed, what is kept is made anew.
 
-Results are kept as long as the first parameter that they were made of. In inference only: what
-changes in each call would be read once for nothing.
+Results are kept as long as the memory of the weight, whoever owns it: 16 at most for one weight,
+the ones used last (it may be used at several places, and for several sizes of input). What a result
+depends on is all in its key and its fingerprint, so that nothing but time depends on what is kept.
 
-How to make them travels as source code in an argument of the operator, since Inductor's caches
+Only what the user's module owns counts as a parameter: what is passed in from outside may be
+another in each call. In inference only, where parameters stay as they are for many calls.
+
+How to make results travels as source code in an argument of the operator, since Inductor's caches
 keep compiled code from one process to the next.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import json
 import operator
+import weakref
 from collections.abc import Callable, MutableMapping, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -35,7 +41,7 @@ from .aten_ir import tensor_of
 from .build import erase_unused
 from .fingerprint import BYTES, fingerprints
 
-__all__ = ["keep_packed", "made_of_parameters"]
+__all__ = ["is_parameter", "keep_packed", "made_of_parameters"]
 
 _library = torch.library.Library("convbn_inductor_pass", "FRAGMENT")
 _library.define(
@@ -46,22 +52,31 @@ _library.define(
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A function of the parameters from ``begin`` to ``end``."""
+    """A weight and its biases: a function of the parameters from ``begin`` to ``end``.
+
+    The first of these is the weight. ``digest`` stands for all that is known when compiling.
+    """
 
     begin: int
     end: int
     function: Callable[..., tuple[Tensor, ...]]
+    digest: str
 
 
-class _Kept(NamedTuple):
-    """The parts' results, and the fingerprints of what they were made of."""
+@dataclasses.dataclass(eq=False)
+class _Result:
+    """What a part has made, and the fingerprints of what it was made of."""
 
     made_of: bytes
-    results: list[tuple[Tensor, ...]]
-    flat: list[Tensor]
+    tensors: tuple[Tensor, ...]
 
 
-_kept: MutableMapping[Tensor, dict[str, _Kept]] = _compat.WeakIdKeyDictionary()
+_MOST = 16  # results for one weight
+_results: MutableMapping[torch.UntypedStorage, collections.OrderedDict[Any, _Result]] = (
+    weakref.WeakKeyDictionary()
+)
+# By program: the fingerprints in its last call, and its results if they are still there.
+_last_call: dict[str, tuple[bytes, list[weakref.ref[_Result]]]] = {}
 _parts_by_digest: dict[str, tuple[_Part, ...]] = {}
 
 
@@ -69,20 +84,39 @@ _parts_by_digest: dict[str, tuple[_Part, ...]] = {}
 def _kept_cpu(parameters: list[Tensor], digest: str, program: str) -> list[Tensor]:
     """Results of all parts, which nobody may write to."""
     made_of = fingerprints(*parameters)
-    by_digest = _kept.setdefault(parameters[0], {})
-    before = by_digest.get(digest)
-    if before is not None and before.made_of == made_of:
-        return before.flat
-    results = []
-    for i, part in enumerate(_parts(digest, program)):
-        its = slice(BYTES * part.begin, BYTES * part.end)
-        if before is not None and before.made_of[its] == made_of[its]:
-            results.append(before.results[i])
-        else:
-            results.append(part.function(*parameters[part.begin : part.end]))
-    now = _Kept(made_of, results, [tensor for result in results for tensor in result])
-    by_digest[digest] = now
-    return now.flat
+    before, references = _last_call.get(digest, (b"", []))
+    results = [r for r in (ref() for ref in references) if r is not None]
+    if before != made_of or len(results) < len(references):
+        results = [
+            _result(part, parameters[part.begin : part.end], _part_of(made_of, part))
+            for part in _parts(digest, program)
+        ]
+        _last_call[digest] = made_of, [weakref.ref(r) for r in results]
+    return [tensor for result in results for tensor in result.tensors]
+
+
+def _part_of(made_of: bytes, part: _Part) -> bytes:
+    return made_of[BYTES * part.begin : BYTES * part.end]
+
+
+def _result(part: _Part, parameters: list[Tensor], made_of: bytes) -> _Result:
+    """The part's result for parameters with these fingerprints: the one that is kept, or anew."""
+    weight = parameters[0]
+    results = _results.setdefault(weight.untyped_storage(), collections.OrderedDict())
+    key = part.digest, weight.storage_offset()
+    result = results.get(key)
+    if result is None or result.made_of != made_of:
+        results.pop(key, None)  # frees its memory
+        result = _Result(made_of, part.function(*parameters))
+        # Another thread may have written to the parameters since their fingerprints were taken.
+        if fingerprints(*parameters) != made_of:
+            return result
+        results[key] = result
+        if len(results) > _MOST:
+            results.popitem(last=False)
+    else:
+        results.move_to_end(key)
+    return result
 
 
 @torch.library.impl(_library, "kept", "Meta")
@@ -95,11 +129,16 @@ def _parts(digest: str, program: str) -> tuple[_Part, ...]:
     parts = _parts_by_digest.get(digest)
     if parts is None:
         begin, made = 0, []
-        for count, _, source in json.loads(program):
-            made.append(_Part(begin, begin + count, _function(source)))
-            begin += count
+        for layouts, source in json.loads(program):
+            end = begin + len(layouts)
+            made.append(_Part(begin, end, _function(source), _digest([layouts, source])))
+            begin = end
         parts = _parts_by_digest[digest] = tuple(made)
     return parts
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
 @functools.cache
@@ -110,18 +149,28 @@ def _function(source: str) -> Callable[..., tuple[Tensor, ...]]:
 kept = torch.ops.convbn_inductor_pass.kept.default
 
 
-def made_of_parameters(node: fx.Node | None, channels: int) -> bool:
-    """Whether ``node`` is computed from nothing but inputs with one number, or one per channel.
+def is_parameter(node: fx.Node) -> bool:
+    """Whether ``node`` is a parameter or buffer, of a size that is known."""
+    value = tensor_of(node)
+    return (
+        value is not None
+        and all(isinstance(size, int) for size in value.shape)
+        and node in _compat.static_inputs(node.graph)
+    )
 
-    Such inputs are parameters, or as good: what comes from an activation has more numbers on
-    its way. None is computed from nothing.
-    """
-    ancestors = [] if node is None else _ancestors([node])
-    for n in ancestors:
+
+def made_of_parameters(node: fx.Node, channels: int) -> bool:
+    """Whether ``node`` is computed from parameters of one number, or one per channel, alone."""
+    for n in _ancestors([node]):
         value = tensor_of(n)
-        if value is None or value.numel() not in (1, channels) or not value.is_contiguous():
+        if value is None or not all(isinstance(size, int) for size in value.shape):
             return False
-        if n.op != "placeholder" and not _compat.is_pure(n.target):
+        if value.numel() not in (1, channels):
+            return False
+        if n.op == "placeholder":
+            if not is_parameter(n) or not value.is_contiguous():
+                return False
+        elif not _compat.is_pure(n.target):
             return False
     return True
 
@@ -141,10 +190,9 @@ def keep_packed(graph: fx.Graph) -> int:
         parameters += inputs
         # Numbers in memory mean nothing without their sizes and strides.
         values = [tensor_of(n) for n in inputs]
-        layout = [f"{v.dtype} {list(v.shape)} {v.stride()}" for v in values if v is not None]
-        program.append((len(inputs), layout, source))
-    text = json.dumps(program)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+        layouts = [f"{v.dtype} {list(v.shape)} {v.stride()}" for v in values if v is not None]
+        program.append((layouts, source))
+    text, digest = json.dumps(program), _digest(program)
     _compat.keep_output(kept)
     last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
@@ -169,8 +217,11 @@ def _with_biases(packed: fx.Node) -> list[fx.Node]:
     biases = {u.args[2]: None for u in packed.users if isinstance(u.args[2], fx.Node)}
     found = [packed]
     for bias in biases:
-        value = tensor_of(bias)
-        if value is not None and bias.op == "call_function":
+        value, made = tensor_of(bias), bias
+        while _compat.is_view(made.target):
+            made = made.all_input_nodes[0]
+        # A view of a parameter stays live: kept, it would be of memory that the parameter had.
+        if value is not None and made.op != "placeholder":
             found += [bias] * made_of_parameters(bias, value.numel())
     return found
 
@@ -197,7 +248,10 @@ def _ancestors(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _program_of(results: Sequence[fx.Node]) -> tuple[list[fx.Node], str]:
-    """Inputs of the graph that ``results`` are computed from, and a function's source code."""
+    """Inputs of the graph that ``results`` are computed from, and a function's source code.
+
+    The first input is the weight that the first result, a packed weight, is made of.
+    """
     graph, inputs = fx.Graph(), []
     copies: dict[fx.Node, fx.Node] = {}
     for node in _ancestors(results):

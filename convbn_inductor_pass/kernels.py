@@ -11,7 +11,7 @@ import torch
 from . import _compat, aten_ir
 from .affine import AffineChain
 from .aten_ir import Layer, tensor_of
-from .kept import made_of_parameters
+from .kept import is_parameter, made_of_parameters
 
 __all__ = [
     "ATEN",
@@ -41,7 +41,7 @@ def folding_kernels(chain: AffineChain, *, has_activation: bool, may_pack: bool)
     """Kernels that can compute the folded layer; the first one is the default."""
     layer, kernels = chain.layer, []
     takes_post_ops = _takes_post_ops(layer) and (has_activation or not _may_raise(chain))
-    if takes_post_ops:
+    if takes_post_ops and _is_channels_last(layer):
         kernels.append(ONEDNN)
     kernels.append(ATEN)
     if takes_post_ops and may_pack and _may_stay_packed(chain):
@@ -68,6 +68,16 @@ def _takes_post_ops(layer: Layer) -> bool:
     )
 
 
+def _is_channels_last(layer: Layer) -> bool:
+    """Whether oneDNN's convolution sees that its input is channels-last, as Inductor made it.
+
+    One channel, or maps of one number, are contiguous as well, and oneDNN's result then is, which
+    Inductor does not expect. A packed weight tells.
+    """
+    x = tensor_of(layer.input)
+    return x is not None and x.shape[1] != 1 and any(size != 1 for size in x.shape[2:])
+
+
 def _may_raise(chain: AffineChain) -> bool:
     """Whether Inductor might let oneDNN's convolution add what comes next, where that raises.
 
@@ -82,23 +92,19 @@ def _may_raise(chain: AffineChain) -> bool:
 def _may_stay_packed(chain: AffineChain) -> bool:
     """Whether the scaled weight is the same in many calls, as far as the graph tells.
 
-    It is made of the graph's inputs alone: of a weight, and of numbers per channel. The layout
-    that oneDNN wants depends on the input's size, which has to be known; another one makes it
-    slow, up to forty times.
+    It is made of parameters alone. The layout that oneDNN wants depends on the input's size, which
+    has to be known; another one makes it slow, up to forty times.
     """
     layer = chain.layer
-    x, weight = tensor_of(layer.input), tensor_of(layer.weight)
-    if x is None or weight is None or not _compat.for_python():
+    weight = aten_ir.without_casts(layer.weight)
+    x, live = tensor_of(layer.input), tensor_of(weight)
+    if x is None or live is None or not _compat.for_python():
         return False
-    live = tensor_of(aten_ir.without_casts(layer.weight))
-    inputs = {n.name for n in layer.node.graph.find_nodes(op="placeholder")}
-    is_training = any(name.startswith("primals_") for name in inputs)
-    is_static = all(isinstance(size, int) for size in (*x.shape, *weight.shape))
+    inputs = layer.node.graph.find_nodes(op="placeholder")
     return (
-        not is_training
-        and is_static
-        and aten_ir.without_casts(layer.weight).op == "placeholder"
-        and live is not None
+        not any(n.name.startswith("primals_") for n in inputs)  # no training
+        and all(isinstance(size, int) for size in x.shape)
+        and is_parameter(weight)
         and _is_dense(live)
         and all(made_of_parameters(n, layer.channels) for n in chain.scaling_operands)
     )

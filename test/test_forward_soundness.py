@@ -49,6 +49,20 @@ def test_constants_that_do_not_fit_together(numbers):
     torch.testing.assert_close(out, fn(x, w), equal_nan=True)
 
 
+@pytest.mark.parametrize("sliced", [True, False])
+def test_a_part_of_what_is_generated_from_the_layer_is_returned(sliced):
+    """Generated code lays its result out as its input is, and a part of it stays like that."""
+
+    def fn(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
+        y = F.leaky_relu(F.conv2d(x, w * 2) * s + x.mean(), 0.1)
+        return (y + y.sin())[:, :1] if sliced else y + y.sin()
+
+    args = torch.randn(1, 4, 1, 1), torch.randn(4, 4, 1, 1), torch.randn(4, 1, 1)
+    out, (record,) = folded(fn, *args)
+    assert record.code is (ForwardCode.VIEW_RETURNED if sliced else ForwardCode.FOLDED)
+    torch.testing.assert_close(out, fn(*args))
+
+
 @pytest.mark.parametrize(
     ("dtype", "stored"),
     [
@@ -141,3 +155,13 @@ def test_branches_keep_their_strides():
         out, records = compiled(fn, flag, x, w, s)
         assert [r.code for r in records] == [ForwardCode.SUBGRAPH]
         torch.testing.assert_close(out, fn(flag, x, w, s), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 3, 1, 1), (1, 1, 1, 1), (2, 3, 8, 8)])
+def test_inputs_that_are_contiguous_and_channels_last(shape):
+    """oneDNN's result is as its input seems to be, which Inductor cannot see for these."""
+    conv = torch.nn.Conv2d(shape[1], 4, 3, padding=2)
+    model = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(4), torch.nn.ReLU()).eval()
+    x = torch.randn(shape)
+    with testing.fresh_compile(), cbn.options(forward="fold"), torch.no_grad():
+        torch.testing.assert_close(torch.compile(model)(x), model(x))

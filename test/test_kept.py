@@ -29,7 +29,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def always_packed(monkeypatch):
     monkeypatch.setattr(timing, "seconds", packed_is_fastest)
-    kept._kept.clear()
+    kept._results.clear()
+    kept._last_call.clear()
 
 
 @contextlib.contextmanager
@@ -48,10 +49,12 @@ def packed_layers(model, *inputs, **options) -> list[bool]:
         return packed
 
 
-def kept_results() -> list[tuple[Tensor, ...]]:
-    (by_digest,) = kept._kept.values()
-    (entry,) = by_digest.values()
-    return entry.results
+def kept_results() -> list[Any]:
+    """What is kept, in the order of the layers."""
+    results = [r for by_key in kept._results.values() for r in by_key.values()]
+    ((_, references),) = kept._last_call.values()
+    assert sorted(map(id, results)) == sorted(id(r()) for r in references)
+    return [r() for r in references]
 
 
 @pytest.mark.parametrize("backend", [None, "inductor"])
@@ -220,7 +223,7 @@ def test_bias_of_an_activation_stays_live():
     with torch.no_grad(), compiled_for(model, X) as (packed, compiled):
         assert packed == [True]
         torch.testing.assert_close(compiled(2 * X), model(2 * X))
-        assert [len(results) for results in kept_results()] == [1]
+        assert [len(result.tensors) for result in kept_results()] == [1]
 
 
 def test_the_same_memory_in_another_order():
@@ -247,18 +250,132 @@ def test_models_that_share_compiled_code_keep_their_own():
         for _ in range(2):
             for c, twin in zip(compiled, twins, strict=True):
                 torch.testing.assert_close(c(X), twin(X))
-    assert len(kept._kept) == 2
+    assert len(kept._results) == 2
 
 
 def test_freed_with_the_model():
     model = small()
     with testing.fresh_compile(), torch.no_grad(), cbn.options(forward="auto"):
         torch.compile(model, backend=testing.post_grad_backend())(X)
-        assert len(kept._kept) == 1
+        assert len(kept._results) == 1
         torch._dynamo.reset()
         del model
         gc.collect()
-        assert len(kept._kept) == 0
+        assert len(kept._results) == 0
+
+
+class HandWrittenBias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, bias=False)
+        self.bias = nn.Parameter(torch.rand(1, 4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv(x) + self.bias).relu()
+
+
+def test_no_memory_of_a_parameter_is_kept():
+    """A bias that is a view of a parameter would be of the memory that the parameter had."""
+    model = HandWrittenBias()
+    with torch.no_grad(), compiled_for(model, X) as (packed, compiled):
+        assert packed == [True]
+        old = model.bias.data
+        model.bias.data = old.clone()
+        compiled(X)
+        old.zero_()
+        torch.testing.assert_close(compiled(X), model(X))
+
+
+def test_parameters_can_be_swapped_afterwards():
+    """PyTorch refuses to swap tensors that something has weak references to; Dynamo's are gone."""
+    model, other = small(), nn.Parameter(torch.randn(4, 3, 3, 3))
+    with torch.no_grad():
+        assert packed_layers(model, X) == [True]
+        assert len(kept._results) == 1
+        torch._dynamo.reset()
+        gc.collect()
+        torch.utils.swap_tensors(model[0].weight, other)
+        assert packed_layers(model, X) == [True]
+
+
+def test_what_is_passed_in_is_no_parameter():
+    def modulated(x, weight, scale):
+        return (torch.conv2d(x, weight) * scale[:, None, None]).relu()
+
+    args = X, torch.randn(4, 3, 3, 3), torch.rand(4)
+    with torch.no_grad():
+        assert packed_layers(modulated, *args) == [False]
+
+
+@pytest.mark.parametrize("forward", ["fold", "auto"])
+def test_no_guard_on_the_size_of_what_is_passed_in(forward):
+    conv = nn.Conv2d(3, 4, 3)
+
+    def scaled(x, y):
+        return (conv(x) * y.sum()).relu()
+
+    with testing.fresh_compile(), cbn.options(forward=forward), torch.no_grad():
+        compiled = torch.compile(scaled, backend=testing.post_grad_backend())
+        y = torch.rand(4)  # as many as channels
+        torch._dynamo.mark_dynamic(y, 0)
+        torch.testing.assert_close(compiled(X, y), scaled(X, y))
+
+
+def test_models_that_share_a_layer_keep_both(monkeypatch):
+    stem = nn.Conv2d(3, 3, 3, padding=1)
+    models = [nn.Sequential(stem, *small()).eval() for _ in range(2)]
+    packs = []
+    pack = torch.ops.mkldnn._reorder_convolution_weight
+
+    def counted(*args):
+        packs.append(args)
+        return pack(*args)
+
+    with testing.fresh_compile(), cbn.options(forward="auto"), torch.no_grad():
+        compiled = [torch.compile(m, backend=testing.post_grad_backend()) for m in models]
+        for c in compiled:
+            c(X)
+        monkeypatch.setattr(torch.ops.mkldnn, "_reorder_convolution_weight", counted)
+        for c, model in zip(2 * compiled, 2 * models, strict=True):
+            torch.testing.assert_close(c(X), model(X))
+        assert not packs
+        models[1][1].weight.data.mul_(2)
+        for c, model in zip(compiled, models, strict=True):
+            torch.testing.assert_close(c(X), model(X))
+        assert len(packs) == 1
+
+
+def test_what_was_written_to_meanwhile_is_not_kept(monkeypatch):
+    """Another thread swaps weights after the fingerprints were taken, and swaps them back."""
+    model = small()
+    weight, other = model[0].weight.data, torch.randn(4, 3, 3, 3)
+    result = kept._result
+
+    def swapped_meanwhile(part, parameters, made_of):
+        before = weight.clone()
+        weight.copy_(other)
+        made = result(part, parameters, made_of)
+        weight.copy_(before)
+        return made
+
+    with torch.no_grad(), compiled_for(model, X) as (_, compiled):
+        weight.mul_(2)
+        monkeypatch.setattr(kept, "_result", swapped_meanwhile)
+        compiled(X)
+        monkeypatch.setattr(kept, "_result", result)
+        torch.testing.assert_close(compiled(X), model(X))
+
+
+def test_the_number_of_results_for_one_weight_has_a_bound(monkeypatch):
+    monkeypatch.setattr(kept, "_MOST", 3)
+    model = small()
+    with testing.fresh_compile(), cbn.options(forward="auto"), torch.no_grad():
+        for size in (8, 9, 10, 11, 12):
+            torch._dynamo.reset()
+            compiled = torch.compile(model, backend=testing.post_grad_backend())
+            x = torch.randn(2, 3, size, size)
+            torch.testing.assert_close(compiled(x), model(x))
+    assert [len(by_key) for by_key in kept._results.values()] == [3]
 
 
 SCRIPT = """
@@ -278,7 +395,7 @@ with torch.no_grad():
     for _ in range(2):
         torch.testing.assert_close(compiled(x), model(x))
         model[0].weight.data.mul_(-2)
-assert len(kept._kept) == 1
+assert len(kept._results) == 1
 print("hits:", counters["inductor"]["fxgraph_cache_hit"])
 """
 
