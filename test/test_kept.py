@@ -290,12 +290,12 @@ def test_parameters_can_be_swapped_afterwards():
     """PyTorch refuses to swap tensors that something has weak references to; Dynamo's are gone."""
     model, other = small(), nn.Parameter(torch.randn(4, 3, 3, 3))
     with torch.no_grad():
-        assert packed_layers(model, X) == [True]
+        assert packed_layers(model, X, backend="inductor") == [True]
         assert len(kept._results) == 1
         torch._dynamo.reset()
         gc.collect()
         torch.utils.swap_tensors(model[0].weight, other)
-        assert packed_layers(model, X) == [True]
+        assert packed_layers(model, X, backend="inductor") == [True]
 
 
 def test_what_is_passed_in_is_no_parameter():
