@@ -62,6 +62,7 @@ class _Rewriting:
         self.decision, self.build = decision, build
         self.layer, self.gradient = decision.layer, decision.gradient
         self.g = decision.g
+        self.replaced: list[fx.Node] = []
         self.wide = affine.wide_dtype(self.layer)
         self.scale = affine.emit_scale(self.layer, decision.scaling.steps, build)
         dims = [d for d in range(_tensor(self.g).ndim) if d != decision.g_dim]
@@ -69,9 +70,8 @@ class _Rewriting:
 
     def replace(self) -> list[fx.Node]:
         """Put the new calls in the place of the old ones, and return those."""
-        conv = self.layer.is_conv
-        weight_gradient = self._convolution() if conv else self._matmul()
-        old = [self.gradient.node, *self.gradient.node.users] if conv else [self.gradient.node]
+        compute = self._convolution if self.layer.is_conv else self._matmul
+        weight_gradient = compute()
         inner = self._inner_product(weight_gradient)
         for reduction, path in zip(self.decision.reductions, self.decision.scalings, strict=True):
             value = self._times(
@@ -84,8 +84,7 @@ class _Rewriting:
             if reduction.total:
                 value = self._call(aten.sum.dim_IntList, value, [0], False)
             self._replace(reduction.node, value)
-            old.append(reduction.node)
-        return old
+        return self.replaced
 
     def _convolution(self) -> fx.Node:
         """Replace the results of ``convolution_backward``; returns the gradient for ``g``."""
@@ -109,6 +108,8 @@ class _Rewriting:
                 self._replace(user, self._scaled(dw, self.scale, self.layer.layout))
             elif index == 2 and need_db:
                 self._replace(user, self._times(self.sum_g(), self.scale))
+            else:
+                self.replaced.append(user)  # of a result that is not computed
         return dw
 
     def _matmul(self) -> fx.Node:
@@ -122,7 +123,9 @@ class _Rewriting:
         self._replace(self.gradient.node, scaled)
         size = _tensor(self.layer.weight).shape
         for user in list(self.gradient.dc.users):
-            if user.target is aten.mm.default and user.args[0] is self.gradient.dc:
+            # One without users was replaced for another layer with this ``dc``.
+            is_product = user.target is aten.mm.default and user.args[0] is self.gradient.dc
+            if is_product and user.users:
                 by: Any = user.args[1]
                 if tuple(_tensor(by).shape) == (size[1], size[0]):
                     by = self._scaled(by, self.scale, Layout())
@@ -185,6 +188,7 @@ class _Rewriting:
             new = self._call(aten.reshape.default, new, list(tensor.shape))
         new = self.build.cast(new, tensor.dtype)
         self.build.replace(old, new)
+        self.replaced.append(old)
 
 
 def _tensor(node: Any) -> torch.Tensor:
