@@ -9,21 +9,30 @@ conv-BN pair for backward instead of two. The forward's bits and the gradients a
 Without a compiler, ``convbn_inductor_pass.turn_on(model)`` does the same in eager mode.
 
 The story in the order of the code: ``hook`` (how Inductor calls us) -> ``pipeline`` (find,
-decide, rewrite, record) -> ``autograd`` (the gradient). ``forward`` is the other half: on request
-it folds batch norms into layers in the forward and in inference. ``explain`` says what was done and
-what it saves.
+decide, rewrite, record) -> ``autograd`` (the gradient). ``scales`` does the same for trained scales
+that are no batch norm to PyTorch. ``forward`` is the other half: on request it folds batch norms
+into layers in the forward and in inference. ``explain`` says what was done and what it saves.
 """
 
 from . import _compat
 
 _compat.check_torch_version()
 
-from .codes import Code, ForwardCode  # noqa: E402
+from .codes import Code, ForwardCode, ScaleCode  # noqa: E402
 from .config import Options, get_options, options, set_options  # noqa: E402
 from .eager import decisions, turn_off, turn_on  # noqa: E402
 from .explain import Explanation, explain  # noqa: E402
 from .hook import PassFailedWarning, install, is_installed, uninstall  # noqa: E402
-from .report import ForwardRecord, Record, Records, clear_records, forward_records, records  # noqa: E402
+from .report import (  # noqa: E402
+    ForwardRecord,
+    Record,
+    Records,
+    ScaleRecord,
+    clear_records,
+    forward_records,
+    records,
+    scale_records,
+)
 
 __version__ = "0.1.0"
 
@@ -36,6 +45,8 @@ __all__ = [
     "PassFailedWarning",
     "Record",
     "Records",
+    "ScaleCode",
+    "ScaleRecord",
     "__version__",
     "clear_records",
     "decisions",
@@ -46,6 +57,7 @@ __all__ = [
     "is_installed",
     "options",
     "records",
+    "scale_records",
     "set_options",
     "turn_off",
     "turn_on",

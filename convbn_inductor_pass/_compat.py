@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd import forward_ad
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import _disable_current_modes
@@ -76,13 +77,16 @@ __all__ = [
     "mark_cacheable",
     "may_measure",
     "one_pass_per_hook",
+    "plain_dispatch",
     "reads_strides",
     "real_tensors",
     "remove_function_mode",
     "saved_tensors_hooks",
     "size_hint",
+    "sort_graph",
     "static_inputs",
     "storage_key",
+    "surely",
     "torch_functions_off",
     "trace_decomposed",
     "trace_structured",
@@ -259,6 +263,25 @@ def is_pure(target: Any) -> bool:
 def fake_mode_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """The mode that ``tensor`` is fake in."""
     return tensor.fake_mode if isinstance(tensor, FakeTensor) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def plain_dispatch() -> Iterator[None]:
+    """Call operators as they are: without autocast and without recording for autograd."""
+    with torch.no_grad(), torch._C._DisableAutocast():
+        yield
+
+
+def surely(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on symbolic sizes holds for every input; asking makes no guard."""
+    return bool(statically_known_true(condition))
+
+
+def sort_graph(graph: torch.fx.Graph) -> None:
+    """Put every node after what it depends on; what is in order stays so."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    stable_topological_sort(graph)
 
 
 @functools.cache

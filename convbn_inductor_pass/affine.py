@@ -21,7 +21,15 @@ from . import aten_ir
 from .aten_ir import Layer, Operand, Step, tensor_of
 from .build import Builder
 
-__all__ = ["AffineChain", "emit_scale_and_shift", "find_chains", "numbers_fit"]
+__all__ = [
+    "AffineChain",
+    "emit_scale",
+    "emit_scale_and_shift",
+    "emit_shift",
+    "find_chains",
+    "numbers_fit",
+    "wide_dtype",
+]
 
 aten = torch.ops.aten
 
@@ -138,16 +146,40 @@ def emit_scale_and_shift(
     Each is None where it is one, or zero. They are computed as the chain is written, in
     float32 (float64 if the layer computes in it).
     """
-    wide = torch.float64 if chain.layer.out.dtype == torch.float64 else torch.float32
-    emit = _Emitter(build, chain.layer, wide)
-    scale = shift = None
-    if chain.scales:
-        scale = emit.full_vector(emit.replay(chain.steps, 1.0, linear=True))
+    emit = _Emitter(build, chain.layer, wide_dtype(chain.layer))
+    scale = emit_scale(chain.layer, chain.steps, build)
+    shift = None
     bias = chain.layer.bias
     if chain.shifts or bias is not None:
         start = 0.0 if bias is None else emit.vector(_bias_operand(chain.layer))
         shift = emit.full_vector(emit.replay(chain.steps, start, linear=False))
     return scale, shift
+
+
+def emit_scale(layer: Layer, steps: Sequence[Step], build: Builder) -> fx.Node | None:
+    """A node [C] of the scale that is made by ``steps`` alone; None where it is one."""
+    if not AffineChain(layer, tuple(steps)).scales:
+        return None
+    emit = _Emitter(build, layer, wide_dtype(layer))
+    return emit.full_vector(emit.replay(steps, 1.0, linear=True))
+
+
+def emit_shift(layer: Layer, steps: Sequence[Step], build: Builder) -> fx.Node | None:
+    """A node [C] of what ``steps`` make of the layer's bias as it is added; None for zero."""
+    if layer.bias is None and not AffineChain(layer, tuple(steps)).shifts:
+        return None
+    emit = _Emitter(build, layer, wide_dtype(layer))
+    start: Value = 0.0
+    if layer.bias is not None:
+        operand = aten_ir.operand_per_channel(layer.bias, layer.out.shape, layer.dim)
+        use_bias = layer.is_conv or operand is None
+        start = emit.vector(Operand(node=layer.bias) if use_bias else operand)  # type: ignore[arg-type]
+    return emit.full_vector(emit.replay(steps, start, linear=False))
+
+
+def wide_dtype(layer: Layer) -> torch.dtype:
+    """What a layer's numbers per channel are computed in: float32, or float64 where it does."""
+    return torch.float64 if layer.out.dtype == torch.float64 else torch.float32
 
 
 def _bias_operand(layer: Layer) -> Operand:

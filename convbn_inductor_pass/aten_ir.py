@@ -14,13 +14,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from . import _compat
 from .fold import Layout
 
 __all__ = [
     "Layer",
     "Operand",
     "Step",
+    "is_cast",
     "is_quantised",
+    "known_equal",
     "layer_of",
     "operand_per_channel",
     "read_step",
@@ -52,12 +55,11 @@ def tensor_of(node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _known_equal(a: Any, b: Any) -> bool:
+def known_equal(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for every input; a size that is only a hint is not."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    symbolic = isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt)
-    return symbolic and bool(a.node.expr == b.node.expr)
+    return _compat.surely(a == b)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,13 +187,21 @@ def without_casts(node: fx.Node) -> fx.Node:
     return result
 
 
+def is_cast(node: fx.Node) -> bool:
+    """Whether ``node`` gives the numbers of another tensor in another floating-point dtype."""
+    if node.target is aten._to_copy.default and set(node.kwargs) - {"dtype"}:
+        return False
+    tensor = tensor_of(node)
+    return node.target in _CASTS and tensor is not None and tensor.dtype.is_floating_point
+
+
 def is_quantised(node: fx.Node) -> bool:
     """Whether a tensor is made of integers, or of numbers of 8 bits, of as many as it has."""
     value, seen, pending = tensor_of(node), {node}, [node]
     while value is not None and pending:
         node = pending.pop()
         tensor = tensor_of(node)
-        if tensor is None or not _known_equal(tensor.numel(), value.numel()):
+        if tensor is None or not known_equal(tensor.numel(), value.numel()):
             continue
         if tensor.dtype.itemsize == 1 or not (tensor.is_floating_point() or tensor.is_complex()):
             return True
@@ -240,9 +250,7 @@ def read_step(node: fx.Node, of: fx.Node, dim: int) -> Sequence[Step] | None:
     if sum(a is of for a in (*args, *kwargs.values())) != 1:
         return None
     if target in _CASTS:
-        if target is aten._to_copy.default and set(kwargs) - {"dtype"}:
-            return None
-        return [Step(node, "cast", dim)] if after.dtype.is_floating_point else None
+        return [Step(node, "cast", dim)] if is_cast(node) else None
     moved = _moved(node, before, after, dim)
     if moved is not None:
         return [Step(node, "move", moved)]
@@ -296,7 +304,7 @@ def _moved(node: fx.Node, before: Tensor, after: Tensor, dim: int) -> int | None
 
     # What is left and right of the channels may be split and joined, the channels may not.
     def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-        return len(a) == len(b) and all(map(_known_equal, a, b))
+        return len(a) == len(b) and all(map(known_equal, a, b))
 
     left, right = dim + 1, before.ndim - dim  # sizes up to the channels, and from them on
     if same(before.shape[:left], after.shape[:left]):

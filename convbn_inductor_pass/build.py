@@ -23,6 +23,7 @@ class Builder:
 
     def __init__(self, graph: fx.Graph, *, share: bool = True) -> None:
         self.graph, self.share = graph, share
+        self.meta: dict[str, Any] = {}  # metadata of the calls to come, beside "val"
         self._made: dict[Any, fx.Node] = {}
         self._replaced: dict[fx.Node, fx.Node] = {}
         self._numbers: dict[fx.Node, Any] = {}
@@ -39,7 +40,7 @@ class Builder:
         values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         value = target(*values[0], **values[1])
         node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = value
+        node.meta = {**self.meta, "val": value}
         if self.share:
             self._made[key] = node
             self._numbers[node] = self._number(node)

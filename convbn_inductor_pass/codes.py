@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 
-__all__ = ["Code", "ForwardCode"]
+__all__ = ["Code", "ForwardCode", "ScaleCode"]
 
 
 class Code(enum.Enum):
@@ -79,3 +79,26 @@ class ForwardCode(enum.Enum):
     def rewritten(self) -> bool:
         """Whether the layer is computed in another way than written."""
         return self in (ForwardCode.FOLDED, ForwardCode.AS_LINEAR)
+
+
+class ScaleCode(enum.Enum):
+    """Why the gradients of scales after a layer were taken from its weight gradient, or not."""
+
+    REWRITTEN = "rewritten: the layer's output is no longer kept for the gradients of its scales"
+    DENIED = "the options 'allow' and 'deny' leave this module out"
+    LAYER_FROZEN = "the layer's weight needs no gradient: rewriting would have to compute it"
+    OTHER_GRADIENT = (
+        "the layer's gradient is not the scale's times one number per channel, as where the "
+        "layer's output is used elsewhere, too"
+    )
+    NEEDED_ANYWAY = "the layer's output, or what is computed from it, is needed in backward anyway"
+    WEIGHT_COMPUTED = "the weight is computed in the graph, and would have to be kept instead"
+    FLOAT16_RANGE = "the gradient by a scaled weight might not fit float16"
+    UNSUPPORTED_DTYPE = "this mix of dtypes is not supported"
+    NUMBER_RANGE = "the constants between layer and sum, multiplied, do not fit float32"
+    WRITTEN = "the weight, the bias or a scale is computed from an input that is written to"
+    LARGE_WEIGHT = "objective 'speed': the weight is large next to the layer's output"
+
+    @property
+    def rewritten(self) -> bool:
+        return self is ScaleCode.REWRITTEN

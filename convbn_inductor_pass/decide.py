@@ -101,7 +101,7 @@ _DEVICES = ("cpu", "cuda", "xpu", "mps", "meta")
 _ROOT = re.compile(r"^[A-Z]\W\w+\.?")  # Dynamo's name of the outermost module: L['self'].
 # What backward reads and writes of a weight's size, in weights: reads W, writes W'; reads dW'
 # and W, writes dW. It spares reading the layer's output once.
-_WEIGHT_PASSES = 5
+WEIGHT_PASSES = 5
 # Methods that take the shape of their second argument.
 _LIKE_METHODS = {"reshape_as", "view_as", "expand_as"}
 # Calls that ask a tensor for its shape and no data.
@@ -279,7 +279,7 @@ def _weight_larger(p: _Pair) -> str | None:
     if p.options.objective != "speed":
         return None
     weight, out = p.operands["layer.weight"].numel(), p.out.numel()
-    costs = _WEIGHT_PASSES * _compat.size_hint(weight)
+    costs = WEIGHT_PASSES * _compat.size_hint(weight)
     return f"{weight} numbers against {out}" if costs > _compat.size_hint(out) else None
 
 

@@ -15,7 +15,14 @@ from torch import fx
 from . import forward, pipeline, saved, tracing
 from .codes import Code
 from .config import get_options
-from .report import ForwardRecord, Record, make_forward_records, make_records
+from .report import (
+    ForwardRecord,
+    Record,
+    ScaleRecord,
+    make_forward_records,
+    make_records,
+    make_scale_records,
+)
 from .saved import SavedForBackward
 
 __all__ = ["Explanation", "explain"]
@@ -32,6 +39,8 @@ class Explanation:
         saved: by mode ("eval", "tune", "deploy"), the new tensors kept for backward.
         graphs: number of graphs that Dynamo made; more than one means graph breaks.
         forward: the kernel half's decisions about layers; none with ``forward="exact"``.
+        scales: decisions about layers whose output backward would sum over for the gradients of
+            scales that are no batch norm to PyTorch.
 
     ``str(explanation)`` is a table for people, :meth:`to_dict` is for programs.
     """
@@ -40,6 +49,7 @@ class Explanation:
     saved: dict[str, SavedForBackward]
     graphs: int
     forward: tuple[ForwardRecord, ...] = ()
+    scales: tuple[ScaleRecord, ...] = ()
 
     @property
     def fused(self) -> int:
@@ -67,6 +77,7 @@ class Explanation:
             },
             "records": [r.to_dict() for r in self.records],
             "forward": [r.to_dict() for r in self.forward],
+            "scales": [r.to_dict() for r in self.scales],
         }
 
     def __str__(self) -> str:
@@ -76,6 +87,8 @@ class Explanation:
             console.print(self._table())
         if self.forward:
             console.print(self._forward_table())
+        if self.scales:
+            console.print(self._scales_table())
         console.print(self._summary())
         return text.getvalue()
 
@@ -114,12 +127,30 @@ class Explanation:
             )
         return table
 
+    def _scales_table(self) -> Table:
+        table = Table(title="Other trained scales, by the layers before them", title_justify="left")
+        for column in ("layer", "layer's output", "bytes", "decision"):
+            is_number = column == "bytes"
+            table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+        for r in self.scales:
+            why = f" ({r.detail})" if r.detail else ""
+            table.add_row(
+                r.layer,
+                "x".join(str(s) for s in r.output_shape),
+                decimal(r.output_bytes),
+                r.code.name if r.code.rewritten else f"{r.code.name}: {r.code.value}{why}",
+            )
+        return table
+
     def _summary(self) -> str:
         if not self.graphs:
             return "Dynamo made no graph: there is nothing that torch.compile would compile."
-        if not self.records:
+        if not (self.records or self.scales):
             return "There is no batch norm in what torch.compile sees of this model."
         lines = [f"{self.fused} of {len(self.records)} batch norms fused, {self.graphs} graph(s)."]
+        if self.scales:
+            done = sum(r.code.rewritten for r in self.scales)
+            lines.append(f"{done} of {len(self.scales)} layers no longer kept for other scales.")
         baseline = self.saved_bytes["eval"]
         for mode, size in self.saved_bytes.items():
             share = f" ({size / baseline - 1:+.1%})" if baseline and mode != "eval" else ""
@@ -152,6 +183,7 @@ def explain(
     total = {mode: SavedForBackward(()) for mode in _MODES}
     graphs = 0
     forward_records: list[ForwardRecord] = []
+    scale_records: list[ScaleRecord] = []
     options = get_options()
 
     def on_graph(gm: fx.GraphModule, inputs: list[Any]) -> None:
@@ -166,17 +198,27 @@ def explain(
             if options.forward != "exact":
                 found_forward.extend(make_forward_records(forward.analyze(graph, options)))
 
+        found_scales: list[ScaleRecord] = []
         kept = {
-            mode: saved.saved_by_graph(gm, inputs, mode, *([on_forward] if mode == "tune" else []))
+            mode: saved.saved_by_graph(
+                gm,
+                inputs,
+                mode,
+                on_forward if mode == "tune" else lambda graph: None,
+                lambda decisions: found_scales.extend(make_scale_records(decisions)),
+            )
             for mode in _MODES
         }
         # Only now, because Dynamo may give up on a graph above and trace anew (dynamic floats).
         graphs += 1
         records.extend(found)
         forward_records.extend(found_forward)
+        scale_records.extend(found_scales)
         for mode in _MODES:
             total[mode] = total[mode] + kept[mode]
 
     tracing.trace(model, example_inputs, on_graph, dynamic=dynamic)
     by_mode = {str(mode): kept for mode, kept in total.items()}
-    return Explanation(tuple(records), by_mode, graphs, tuple(forward_records))
+    return Explanation(
+        tuple(records), by_mode, graphs, tuple(forward_records), tuple(scale_records)
+    )

@@ -1,8 +1,9 @@
 """How the passes get into Inductor, and out again.
 
-``install`` adds one ``CustomGraphPass`` to ``torch._inductor.config.pre_grad_custom_pass`` (the
-gradient half) and one to ``post_grad_custom_pre_pass`` (the kernel half: before Inductor's own
-patterns, which fuse what it leaves), after the passes that are there. Two passes of PyTorch's are
+``install`` adds one ``CustomGraphPass`` to ``torch._inductor.config.pre_grad_custom_pass`` and one
+to ``joint_custom_pre_pass`` (the gradient half: batch norms, and other scales) and one to
+``post_grad_custom_pre_pass`` (the kernel half: before Inductor's own patterns, which fuse what it
+leaves), after the passes that are there. Two passes of PyTorch's are
 wrapped: its own pass of the same flag steps aside, since it runs first and would take the
 pairs, and freezing's folding is held back where it is wrong. ``uninstall`` undoes all of it.
 
@@ -13,21 +14,23 @@ Inductor's key already.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx
 
-from . import _compat, autograd, forward, freezing, masks, pipeline, report
+from . import _compat, autograd, forward, freezing, masks, pipeline, report, scales, scales_rewrite
 from .config import get_options
 
 __all__ = [
     "ConvBNEvalPass",
     "ConvBNForwardPass",
+    "ConvBNScalesPass",
     "PassFailedWarning",
     "install",
     "is_installed",
@@ -58,7 +61,7 @@ def _enabled() -> bool:
 
 
 class _Pass(_compat.CustomGraphPass):
-    """What both passes share: the flag, the cache key, and that a failure costs nothing."""
+    """What the passes share: the flag, the cache key, and that a failure costs nothing."""
 
     _uuid: str  # the one instance's name in Inductor's cache keys
 
@@ -143,6 +146,26 @@ class ConvBNForwardPass(_Pass):
         report.publish_forward(made)
 
 
+class ConvBNScalesPass(_Pass):
+    """The joint pass: gradients of trainable scales from weight gradients (``scales``).
+
+    Does nothing while ``torch._inductor.config.efficient_conv_bn_eval_fx_passes`` is False.
+    """
+
+    _uuid = "convbn_inductor_pass, scales"
+
+    def _run(self, graph: fx.Graph) -> None:
+        decisions = scales.analyze(graph, get_options())
+        if not decisions:
+            return
+        made = report.make_scale_records(decisions)
+        report.dump_graph("before (scales)", graph)
+        rewritten = scales_rewrite.apply(decisions, graph)
+        _compat.counters["inductor"]["efficient_conv_bn_eval_scales"] += rewritten
+        report.dump_graph("after (scales)", graph)
+        report.publish_scales(made)
+
+
 class _InOrder(_compat.CustomGraphPass):
     """Several passes in the one place that torch 2.11 and 2.12 have for them."""
 
@@ -161,6 +184,7 @@ class _InOrder(_compat.CustomGraphPass):
 _Passes = tuple[Callable[[fx.Graph], None], ...]
 _HOOKS: dict[str, _Pass] = {
     "pre_grad_custom_pass": ConvBNEvalPass(),
+    "joint_custom_pre_pass": ConvBNScalesPass(),
     "post_grad_custom_pre_pass": ConvBNForwardPass(),
 }
 
@@ -184,6 +208,17 @@ def _set_passes(hook: str, passes: _Passes) -> None:
     setattr(_compat.inductor_config, hook, value)
 
 
+@contextlib.contextmanager
+def passes_added(hook: str, *passes: Callable[[fx.Graph], None]) -> Iterator[None]:
+    """Run further passes in one of Inductor's hooks, after those that are there."""
+    before = getattr(_compat.inductor_config, hook)
+    _set_passes(hook, (*_current_passes(hook), *passes))
+    try:
+        yield
+    finally:
+        setattr(_compat.inductor_config, hook, before)
+
+
 class _Installation:
     """Whether we are installed, and what was in the place of each ``apply`` that we wrapped."""
 
@@ -194,7 +229,7 @@ class _Installation:
 def install() -> None:
     """Register the passes with Inductor. Importing the package does this; again is harmless.
 
-    Call it again if other code has overwritten one of the two hooks since.
+    Call it again if other code has overwritten one of the hooks since.
     """
     for hook, ours in _HOOKS.items():
         if ours not in _current_passes(hook):

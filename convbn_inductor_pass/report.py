@@ -17,12 +17,22 @@ from typing import Any
 from torch import Tensor, fx
 
 from . import _compat
-from .codes import Code, ForwardCode
+from .codes import Code, ForwardCode, ScaleCode
 from .decide import Decision, module_path
 from .forward import ForwardDecision
+from .scales import ScaleDecision
 from .torch_ir import ConvCall, tensor_of
 
-__all__ = ["ForwardRecord", "Record", "Records", "clear_records", "forward_records", "records"]
+__all__ = [
+    "ForwardRecord",
+    "Record",
+    "Records",
+    "ScaleRecord",
+    "clear_records",
+    "forward_records",
+    "records",
+    "scale_records",
+]
 
 log = logging.getLogger("convbn_inductor_pass")
 
@@ -129,6 +139,46 @@ def make_forward_records(decisions: list[ForwardDecision]) -> tuple[ForwardRecor
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class ScaleRecord:
+    """The decision about one layer whose output backward sums over, for the gradients of scales.
+
+    Attributes:
+        code: what was decided.
+        detail: the nodes that it was about, "" if there is nothing to add.
+        layer: module path of the layer, or its node's name.
+        source: the line of the user's code that called the layer, "" if unknown.
+        output_shape: shape of the layer's output, symbolic sizes as strings.
+        output_bytes: its size in bytes, which is what rewriting saves; hints for symbolic sizes.
+    """
+
+    code: ScaleCode
+    detail: str
+    layer: str
+    source: str
+    output_shape: tuple[int | str, ...]
+    output_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        return {**dataclasses.asdict(self), "code": self.code.name, "reason": self.code.value}
+
+
+def make_scale_records(decisions: list[ScaleDecision]) -> tuple[ScaleRecord, ...]:
+    """Records of decisions about scales; call it before they are applied."""
+    return tuple(
+        ScaleRecord(
+            code=d.code,
+            detail=d.detail,
+            layer=module_path(d.layer.node) or str(d.layer.node),
+            source=_source(d.layer.node),
+            output_shape=_shape(d.layer.out),
+            output_bytes=_compat.size_hint(d.layer.out.numel()) * d.layer.out.element_size(),
+        )
+        for d in decisions
+    )
+
+
 def _shape(tensor: Tensor) -> tuple[int | str, ...]:
     return tuple(s if isinstance(s, int) else str(s) for s in tensor.shape)
 
@@ -168,6 +218,7 @@ def make_records(decisions: list[Decision]) -> Records:
 # The newest graphs of this process. Bounded: a long-running process compiles many.
 _history: collections.deque[Records] = collections.deque(maxlen=256)
 _forward_history: collections.deque[ForwardRecord] = collections.deque(maxlen=1 << 16)
+_scale_history: collections.deque[ScaleRecord] = collections.deque(maxlen=1 << 16)
 
 
 def records() -> list[Records]:
@@ -183,10 +234,16 @@ def forward_records() -> list[ForwardRecord]:
     return list(_forward_history)
 
 
+def scale_records() -> list[ScaleRecord]:
+    """Decisions about scales in this process, newest last (65,536 at most)."""
+    return list(_scale_history)
+
+
 def clear_records() -> None:
     """Forget the records so far."""
     _history.clear()
     _forward_history.clear()
+    _scale_history.clear()
 
 
 def publish(made: Records) -> None:
@@ -215,6 +272,20 @@ def publish_forward(made: tuple[ForwardRecord, ...]) -> None:
     _compat.trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": "convbn_inductor_pass_forward", "encoding": "json"},
+        payload_fn=lambda: json.dumps([r.to_dict() for r in made], indent=1),
+    )
+
+
+def publish_scales(made: tuple[ScaleRecord, ...]) -> None:
+    """Keep the records about scales, log them, and add them to the structured trace."""
+    _scale_history.extend(made)
+    rewritten = sum(r.code.rewritten for r in made)
+    log.info("scales: %d of %d layers' outputs no longer kept for them", rewritten, len(made))
+    for r in made:
+        log.debug("%s: %s %s (%s)", r.layer, r.code.name, r.detail, r.source)
+    _compat.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "convbn_inductor_pass_scales", "encoding": "json"},
         payload_fn=lambda: json.dumps([r.to_dict() for r in made], indent=1),
     )
 

@@ -20,8 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from . import _compat, hook, pipeline
+from . import _compat, hook, pipeline, scales, scales_rewrite
 from .config import Options, get_options
+from .scales import ScaleDecision
 from .tracing import copy_graph_module, graph_modules, trace
 
 __all__ = ["Mode", "SavedForBackward", "SavedTensor", "saved_by_graph", "saved_for_backward"]
@@ -96,10 +97,12 @@ def saved_by_graph(
     example_inputs: list[Any],
     mode: Mode,
     on_forward: Callable[[fx.Graph], None] = lambda graph: None,
+    on_scales: Callable[[list[ScaleDecision]], None] = lambda decisions: None,
 ) -> SavedForBackward:
     """What one Dynamo graph keeps for backward in ``mode``; ``gm`` is left as it is.
 
-    ``on_forward`` gets the graph, in aten IR, of the forward or of inference.
+    ``on_forward`` gets the graph, in aten IR, of the forward or of inference; ``on_scales`` in mode
+    "tune" what was decided about scales, before it is done.
 
     To be called inside a Dynamo backend, whose tracing context it needs.
     """
@@ -120,8 +123,15 @@ def saved_by_graph(
         for module in graph_modules(gm):
             (_fuse if mode == "tune" else _merge)(module.graph)
             module.recompile()
+
+    def rewrite_scales(graph: fx.Graph) -> None:
+        decisions = scales.analyze(graph, get_options())
+        on_scales(decisions)
+        scales_rewrite.apply(decisions, graph)
+
     with (
         _only_builtin_pass() if mode == "builtin" else _no_pass(),
+        hook.passes_added("joint_custom_pre_pass", *([rewrite_scales] if mode == "tune" else [])),
         _compat.inductor_config.patch(fx_graph_cache=False, freezing=False),
         _compat.functorch_config.patch(
             enable_autograd_cache=False, force_non_lazy_backward_lowering=True

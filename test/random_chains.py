@@ -72,7 +72,9 @@ _RESULTS = (
 class _Drawer:
     """One draw: the lines so far, the tensors, and what running the lines has given."""
 
-    def __init__(self, draw: Callable[[st.SearchStrategy], Any], packable: bool) -> None:
+    def __init__(
+        self, draw: Callable[[st.SearchStrategy], Any], packable: bool, trained: bool
+    ) -> None:
         self.draw, self.packable = draw, packable
         self.lines: list[str] = []
         self.tensors: list[TensorSpec] = []
@@ -83,7 +85,9 @@ class _Drawer:
         if packable:
             self.dtype = self.pick(torch.float32, torch.float32, torch.bfloat16)
         self.autocast = self.dtype is torch.float32 and self.chance(25)
-        self.grad = not packable and self.chance(20)
+        self.trained, self.grad = trained, trained
+        if not (packable or trained):
+            self.grad = self.chance(20)
 
     def pick(self, *values: Any) -> Any:
         return self.draw(st.sampled_from(values))
@@ -93,7 +97,13 @@ class _Drawer:
 
     def tensor(self, shape: tuple[int, ...], name: str = "", **options: Any) -> str:
         name = name or f"t{len(self.tensors)}"
-        spec = TensorSpec(name, shape, self.dtype, self.grad and self.chance(70), **options)
+        spec = TensorSpec(
+            name,
+            shape,
+            self.dtype,
+            self.grad and self.chance(90 if self.trained else 70),
+            **options,
+        )
         self.tensors.append(spec)
         self.scope[name] = spec.make({}, False)
         return name
@@ -170,7 +180,7 @@ class _Drawer:
             f"torch.arange(float({y}.shape[-1])).to({y}.dtype)", self.pick(*self.activations),
             f"{self.pick(*self.activations)}.mean((0, -1), keepdim=True)",
         )  # fmt: skip
-        return f"({self.pick(*per_channel * 3, *others)})"
+        return f"({self.pick(*per_channel * (12 if self.trained else 3), *others)})"
 
     def norm(self, y: str) -> str:
         c = self.scope[y].shape[1]
@@ -180,6 +190,9 @@ class _Drawer:
 
     def block(self, x: str, y: str) -> None:
         self.layer(y, x)
+        if self.trained and self.chance(80):
+            step = self.pick("{y} * {o}", "{o} * {y}", "{y}.mul_({o})", "{y} / ({o} + 3)")
+            self.run(f"{y} = {step}".format(y=y, o=self.operand(y)))
         for _ in range(self.pick(0, 1, 1, 2, 2, 3, 5)):
             kind = self.pick(*["step"] * 10, *["other"] * 5, *["norm"] * 3, "write", "result")
             if kind == "write" and self.packable:
@@ -230,12 +243,13 @@ class _Drawer:
 
 @st.composite
 def random_chains(
-    draw: Callable[[st.SearchStrategy], Any], *, packable: bool = False
+    draw: Callable[[st.SearchStrategy], Any], *, packable: bool = False, trained: bool = False
 ) -> RandomFunction:
     """Strategy for functions around affine chains; they run in eager mode.
 
-    ``packable`` draws less of what speaks against keeping packed weights.
+    ``packable`` draws less of what speaks against keeping packed weights; with ``trained`` most
+    tensors require a gradient.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _Drawer(draw, packable).function()
+        return _Drawer(draw, packable, trained).function()

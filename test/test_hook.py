@@ -14,7 +14,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import _compat, forward, hook, pipeline, testing
+from convbn_inductor_pass import _compat, forward, hook, pipeline, scales, testing
 
 
 def stop_before_codegen(gm, inputs, **kwargs):
@@ -57,9 +57,10 @@ OURS = hook._HOOKS[HOOK]
 
 @pytest.fixture(autouse=True)
 def _restore():
-    before = config.pre_grad_custom_pass, config.post_grad_custom_pre_pass
+    before = {hook_name: getattr(config, hook_name) for hook_name in hook._HOOKS}
     yield
-    config.pre_grad_custom_pass, config.post_grad_custom_pre_pass = before
+    for hook_name, passes in before.items():
+        setattr(config, hook_name, passes)
     cbn.install()
     cbn.clear_records()
     assert cbn.is_installed()
@@ -105,6 +106,7 @@ def test_uninstall_restores_everything():
     assert all("apply" in vars(builtin) for builtin in wrapped)
     cbn.uninstall()
     assert config.pre_grad_custom_pass is None
+    assert config.joint_custom_pre_pass is None
     assert config.post_grad_custom_pre_pass is None
     assert not any("apply" in vars(builtin) for builtin in wrapped)
     cbn.uninstall()
@@ -150,6 +152,16 @@ def test_failure_of_the_kernel_half_is_a_warning(x, monkeypatch):
     monkeypatch.setattr(forward, "analyze", lambda *a, **k: 1 / 0)
     model = Residual()
     with cbn.options(forward="fold"), testing.fresh_compile(), torch.no_grad():
+        compiled_model = torch.compile(model, backend=testing.post_grad_backend())
+        with pytest.warns(cbn.PassFailedWarning, match="ZeroDivisionError"):
+            out = compiled_model(x)
+        torch.testing.assert_close(out, model(x))
+
+
+def test_failure_of_the_joint_pass_is_a_warning(x, monkeypatch):
+    monkeypatch.setattr(scales, "analyze", lambda *a, **k: 1 / 0)
+    model = Residual()
+    with testing.fresh_compile():
         compiled_model = torch.compile(model, backend=testing.post_grad_backend())
         with pytest.warns(cbn.PassFailedWarning, match="ZeroDivisionError"):
             out = compiled_model(x)

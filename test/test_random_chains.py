@@ -30,7 +30,9 @@ INDUCTOR = bool(os.environ.get("CONVBN_FUZZ_INDUCTOR"))
 BAND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
-def run(function: RandomFunction, forward: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+def run(
+    function: RandomFunction, forward: str, *, flag: bool = True
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Outputs and arguments after a call, and gradients, by name; ``forward=""`` is eager.
 
     Where nothing has a gradient, it is called a second time, with other numbers.
@@ -42,7 +44,7 @@ def run(function: RandomFunction, forward: str) -> tuple[list[Tensor], dict[str,
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=function.ambient_autocast)
     with contextlib.ExitStack() as stack:
         if forward:
-            stack.enter_context(testing.fresh_compile())
+            stack.enter_context(testing.fresh_compile(flag=flag))
             stack.enter_context(cbn.options(forward=forward))
             fn = torch.compile(fn, backend=backend, dynamic=function.dynamic)
         stack.enter_context(autocast)
@@ -114,6 +116,46 @@ def check(function: RandomFunction, forward: str, counts: collections.Counter) -
 def _strides(tensor: Tensor) -> list[int]:
     """Those that say where a number lies."""
     return [s for size, s in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
+
+
+def check_scales(function: RandomFunction, counts: collections.Counter) -> None:
+    """Gradients are eager mode's, and the outputs have the bits that they have without the pass."""
+    try:
+        expected = run(function, "")
+        plain = run(function, "exact", flag=False)
+    except Exception:  # as autograd does, where the backward needs what was written to
+        counts["raises"] += 1
+        return
+    cbn.clear_records()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("error", cbn.PassFailedWarning)
+        got = run(function, "exact")
+    codes = [r.code for r in cbn.scale_records()]
+    counts.update(code.name for code in codes)
+    counts["functions"] += 1
+    counts["rewritten"] += any(code.rewritten for code in codes)
+    if not INDUCTOR:
+        for a, b in zip(got[0], plain[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    found = differences(function, got, expected)
+    if found and differences(function, plain, expected):
+        counts["wrong without the pass, too"] += 1
+        found = differences(function, got, plain)
+    assert not found, found
+
+
+def test_random_gradients_of_scales() -> None:
+    counts: collections.Counter = collections.Counter()
+
+    @fuzz(40)
+    @hypothesis.given(random_chains(trained=True))
+    def each(function: RandomFunction) -> None:
+        check_scales(function, counts)
+
+    each()
+    print(dict(counts.most_common()))
+    assert counts["rewritten"] >= counts["functions"] // 8  # else the draws test nothing
 
 
 def test_random_chains() -> None:
