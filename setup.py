@@ -17,7 +17,7 @@ def _version() -> str:
 
 
 DEMO = ["scikit-learn>=1.3"]
-TEST = ["pytest>=8", "expecttest>=0.2", "hypothesis>=6.100", *DEMO]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "expecttest>=0.2", "hypothesis>=6.100", *DEMO]
 # Exact: their verdicts change from version to version.
 DEV = [*TEST, "mypy==2.4.1", "pre-commit>=4", "ruff==0.17.5"]
 BENCH = ["matplotlib>=3.8", "timm>=1.0", "torchvision", "transformers>=4.48", "typer>=0.12"]
