@@ -146,14 +146,8 @@ def emit_scale_and_shift(
     Each is None where it is one, or zero. They are computed as the chain is written, in
     float32 (float64 if the layer computes in it).
     """
-    emit = _Emitter(build, chain.layer, wide_dtype(chain.layer))
     scale = emit_scale(chain.layer, chain.steps, build)
-    shift = None
-    bias = chain.layer.bias
-    if chain.shifts or bias is not None:
-        start = 0.0 if bias is None else emit.vector(_bias_operand(chain.layer))
-        shift = emit.full_vector(emit.replay(chain.steps, start, linear=False))
-    return scale, shift
+    return scale, emit_shift(chain.layer, chain.steps, build, narrowed=False)
 
 
 def emit_scale(layer: Layer, steps: Sequence[Step], build: Builder) -> fx.Node | None:
@@ -164,16 +158,20 @@ def emit_scale(layer: Layer, steps: Sequence[Step], build: Builder) -> fx.Node |
     return emit.full_vector(emit.replay(steps, 1.0, linear=True))
 
 
-def emit_shift(layer: Layer, steps: Sequence[Step], build: Builder) -> fx.Node | None:
-    """A node [C] of what ``steps`` make of the layer's bias as it is added; None for zero."""
+def emit_shift(
+    layer: Layer, steps: Sequence[Step], build: Builder, *, narrowed: bool = True
+) -> fx.Node | None:
+    """A node [C] of what ``steps`` make of the layer's bias; None for zero.
+
+    The bias is as it is added, or, with ``narrowed`` False, as it was before autocast's cast.
+    """
     if layer.bias is None and not AffineChain(layer, tuple(steps)).shifts:
         return None
     emit = _Emitter(build, layer, wide_dtype(layer))
     start: Value = 0.0
     if layer.bias is not None:
-        operand = aten_ir.operand_per_channel(layer.bias, layer.out.shape, layer.dim)
-        use_bias = layer.is_conv or operand is None
-        start = emit.vector(Operand(node=layer.bias) if use_bias else operand)  # type: ignore[arg-type]
+        bias = layer.bias if narrowed else aten_ir.without_casts(layer.bias)
+        start = emit.vector(_bias_operand(layer, bias))
     return emit.full_vector(emit.replay(steps, start, linear=False))
 
 
@@ -182,9 +180,7 @@ def wide_dtype(layer: Layer) -> torch.dtype:
     return torch.float64 if layer.out.dtype == torch.float64 else torch.float32
 
 
-def _bias_operand(layer: Layer) -> Operand:
-    """The layer's bias before autocast narrowed it."""
-    bias = None if layer.bias is None else aten_ir.without_casts(layer.bias)
+def _bias_operand(layer: Layer, bias: fx.Node) -> Operand:
     operand = aten_ir.operand_per_channel(bias, layer.out.shape, layer.dim)
     # A convolution's bias [C] does not broadcast against its output as an operand would.
     return operand if operand is not None and not layer.is_conv else Operand(node=bias)

@@ -18,6 +18,7 @@ from . import _compat
 from .fold import Layout
 
 __all__ = [
+    "CHANNELS_LAST",
     "Layer",
     "Operand",
     "Step",
@@ -33,6 +34,9 @@ __all__ = [
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The memory format of that name, by number of dimensions."""
 
 _CASTS = (prims.convert_element_type.default, aten._to_copy.default)
 # Calls that place the numbers of a tensor in other dimensions and leave their order.

@@ -10,7 +10,8 @@ It is a tree of NH, the hash of UMAC: with 32-bit words m and random keys k,
 for each block of 2048 words, twice with shifted keys; the results are hashed in the same way with
 other keys, until one block is left. For two given tensors of the same size that differ, the
 probability over the keys that a level hides it is at most 2**-64, so that fingerprints are equal
-with at most 2**-62. Keys are drawn anew in each process; fingerprints mean nothing in another one.
+with less than 2**-61. Keys are drawn anew in each process, whose fingerprints mean nothing in
+another one.
 
 Source: Black, Halevi, Krawczyk, Krovetz, Rogaway, "UMAC: Fast and Secure Message
 Authentication", CRYPTO '99, theorems on NH and its Toeplitz extension.

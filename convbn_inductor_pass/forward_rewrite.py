@@ -14,7 +14,7 @@ from torch import fx
 
 from . import _compat, affine, aten_ir, kernels, ops
 from .affine import AffineChain
-from .aten_ir import Layer, tensor_of
+from .aten_ir import CHANNELS_LAST, Layer, tensor_of
 from .build import Builder, erase_unused
 from .epilogue import Activation
 from .fold import views_onto_output_axis
@@ -70,15 +70,19 @@ def compute_as_linear(layer: Layer, build: Builder) -> None:
     erase_unused(layer.node)
 
 
-def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
-    """``s * W``: scaled in the wide dtype, rounded once, in the weight's memory format."""
+def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder, *, relaid: bool = True) -> fx.Node:
+    """``s * W``: scaled in the wide dtype and rounded once.
+
+    On CPU in the memory format that Inductor gives convolutions' weights; with ``relaid`` False in
+    the weight's own.
+    """
     narrow, wide = tensor_of(layer.weight), tensor_of(scale)
     if narrow is None or wide is None:
         raise AssertionError(f"{layer.node} has no metadata")
     for view, sizes in views_onto_output_axis(narrow.shape, layer.layout):
         scale = build.call(getattr(aten, view).default, scale, sizes)
     weight = aten_ir.without_casts(layer.weight)
-    if layer.is_conv and weight is layer.weight:
+    if relaid and layer.is_conv and weight is layer.weight:
         # Inductor vectorises a change of memory format, but not together with the scaling.
         weight = _channels_last(weight, build)
     weight = build.cast(weight, wide.dtype)
@@ -88,16 +92,11 @@ def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
 def _packed_weight(layer: Layer, scale: fx.Node | None, build: Builder) -> fx.Node:
     """The same in oneDNN's layout, in a form that :mod:`kept` knows."""
     stride, padding, dilation = layer.node.args[3:6]
-    weight = aten_ir.without_casts(layer.weight)
+    weight = layer.weight
     if scale is not None:
-        sizes = [-1, *[1] * (layer.out.ndim - 1)]
-        weight = build.cast(weight, scale.meta["val"].dtype)
-        weight = build.call(aten.mul.Tensor, weight, build.call(aten.reshape.default, scale, sizes))
-    return build.call(
-        ops.pack,
-        build.cast(weight, layer.out.dtype),
-        *(padding, stride, dilation, layer.layout.groups, list(_shape(layer.input))),
-    )
+        weight = _scaled_weight(layer, scale, build, relaid=False)
+    geometry = (padding, stride, dilation, layer.layout.groups, list(_shape(layer.input)))
+    return build.call(ops.pack, weight, *geometry)
 
 
 def _onednn_call(
@@ -179,8 +178,7 @@ def _input(layer: Layer, build: Builder) -> fx.Node:
     else:
         needed = any(u.op == "output" for n in (node, *views_of(node)) for u in n.users)
     tensor = tensor_of(node)
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    memory_format = None if tensor is None else formats.get(tensor.ndim)
+    memory_format = None if tensor is None else CHANNELS_LAST.get(tensor.ndim)
     if not needed or tensor is None or memory_format is None:
         return node
     if tensor.is_contiguous(memory_format=memory_format):
@@ -193,10 +191,10 @@ def _channels_last(weight: fx.Node, build: Builder) -> fx.Node:
 
     oneDNN takes any that has no gaps or repeats, but brings others into its own format slowly.
     """
-    tensor, formats = tensor_of(weight), {4: torch.channels_last, 5: torch.channels_last_3d}
-    if tensor is None or tensor.device.type != "cpu" or tensor.ndim not in formats:
+    tensor = tensor_of(weight)
+    if tensor is None or tensor.device.type != "cpu" or tensor.ndim not in CHANNELS_LAST:
         return weight
-    memory_format = formats[tensor.ndim]
+    memory_format = CHANNELS_LAST[tensor.ndim]
     if tensor.is_contiguous(memory_format=memory_format):
         return weight
     strides = torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()

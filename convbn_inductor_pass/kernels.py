@@ -10,7 +10,7 @@ import torch
 
 from . import _compat, aten_ir
 from .affine import AffineChain
-from .aten_ir import Layer, tensor_of
+from .aten_ir import CHANNELS_LAST, Layer, tensor_of
 from .kept import is_parameter, made_of_parameters
 
 __all__ = [
@@ -75,7 +75,8 @@ def _is_channels_last(layer: Layer) -> bool:
     Inductor does not expect. A packed weight tells.
     """
     x = tensor_of(layer.input)
-    return x is not None and x.shape[1] != 1 and any(size != 1 for size in x.shape[2:])
+    surely = _compat.surely  # and no guard on sizes that are not known
+    return x is not None and surely(x.shape[1] != 1) and any(surely(n != 1) for n in x.shape[2:])
 
 
 def _may_raise(chain: AffineChain) -> bool:
@@ -112,9 +113,8 @@ def _may_stay_packed(chain: AffineChain) -> bool:
 
 def _is_dense(weight: torch.Tensor) -> bool:
     """Whether a convolution's weight lies in memory without gaps and repeats, in a usual order."""
-    formats = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
-    usual = formats[: 1 + (weight.ndim == 4)] + formats[2:] * (weight.ndim == 5)
-    return any(weight.is_contiguous(memory_format=f) for f in usual)
+    channels_last = CHANNELS_LAST[weight.ndim]
+    return weight.is_contiguous() or weight.is_contiguous(memory_format=channels_last)
 
 
 def _takes_linear(layer: Layer) -> bool:

@@ -20,6 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .aten_ir import CHANNELS_LAST
+
 __all__ = ["as_bytes", "as_mask", "linear_pointwise", "pack"]
 
 _library = torch.library.Library("convbn_inductor_pass", "DEF")
@@ -33,7 +35,6 @@ _library.define(
     "int[] input_size) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 # "Flexible" keeps Inductor from bringing the argument into the layout that was traced.
 _FLEXIBLE = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _library.define("as_mask(Tensor bytes) -> Tensor", tags=_FLEXIBLE)
@@ -75,13 +76,13 @@ def _pack(
     """A convolution's weight in the layout that is fastest for an input of that size."""
     geometry = (padding, stride, dilation, groups, input_size)
     # With the detour it takes two thirds of the time that oneDNN takes from a contiguous weight.
-    weight = weight.contiguous(memory_format=_CHANNELS_LAST[weight.ndim])
+    weight = weight.contiguous(memory_format=CHANNELS_LAST[weight.ndim])
     return torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry)
 
 
 @torch.library.impl(_library, "pack", "Meta")
 def _pack_meta(weight: Tensor, *_geometry: object) -> Tensor:
-    return torch.empty_like(weight, memory_format=_CHANNELS_LAST[weight.ndim])
+    return torch.empty_like(weight, memory_format=CHANNELS_LAST[weight.ndim])
 
 
 @torch.library.impl(_library, "as_mask", "CPU")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _compat
 from .affine import AffineChain
-from .aten_ir import tensor_of, without_casts
+from .aten_ir import CHANNELS_LAST, tensor_of, without_casts
 from .epilogue import Activation, Residual
 
 __all__ = ["TensorSpec", "Workload", "workload_of"]
@@ -108,11 +108,10 @@ def _numbers(value: Any) -> Any:
 def _like(tensor: Tensor, *, channels_last: bool) -> TensorSpec:
     shape = tuple(_compat.size_hint(s) for s in tensor.shape)
     stride = tuple(_compat.size_hint(s) for s in tensor.stride())
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     # On CPU, Inductor makes everything that goes through a convolution channels-last.
-    if channels_last and tensor.device.type == "cpu" and tensor.ndim in formats:
+    if channels_last and tensor.device.type == "cpu" and tensor.ndim in CHANNELS_LAST:
         with _compat.real_tensors():
-            meta = torch.empty(shape, device="meta", memory_format=formats[tensor.ndim])
+            meta = torch.empty(shape, device="meta", memory_format=CHANNELS_LAST[tensor.ndim])
         stride = meta.stride()
     return TensorSpec(shape, stride, tensor.dtype, str(tensor.device))
 

@@ -165,3 +165,16 @@ def test_inputs_that_are_contiguous_and_channels_last(shape):
     x = torch.randn(shape)
     with testing.fresh_compile(), cbn.options(forward="fold"), torch.no_grad():
         torch.testing.assert_close(torch.compile(model)(x), model(x))
+
+
+def test_no_guard_on_a_size_that_depends_on_data():
+    conv = torch.nn.Conv2d(3, 4, 1)
+
+    def fn(x: Tensor, keep: Tensor) -> Tensor:
+        return conv(x[:, :, keep.nonzero().flatten()]).relu()
+
+    args = torch.randn(1, 3, 6, 5), torch.tensor([1, 0, 1, 1, 0, 1])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        out, (record,) = folded(fn, *args)
+    assert record.code is ForwardCode.FOLDED
+    torch.testing.assert_close(out, fn(*args))

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
@@ -78,16 +79,23 @@ def differences(function: RandomFunction, got: Any, expected: Any) -> str:
     return ""
 
 
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """Begin with no records, and let a pass that fails fail."""
+    cbn.clear_records()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("error", cbn.PassFailedWarning)
+        yield
+
+
 def check(function: RandomFunction, forward: str, counts: collections.Counter) -> None:
     try:
         expected = run(function, "")
     except Exception:  # as autograd does, where the backward needs what was written to
         counts["raises"] += 1
         return
-    cbn.clear_records()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        warnings.simplefilter("error", cbn.PassFailedWarning)
+    with recorded():
         try:
             got = run(function, forward)
         except Exception:
@@ -126,10 +134,7 @@ def check_scales(function: RandomFunction, counts: collections.Counter) -> None:
     except Exception:  # as autograd does, where the backward needs what was written to
         counts["raises"] += 1
         return
-    cbn.clear_records()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        warnings.simplefilter("error", cbn.PassFailedWarning)
+    with recorded():
         got = run(function, "exact")
     codes = [r.code for r in cbn.scale_records()]
     counts.update(code.name for code in codes)
