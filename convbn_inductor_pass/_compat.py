@@ -60,6 +60,7 @@ __all__ = [
     "function_of_source",
     "force_stride_order",
     "functorch_config",
+    "has_cudnn_epilogues",
     "has_onednn_epilogues",
     "in_functional_transform",
     "in_subgraph",
@@ -74,6 +75,7 @@ __all__ = [
     "lazy_graph_module",
     "load_cpp",
     "lookup_timings",
+    "makes_channels_last",
     "mark_cacheable",
     "may_measure",
     "one_pass_per_hook",
@@ -293,6 +295,27 @@ def has_onednn_epilogues(dtype: torch.dtype) -> bool:
     if torch.ops.mkldnn._is_mkldnn_acl_supported():  # no post-ops there
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def has_cudnn_epilogues(device: torch.device) -> bool:
+    """Whether cuDNN's convolutions with epilogues may be called for tensors on ``device``.
+
+    PyTorch runs them whether they are deterministic or not.
+    """
+    cudnn = torch.backends.cudnn
+    if device.type != "cuda" or torch.version.hip or not (cudnn.is_available() and cudnn.enabled):
+        return False
+    return not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
+
+
+def makes_channels_last(graph: torch.fx.Graph, *, is_inference: bool) -> bool:
+    """Whether Inductor makes what goes through the convolutions of ``graph`` channels-last."""
+    from torch._inductor.graph import GraphLowering
+
+    module = graph.owning_module
+    return module is not None and bool(
+        GraphLowering.decide_layout_opt(module, is_inference=is_inference)
+    )
 
 
 @contextlib.contextmanager

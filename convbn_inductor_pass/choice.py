@@ -52,15 +52,17 @@ def choose(
     residual: Residual | None,
     folding: Sequence[str],
     *,
+    is_channels_last: bool,
     measure: bool,
 ) -> Costs:
     """The fastest way, by measurement if there is one and by an estimate if there is none.
 
     ``folding`` are the kernels that can compute the folded layer, the first one the default.
+    ``is_channels_last`` says whether Inductor makes what goes through convolutions so.
     With ``measure``, what has not been measured before on this machine is measured now.
     """
     ends = _ends_a_kernel(_last(chain, activation, residual))
-    work = workload_of(chain, activation, residual, ends)
+    work = workload_of(chain, activation, residual, ends, is_channels_last=is_channels_last)
     ways = [*folding, kernels.UNFOLDED_LINEAR] if kernels.LINEAR in folding else folding
     times = timing.seconds(work, ways, measure=measure and _compat.may_measure())
     if not times:
@@ -87,7 +89,7 @@ def bytes_moved(
     """
     out = chain.layer.out
     has_epilogue = activation is not None or residual is not None
-    fused = has_epilogue and kernel in (kernels.ONEDNN, kernels.PACKED)
+    fused = has_epilogue and kernel in kernels.ADDING
     kernel_goes = fused or (_ends_a_kernel(chain.last) and not _adds_bias_apart(chain))
     exact = 2 * _compat.size_hint(out.numel()) * out.element_size() if kernel_goes else 0
     return exact, _weight_bytes(chain) if chain.scales else 0

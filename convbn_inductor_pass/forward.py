@@ -57,8 +57,11 @@ class ForwardDecision:
     @property
     def place(self) -> fx.Node:
         """The node before which the layer is rewritten."""
-        is_folded = self.code is not ForwardCode.AS_LINEAR
-        return self.chain.last if is_folded else self.chain.layer.node
+        if self.code is ForwardCode.AS_LINEAR:
+            return self.chain.layer.node
+        if self.kernel == kernels.CUDNN and self.residual is not None:
+            return self.residual.last
+        return self.chain.last
 
     @property
     def epilogue(self) -> str:
@@ -75,35 +78,68 @@ def analyze(graph: fx.Graph, options: Options, *, measure: bool = False) -> list
     """
     if any(n.op == "placeholder" and n.name.startswith("tangents_") for n in graph.nodes):
         return []  # a backward graph
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    writes = [order[n] for n in graph.nodes if _compat.is_mutable(n.target)]
-    chains = affine.find_chains(graph)
-    found = (_decide(c, order, writes, options, measure) for c in chains)
-    decisions = [d for d in found if d is not None]
+    surroundings = _Surroundings.of(graph)
+    decisions: list[ForwardDecision] = []
+    for chain in affine.find_chains(graph):
+        decision = _decide(chain, surroundings, options, measure)
+        if decision is not None:
+            decisions.append(decision)
+            if decision.kernel == kernels.CUDNN and decision.residual is not None:
+                surroundings.taken.add(decision.residual.last)
     # In the order in which they are rewritten: scaled weights are shared forwards.
-    return sorted(decisions, key=lambda d: order[d.place])
+    return sorted(decisions, key=lambda d: surroundings.order[d.place])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Surroundings:
+    """What a decision depends on besides its chain.
+
+    Attributes:
+        order: position of each node.
+        writes: positions of the nodes that write to memory.
+        is_inference: whether the graph is no forward of a training step.
+        is_channels_last: whether Inductor makes what goes through convolutions channels-last.
+        taken: additions of a residual that a layer's kernel computes already. There may be a
+            layer on both sides.
+    """
+
+    order: dict[fx.Node, int]
+    writes: list[int]
+    is_inference: bool
+    is_channels_last: bool
+    taken: set[fx.Node]
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> _Surroundings:
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        writes = [order[n] for n in graph.nodes if _compat.is_mutable(n.target)]
+        inputs = graph.find_nodes(op="placeholder")
+        is_inference = not any(n.name.startswith("primals_") for n in inputs)
+        is_channels_last = _compat.makes_channels_last(graph, is_inference=is_inference)
+        return cls(order, writes, is_inference, is_channels_last, set())
 
 
 def _decide(
-    chain: AffineChain,
-    order: dict[fx.Node, int],
-    writes: list[int],
-    options: Options,
-    measure: bool,
+    chain: AffineChain, around: _Surroundings, options: Options, measure: bool
 ) -> ForwardDecision | None:
-    layer = chain.layer
+    layer, order, writes = chain.layer, around.order, around.writes
     chain, activation = _with_activation(chain)
     residual = epilogue.residual_after(chain.last) if activation is None else None
     result = tensor_of(chain.last)
     if result is None or (result.dtype, result.shape) != (layer.out.dtype, layer.out.shape):
         residual = None
-    if not chain.steps and activation is None:
-        return None  # nothing to gain
+    if residual is not None and residual.last in around.taken:
+        residual = None
+    may_keep = options.forward == "auto" and options.keep_packed_weights
     folding = kernels.folding_kernels(
         chain,
-        has_activation=activation is not None,
-        may_pack=options.forward == "auto" and options.keep_packed_weights and not writes,
+        activation,
+        residual,
+        may_pack=may_keep and around.is_inference and not writes,
+        is_channels_last=around.is_channels_last,
     )
+    if not chain.steps and activation is None and kernels.CUDNN not in folding:
+        return None  # nothing to gain
     if options.forward == "fold" and folding[0] == kernels.ATEN and not chain.steps:
         return None  # its own operator computes no activation
     whole = ForwardDecision(
@@ -131,20 +167,27 @@ def _decide(
         return decision(ForwardCode.QUANTISED, str(layer.weight))
     if not affine.numbers_fit(chain):
         return decision(ForwardCode.NUMBER_RANGE)
-    first, last = order[layer.node], order[chain.last]
+    end = chain.last if activation is None else activation.last
+    ends = (end,) if residual is None else (end, residual.last)
+    first, last = order[layer.node], order[ends[-1]]
     if bisect.bisect_right(writes, first) != bisect.bisect_left(writes, last):
-        return decision(ForwardCode.WRITE_BETWEEN, f"between {layer.node} and {chain.last}")
+        return decision(ForwardCode.WRITE_BETWEEN, f"between {layer.node} and {ends[-1]}")
     if _compat.in_subgraph():
         return decision(ForwardCode.SUBGRAPH)
-    end = chain.last if activation is None else activation.last
     if _view_is_returned(end):
         return decision(ForwardCode.VIEW_RETURNED, str(chain.last))
-    ends = (end,) if residual is None else (end, residual.last)
     if any(_strides_are_used(node) for node in ends):
         return decision(ForwardCode.STRIDES_USED, str(end))
     if options.forward == "fold":
         return _computed_by(whole, folding[0])
-    costs = choice.choose(chain, activation, residual, folding, measure=measure)
+    costs = choice.choose(
+        chain,
+        activation,
+        residual,
+        folding,
+        is_channels_last=around.is_channels_last,
+        measure=measure,
+    )
     whole = dataclasses.replace(
         whole, seconds_exact=costs.seconds_exact, seconds_folded=costs.seconds_folded
     )
@@ -156,7 +199,7 @@ def _decide(
 def _computed_by(decision: ForwardDecision, kernel: str) -> ForwardDecision | None:
     """``decision`` to rewrite, for a kernel and with the epilogue that it computes."""
     activation = None if kernel in (kernels.ATEN, kernels.UNFOLDED_LINEAR) else decision.activation
-    adds = kernel in (kernels.ONEDNN, kernels.PACKED)  # and Inductor's patterns see to it
+    adds = kernel in kernels.ADDING
     residual = decision.residual if adds else None
     is_linear = kernel == kernels.UNFOLDED_LINEAR
     code = ForwardCode.AS_LINEAR if is_linear else ForwardCode.FOLDED
@@ -258,6 +301,6 @@ def apply(decisions: list[ForwardDecision], graph: fx.Graph) -> int:
             if decision.code is ForwardCode.AS_LINEAR:
                 compute_as_linear(chain.layer, build)
             else:
-                fold_forward(chain, decision.activation, decision.kernel, build)
+                fold_forward(chain, decision.activation, decision.residual, decision.kernel, build)
     kept.keep_packed(graph)
     return len(wanted)

@@ -16,7 +16,7 @@ from . import _compat, affine, aten_ir, kernels, ops
 from .affine import AffineChain
 from .aten_ir import CHANNELS_LAST, Layer, tensor_of
 from .build import Builder, erase_unused
-from .epilogue import Activation
+from .epilogue import Activation, Residual
 from .fold import views_onto_output_axis
 
 __all__ = ["compute_as_linear", "fold_forward", "views_of"]
@@ -25,12 +25,16 @@ aten = torch.ops.aten
 
 
 def fold_forward(
-    chain: AffineChain, activation: Activation | None, kernel: str, build: Builder
+    chain: AffineChain,
+    activation: Activation | None,
+    residual: Residual | None,
+    kernel: str,
+    build: Builder,
 ) -> None:
-    """Put one layer call in the place of a layer, its affine chain and the activation after it.
+    """Put one layer call in the place of a layer, its affine chain and what its kernel computes.
 
-    Calls are added where ``build`` adds them, which has to be before the chain's last node.
-    ``activation`` needs a kernel that computes it.
+    Calls are added where ``build`` adds them, which has to be before the last node that is
+    replaced. ``activation`` and ``residual`` need a kernel that computes them.
     """
     layer = chain.layer
     weight, bias, scale = layer.weight, layer.bias, None
@@ -46,6 +50,8 @@ def fold_forward(
         new = _onednn_call(layer, activation, weight, bias, build)
     elif kernel == kernels.LINEAR:
         new = _linear_call(layer, activation, weight, bias, build)
+    elif kernel == kernels.CUDNN:
+        new = _cudnn_call(layer, residual, weight, bias, build)
     else:
         new = _plain_call(layer, weight, bias, build)
     new.meta = {**layer.node.meta, "val": new.meta["val"]}
@@ -53,6 +59,8 @@ def fold_forward(
         if step.kind == "move":
             new = build.call(step.node.target, new, *step.node.args[1:], **step.node.kwargs)
     replaced = chain.last if activation is None else activation.last
+    if kernel == kernels.CUDNN and residual is not None:
+        replaced = residual.last
     result = tensor_of(replaced)
     if result is not None:
         new = build.cast(new, result.dtype)
@@ -156,6 +164,22 @@ def _shape(node: fx.Node) -> tuple[Any, ...]:
     return tuple(tensor.shape)
 
 
+def _cudnn_call(
+    layer: Layer,
+    residual: Residual | None,
+    weight: fx.Node,
+    bias: fx.Node | None,
+    build: Builder,
+) -> fx.Node:
+    stride, padding, dilation = layer.node.args[3:6]
+    return build.call(
+        ops.convolution_relu,
+        *(_laid_out(build.current(layer.input), build), _laid_out(weight, build)),
+        *(bias and _dense(bias, build), residual and _laid_out(residual.other, build)),
+        *(stride, padding, dilation, layer.layout.groups),
+    )
+
+
 def _plain_call(layer: Layer, weight: fx.Node, bias: fx.Node | None, build: Builder) -> fx.Node:
     if layer.is_conv:
         args = (layer.input, weight, bias, *layer.node.args[3:])
@@ -192,13 +216,23 @@ def _channels_last(weight: fx.Node, build: Builder) -> fx.Node:
     oneDNN takes any that has no gaps or repeats, but brings others into its own format slowly.
     """
     tensor = tensor_of(weight)
-    if tensor is None or tensor.device.type != "cpu" or tensor.ndim not in CHANNELS_LAST:
-        return weight
+    on_cpu = tensor is not None and tensor.device.type == "cpu"
+    return _laid_out(weight, build) if on_cpu else weight
+
+
+def _laid_out(node: fx.Node, build: Builder) -> fx.Node:
+    """``node`` in a channels-last memory format, if there is one: its producer's choice or a copy.
+
+    What the producer's metadata says is what was written, not what Inductor makes of it.
+    """
+    tensor = tensor_of(build.current(node))
+    if tensor is None or tensor.ndim not in CHANNELS_LAST:
+        return node
     memory_format = CHANNELS_LAST[tensor.ndim]
     if tensor.is_contiguous(memory_format=memory_format):
-        return weight
+        return node
     strides = torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
-    return build.call(_compat.force_stride_order, weight, list(strides))
+    return build.call(_compat.force_stride_order, node, list(strides))
 
 
 def _dense(bias: fx.Node, build: Builder) -> fx.Node:

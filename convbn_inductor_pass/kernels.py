@@ -7,14 +7,18 @@ timed in ``timing``.
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 from . import _compat, aten_ir
 from .affine import AffineChain
 from .aten_ir import CHANNELS_LAST, Layer, tensor_of
+from .epilogue import Activation, Residual
 from .kept import is_parameter, made_of_parameters
 
 __all__ = [
+    "ADDING",
     "ATEN",
+    "CUDNN",
     "LINEAR",
     "ONEDNN",
     "PACKED",
@@ -31,16 +35,32 @@ ONEDNN = "onednn"
 """oneDNN's convolution, the activation inside; a residual is added by Inductor's patterns."""
 PACKED = "onednn, packed"
 """The same with a weight that is kept in oneDNN's layout, see :mod:`kept`."""
+CUDNN = "cudnn"
+"""cuDNN's convolution, with the ReLU and a residual before it inside."""
 LINEAR = "linear"
 """oneDNN's linear layer, also for convolutions with a kernel of one; the activation inside."""
 UNFOLDED_LINEAR = "unfolded linear"
 """The same with the weight as it is; what follows is left to generated code."""
 
+ADDING = (ONEDNN, PACKED, CUDNN)
+"""Those that add a residual, the first two where Inductor's own patterns see to it."""
 
-def folding_kernels(chain: AffineChain, *, has_activation: bool, may_pack: bool) -> tuple[str, ...]:
-    """Kernels that can compute the folded layer; the first one is the default."""
+
+def folding_kernels(
+    chain: AffineChain,
+    activation: Activation | None,
+    residual: Residual | None,
+    *,
+    may_pack: bool,
+    is_channels_last: bool,
+) -> tuple[str, ...]:
+    """Kernels that can compute the folded layer; the first one is the default.
+
+    ``may_pack`` says whether weights may be kept between calls, ``is_channels_last`` whether
+    Inductor makes what goes through a convolution channels-last.
+    """
     layer, kernels = chain.layer, []
-    takes_post_ops = _takes_post_ops(layer) and (has_activation or not _may_raise(chain))
+    takes_post_ops = _takes_post_ops(layer) and (activation is not None or not _may_raise(chain))
     if takes_post_ops and _is_channels_last(layer):
         kernels.append(ONEDNN)
     kernels.append(ATEN)
@@ -48,12 +68,17 @@ def folding_kernels(chain: AffineChain, *, has_activation: bool, may_pack: bool)
         kernels.append(PACKED)
     if _takes_linear(layer):
         kernels.append(LINEAR)
+    ends_in_relu = (
+        residual.relu if residual else activation is not None and activation.name == "relu"
+    )
+    if is_channels_last and ends_in_relu and _takes_cudnn(layer):
+        kernels.append(CUDNN)
     return tuple(kernels)
 
 
 def takes_activation(layer: Layer) -> bool:
     """Whether some kernel can compute an activation after this layer."""
-    return _takes_post_ops(layer) or _takes_linear(layer)
+    return _takes_post_ops(layer) or _takes_linear(layer) or _takes_cudnn(layer)
 
 
 def _takes_post_ops(layer: Layer) -> bool:
@@ -66,6 +91,25 @@ def _takes_post_ops(layer: Layer) -> bool:
         and layer.out.device.type == "cpu"
         and _compat.has_onednn_epilogues(layer.out.dtype)
     )
+
+
+def _takes_cudnn(layer: Layer) -> bool:
+    """Whether cuDNN may have a convolution with an epilogue for this layer; a trial tells."""
+    sizes = (*layer.out.shape, *_sizes(layer.input), *_sizes(layer.weight))
+    return (
+        layer.is_conv
+        and not layer.layout.transposed
+        and layer.out.ndim == 4  # of others, Inductor makes nothing channels-last on GPUs
+        and layer.out.dtype in (torch.float32, torch.bfloat16)
+        and all(isinstance(size, int) for size in sizes)  # what is right for one may not be there
+        and _compat.has_cudnn_epilogues(layer.out.device)
+        and _compat.for_python()
+    )
+
+
+def _sizes(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
+    tensor = tensor_of(node)
+    return () if tensor is None else tuple(tensor.shape)
 
 
 def _is_channels_last(layer: Layer) -> bool:
@@ -101,10 +145,8 @@ def _may_stay_packed(chain: AffineChain) -> bool:
     x, live = tensor_of(layer.input), tensor_of(weight)
     if x is None or live is None or not _compat.for_python():
         return False
-    inputs = layer.node.graph.find_nodes(op="placeholder")
     return (
-        not any(n.name.startswith("primals_") for n in inputs)  # no training
-        and all(isinstance(size, int) for size in x.shape)
+        all(isinstance(size, int) for size in x.shape)
         and is_parameter(weight)
         and _is_dense(live)
         and all(made_of_parameters(n, layer.channels) for n in chain.scaling_operands)

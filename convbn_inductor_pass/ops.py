@@ -1,4 +1,10 @@
-"""The package's own operators, for what Inductor cannot be told otherwise. On CPU only.
+"""The package's own operators, for what Inductor cannot be told otherwise.
+
+``convolution_relu``: cuDNN's convolution with bias, residual and ReLU in one kernel. PyTorch has
+it as ``aten::cudnn_convolution_relu`` and ``aten::cudnn_convolution_add_relu``, whose results are
+not known without computing them, so that no graph can contain them.
+
+The others are for CPU only:
 
 ``linear_pointwise``: oneDNN's linear layer with a post-op, for weights that change. PyTorch has it
 as ``mkldnn::_linear_pointwise``, but Inductor lowers that only for weights that ``freezing`` has
@@ -22,9 +28,15 @@ from torch import Tensor
 
 from .aten_ir import CHANNELS_LAST
 
-__all__ = ["as_bytes", "as_mask", "linear_pointwise", "pack"]
+__all__ = ["as_bytes", "as_mask", "convolution_relu", "linear_pointwise", "pack"]
 
+aten = torch.ops.aten
 _library = torch.library.Library("convbn_inductor_pass", "DEF")
+_library.define(
+    "convolution_relu(Tensor input, Tensor weight, Tensor? bias, Tensor? other, int[] stride, "
+    "int[] padding, int[] dilation, int groups) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
 _library.define(
     "linear_pointwise(Tensor input, Tensor weight, Tensor? bias, str attr, Scalar?[] scalars, "
     "str? algorithm) -> Tensor",
@@ -39,6 +51,50 @@ _library.define(
 _FLEXIBLE = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _library.define("as_mask(Tensor bytes) -> Tensor", tags=_FLEXIBLE)
 _library.define("as_bytes(Tensor mask) -> Tensor", tags=_FLEXIBLE)
+
+
+@torch.library.impl(_library, "convolution_relu", "CUDA")
+def _convolution_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    other: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """``relu(conv(input, weight, bias) + other)``: [N, C_out, ...], channels-last.
+
+    ``input`` [N, C_in, ...], ``weight`` [C_out, C_in / groups, ...], both channels-last; ``bias``
+    [C_out]; ``other`` like the result. Raises RuntimeError where cuDNN has no such kernel.
+    """
+    geometry = (stride, padding, dilation, groups)
+    if other is None:
+        out = aten.cudnn_convolution_relu(input, weight, bias, *geometry)
+    else:
+        out = aten.cudnn_convolution_add_relu(input, weight, other, 1.0, bias, *geometry)
+    # Where a dimension of one makes the memory format ambiguous, cuDNN's may be another.
+    return out.contiguous(memory_format=CHANNELS_LAST[input.ndim])
+
+
+@torch.library.impl(_library, "convolution_relu", "CPU")
+@torch.library.impl(_library, "convolution_relu", "Meta")
+def _convolution_relu_by_parts(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    other: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """What the operator means, for machines without a GPU."""
+    geometry = (stride, padding, dilation, False, [0] * len(stride), groups)
+    out = aten.convolution.default(input, weight, bias, *geometry)
+    out = aten.relu(out if other is None else out + other)
+    return out.contiguous(memory_format=CHANNELS_LAST[input.ndim])
 
 
 @torch.library.impl(_library, "linear_pointwise", "CPU")
@@ -105,6 +161,7 @@ def _as_bytes_meta(mask: Tensor) -> Tensor:
     return torch.empty_like(mask, dtype=torch.uint8)
 
 
+convolution_relu = torch.ops.convbn_inductor_pass.convolution_relu.default
 linear_pointwise = torch.ops.convbn_inductor_pass.linear_pointwise.default
 pack = torch.ops.convbn_inductor_pass.pack.default
 as_mask = torch.ops.convbn_inductor_pass.as_mask.default

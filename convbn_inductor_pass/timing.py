@@ -4,7 +4,7 @@ A way is a call of a library and a few generated kernels around it. The library'
 here as compiled code makes it, memory formats included. For a generated kernel stands one
 pointwise call of eager mode that reads and writes the same tensors. On CPU the ways take turns,
 each beginning with its input in the processor's caches and its weight out of them, as after the
-layers before it.
+layers before it. On GPUs Inductor's own benchmark times them.
 
 Results are kept where Inductor keeps those of its own autotuning.
 """
@@ -40,21 +40,29 @@ def seconds(workload: Workload, kernels: Sequence[str], *, measure: bool) -> dic
     Infinite for a kernel that refuses this layer. Empty if nothing is on file and ``measure``
     is False, or there is not enough memory.
     """
-    system = (
-        torch.__version__,
-        platform.machine(),
-        platform.processor(),
-        torch.backends.cpu.get_cpu_capability(),
-    )
     try:
         return _compat.lookup_timings(
             (AS_WRITTEN, *kernels),
             "convbn_inductor_pass",
-            repr((_METHOD, system, workload)),
+            repr((_METHOD, _system(), workload)),
             (lambda names: _measure(workload, names)) if measure else None,
         )
     except torch.OutOfMemoryError:
         return {}
+
+
+def _system() -> tuple[object, ...]:
+    """What times depend on besides the workload, if Inductor's cache does not know it already.
+
+    It knows the GPU, and the precision of matrix products in float32.
+    """
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    return (
+        *(torch.__version__, platform.machine(), platform.processor()),
+        torch.backends.cpu.get_cpu_capability(),
+        *(cudnn.version(), cudnn.benchmark, cudnn.conv.fp32_precision),  # type: ignore[attr-defined]
+        mkldnn.conv.fp32_precision,  # type: ignore[attr-defined]
+    )
 
 
 def _measure(workload: Workload, names: Sequence[str]) -> dict[str, float]:
@@ -131,6 +139,7 @@ class _Ways:
             kernels.ATEN: self._aten,
             kernels.ONEDNN: self._onednn,
             kernels.PACKED: self._packed,
+            kernels.CUDNN: self._cudnn,
             kernels.LINEAR: self._linear,
             kernels.UNFOLDED_LINEAR: self._unfolded_linear,
         }[name]
@@ -172,6 +181,11 @@ class _Ways:
         return mkldnn._convolution_pointwise_.binary(
             self.other, self.x, weight, bias, *geometry, "add", 1.0, relu, [], ""
         )
+
+    def _cudnn(self) -> Tensor:
+        stride, padding, dilation, *_, groups = self.workload.rest
+        inputs = (self.x, self._scaled(), self._shift(), self.other)
+        return ops.convolution_relu(*inputs, stride, padding, dilation, groups)
 
     def _linear(self) -> Tensor:
         post_op = self.workload.activation or ("none", (), "")

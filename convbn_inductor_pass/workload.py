@@ -69,20 +69,29 @@ class Workload:
 
 
 def workload_of(
-    chain: AffineChain, activation: Activation | None, residual: Residual | None, ends: bool
+    chain: AffineChain,
+    activation: Activation | None,
+    residual: Residual | None,
+    ends: bool,
+    *,
+    is_channels_last: bool,
 ) -> Workload:
-    """What to time for a layer, its affine chain and the epilogue that was recognised."""
+    """What to time for a layer, its affine chain and the epilogue that was recognised.
+
+    ``is_channels_last`` says whether Inductor makes what goes through convolutions so.
+    """
     layer = chain.layer
     x, w, out = tensor_of(layer.input), tensor_of(layer.weight), layer.out
     wide = tensor_of(without_casts(layer.weight))
     if x is None or w is None or wide is None:
         raise AssertionError(f"{layer.node} has no metadata")
-    weight = _like(w, channels_last=layer.is_conv)
+    channels_last = is_channels_last and layer.is_conv
+    weight = _like(w, channels_last=channels_last)
     return Workload(
         target=str(layer.node.target),
-        input=_like(x, channels_last=layer.is_conv),
+        input=_like(x, channels_last=channels_last),
         weight=weight,
-        output=_like(out, channels_last=layer.is_conv),
+        output=_like(out, channels_last=channels_last),
         wide=wide.dtype,
         copies_weight=_moves(weight, _like(w, channels_last=False)),
         bias=layer.bias is not None,
@@ -108,8 +117,9 @@ def _numbers(value: Any) -> Any:
 def _like(tensor: Tensor, *, channels_last: bool) -> TensorSpec:
     shape = tuple(_compat.size_hint(s) for s in tensor.shape)
     stride = tuple(_compat.size_hint(s) for s in tensor.stride())
-    # On CPU, Inductor makes everything that goes through a convolution channels-last.
-    if channels_last and tensor.device.type == "cpu" and tensor.ndim in CHANNELS_LAST:
+    # On GPUs, only what goes through 2-d convolutions.
+    ranks = CHANNELS_LAST if tensor.device.type == "cpu" else (4,)
+    if channels_last and tensor.ndim in ranks:
         with _compat.real_tensors():
             meta = torch.empty(shape, device="meta", memory_format=CHANNELS_LAST[tensor.ndim])
         stride = meta.stride()

@@ -73,20 +73,20 @@ class _Drawer:
     """One draw: the lines so far, the tensors, and what running the lines has given."""
 
     def __init__(
-        self, draw: Callable[[st.SearchStrategy], Any], packable: bool, trained: bool
+        self, draw: Callable[[st.SearchStrategy], Any], packable: bool, trained: bool, relu: bool
     ) -> None:
-        self.draw, self.packable = draw, packable
+        self.draw, self.packable, self.relu = draw, packable or relu, relu
         self.lines: list[str] = []
         self.tensors: list[TensorSpec] = []
         self.layers: list[str] = []
         self.results: list[str] = []
         self.scope: dict[str, Any] = {"torch": torch, "F": F}
         self.dtype = self.pick(torch.float64, torch.float64, torch.float32, torch.bfloat16)
-        if packable:
+        if self.packable:
             self.dtype = self.pick(torch.float32, torch.float32, torch.bfloat16)
         self.autocast = self.dtype is torch.float32 and self.chance(25)
         self.trained, self.grad = trained, trained
-        if not (packable or trained):
+        if not (self.packable or trained):
             self.grad = self.chance(20)
 
     def pick(self, *values: Any) -> Any:
@@ -194,7 +194,8 @@ class _Drawer:
             step = self.pick("{y} * {o}", "{o} * {y}", "{y}.mul_({o})", "{y} / ({o} + 3)")
             self.run(f"{y} = {step}".format(y=y, o=self.operand(y)))
         for _ in range(self.pick(0, 1, 1, 2, 2, 3, 5)):
-            kind = self.pick(*["step"] * 10, *["other"] * 5, *["norm"] * 3, "write", "result")
+            others = ["other"] * (1 if self.relu else 5)
+            kind = self.pick(*["step"] * 10, *others, *["norm"] * 3, "write", "result")
             if kind == "write" and self.packable:
                 continue
             if kind == "step":
@@ -214,11 +215,14 @@ class _Drawer:
             self.run(
                 f"{y} = {self.pick('{y} + {o}', '{o} + {y}', '{y}.add_({o})')}".format(y=y, o=other)
             )
-        if self.chance(60):
+        if self.relu and self.chance(70):
+            self.run(f"{y} = F.relu({y})")
+        elif self.chance(60):
             self.run(f"{y} = {self.pick(*_ACTIVATIONS).format(y=y)}")
 
     def function(self) -> RandomFunction:
-        d = self.pick(2, 2, 2, 3) if self.packable else self.pick(2, 2, 2, 1, 3, 0, 0)
+        dims = (2,) if self.relu else (2, 2, 2, 3) if self.packable else (2, 2, 2, 1, 3, 0, 0)
+        d = self.pick(*dims)
         batch, sizes = self.pick(1, 1, 2, 4, 0), [self.pick(4, 1, 5, 2) for _ in range(d)]
         self.tensor(
             (batch, self.pick(4, 2, 1), *sizes), "x", channels_last=d > 1 and self.chance(20)
@@ -243,13 +247,17 @@ class _Drawer:
 
 @st.composite
 def random_chains(
-    draw: Callable[[st.SearchStrategy], Any], *, packable: bool = False, trained: bool = False
+    draw: Callable[[st.SearchStrategy], Any],
+    *,
+    packable: bool = False,
+    trained: bool = False,
+    relu: bool = False,
 ) -> RandomFunction:
     """Strategy for functions around affine chains; they run in eager mode.
 
-    ``packable`` draws less of what speaks against keeping packed weights; with ``trained`` most
-    tensors require a gradient.
+    ``packable`` draws less of what speaks against keeping packed weights, and ``relu`` of what
+    speaks against a ReLU in the layer's kernel; with ``trained`` most tensors require a gradient.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _Drawer(draw, packable, trained).function()
+        return _Drawer(draw, packable, trained, relu).function()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import packed_is_fastest, spread_statistics
+from common import fastest, spread_statistics
 from test_freshness import EDITS, make_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def always_packed(monkeypatch):
-    monkeypatch.setattr(timing, "seconds", packed_is_fastest)
+    monkeypatch.setattr(timing, "seconds", fastest(kernels.PACKED))
     kept._results.clear()
     kept._last_call.clear()
 

@@ -17,7 +17,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from common import fuzz, packed_is_fastest
+from common import fastest, fuzz
 from random_chains import random_chains
 from random_graphs import RandomFunction
 from torch import Tensor
@@ -109,7 +109,7 @@ def check(function: RandomFunction, forward: str, counts: collections.Counter) -
     counts.update(r.code.name for r in records)
     counts["functions"] += 1
     counts["folded"] += any(r.code.folded for r in records)
-    counts["packed"] += any(r.code.folded and r.kernel == kernels.PACKED for r in records)
+    counts.update({r.kernel for r in records if r.code.folded})
     found = differences(function, got, expected)
     if found or INDUCTOR:
         plain = run(function, "exact")
@@ -178,7 +178,7 @@ def test_random_chains() -> None:
 
 @pytest.mark.skipif(not _compat.has_onednn_epilogues(torch.float32), reason="needs oneDNN")
 def test_random_chains_with_packed_weights(monkeypatch) -> None:
-    monkeypatch.setattr(timing, "seconds", packed_is_fastest)
+    monkeypatch.setattr(timing, "seconds", fastest(kernels.PACKED))
     # As if all arguments were parameters.
     all_inputs = lambda graph: set(graph.find_nodes(op="placeholder"))  # noqa: E731
     monkeypatch.setattr(_compat, "static_inputs", all_inputs)
@@ -191,4 +191,20 @@ def test_random_chains_with_packed_weights(monkeypatch) -> None:
 
     each()
     print(dict(counts.most_common()))
-    assert counts["packed"] > counts["functions"] // 6
+    assert counts[kernels.PACKED] > counts["functions"] // 6
+
+
+def test_random_chains_before_relu(monkeypatch) -> None:
+    """As on a GPU with cuDNN, whose operator is computed by its parts here."""
+    monkeypatch.setattr(timing, "seconds", fastest(kernels.CUDNN))
+    monkeypatch.setattr(_compat, "has_cudnn_epilogues", lambda device: True)
+    counts: collections.Counter = collections.Counter()
+
+    @fuzz(60)
+    @hypothesis.given(random_chains(relu=True))
+    def each(function: RandomFunction) -> None:
+        check(function, "auto", counts)
+
+    each()
+    print(dict(counts.most_common()))
+    assert counts[kernels.CUDNN] > counts["functions"] // 8
