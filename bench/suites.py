@@ -10,7 +10,7 @@ from .providers import BUDGETS
 from .runner import Job
 from .workload import PRECISIONS, Settings
 
-__all__ = ["SUITES", "custom", "gpu", "settings_of"]
+__all__ = ["SUITES", "custom", "gpu", "gpu_forward", "settings_of"]
 
 SAVED = ("eval", "builtin", "ours", "deploy")
 TRAINING = ("eval", "ours", "deploy", "builtin")  # those worth most first
@@ -115,19 +115,52 @@ def _capacity(device: str) -> list[Job]:
     return [Job("capacity", settings, providers, cap_bytes=24 * _GB)]
 
 
+_FOLDED = ("resnet50", "mobilenet_v2", "resnext50_32x4d", "regnet_y_1_6gf", "repvgg_a0")
+
+
+def _at_batch(name: str, batch: int, device: str, providers: tuple[str, ...], **fields: Any) -> Job:
+    settings = settings_of(CASES[name], batch=batch, device=device, **fields)
+    return Job("measure", settings, providers)
+
+
 def forward(device: str) -> list[Job]:
     """The kernel half: inference at several batch sizes, and training, at real sizes."""
-    names = ("resnet50", "mobilenet_v2", "resnext50_32x4d", "regnet_y_1_6gf", "repvgg_a0")
-
-    def job(name: str, batch: int, providers: tuple[str, ...], **fields: Any) -> Job:
-        settings = settings_of(CASES[name], batch=batch, device=device, **fields)
-        return Job("measure", settings, providers)
 
     def inference(batch: int) -> list[Job]:
-        return [job(name, batch, FOLDED_INFERENCE, protocol="inference") for name in names]
+        return [
+            _at_batch(name, batch, device, FOLDED_INFERENCE, protocol="inference")
+            for name in _FOLDED
+        ]
 
-    training = [job(name, 8, FOLDED_TRAINING) for name in names]
+    training = [_at_batch(name, 8, device, FOLDED_TRAINING) for name in _FOLDED]
     return [*inference(8), *inference(1), *training, *inference(32)]
+
+
+def gpu_forward(device: str = "cuda") -> list[Job]:
+    """The kernel half on a GPU, most valuable first, for a run that may be cut off."""
+
+    def inference(name: str, batch: int, precision: str, memory_format: str) -> Job:
+        providers = (*FOLDED_INFERENCE, "builtin")
+        fields = {"precision": precision, "memory_format": memory_format}
+        return _at_batch(name, batch, device, providers, protocol="inference", **fields)
+
+    formats = [
+        (precision, memory_format)
+        for precision in ("bf16-autocast", "float32", "fp16-autocast")
+        for memory_format in ("channels_last", "contiguous")
+    ]
+    usual = {"precision": "bf16-autocast", "memory_format": "channels_last"}
+    return [
+        inference("resnet50", 32, *formats[0]),
+        inference("resnet50", 32, *formats[2]),
+        _at_batch("resnet50", 32, device, FOLDED_TRAINING, **usual),
+        *(inference("resnet50", batch, *formats[0]) for batch in (1, 8)),
+        *(inference("resnet50", 32, *each) for each in (formats[1], *formats[3:])),
+        *(inference(name, 32, *formats[0]) for name in _FOLDED[1:]),
+        *(_at_batch(name, 32, device, FOLDED_TRAINING) for name in _FOLDED[:2]),
+        *(inference(name, 32, *each) for each in formats[1:] for name in _FOLDED[1:]),
+        *(inference(name, batch, *formats[0]) for batch in (1, 8) for name in _FOLDED[1:]),
+    ]
 
 
 def gpu(device: str = "cuda") -> list[Job]:
@@ -148,7 +181,14 @@ def gpu(device: str = "cuda") -> list[Job]:
     ]
 
 
-SUITES = {"quick": quick, "paper": paper, "full": full, "forward": forward, "gpu": gpu}
+SUITES = {
+    "quick": quick,
+    "paper": paper,
+    "full": full,
+    "forward": forward,
+    "gpu": gpu,
+    "gpu-forward": gpu_forward,
+}
 
 
 def custom(

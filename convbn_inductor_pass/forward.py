@@ -5,7 +5,7 @@
 The scaled weight is computed in each call from the live parameters, so that nothing goes
 stale after an optimizer step, unlike with ``freezing=True``. On CPU the layer becomes oneDNN's
 convolution with a fused epilogue; the addition of a residual is fused by Inductor's own
-patterns for it. Runs on aten IR as a post-grad pass: find, decide, choose, rewrite.
+patterns for it. On GPUs it may become cuDNN's, with the residual. Runs on aten IR as a post-grad pass: find, decide, choose, rewrite.
 """
 
 from __future__ import annotations
