@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from . import _compat, affine, aten_ir, choice, epilogue, kept, kernels
+from . import _compat, _inductor, affine, aten_ir, choice, epilogue, kept, kernels
 from .affine import AffineChain
 from .aten_ir import tensor_of
 from .build import Builder
@@ -134,7 +134,7 @@ def _decide(
     first, last = order[layer.node], order[chain.last]
     if bisect.bisect_right(writes, first) != bisect.bisect_left(writes, last):
         return decision(ForwardCode.WRITE_BETWEEN, f"between {layer.node} and {chain.last}")
-    if _compat.in_subgraph():
+    if _inductor.in_subgraph():
         return decision(ForwardCode.SUBGRAPH)
     end = chain.last if activation is None else activation.last
     if _view_is_returned(end):
@@ -183,7 +183,7 @@ def _view_is_returned(node: fx.Node) -> bool:
             is_part = part is None or whole is None or part.numel() != whole.numel()
             if is_part and any(u.op == "output" for u in view.users):
                 return True
-        made = {u for n in (node, *views) for u in n.users if _compat.is_generated(u.target)}
+        made = {u for n in (node, *views) for u in n.users if _inductor.is_generated(u.target)}
         pending += made - seen
         seen |= made
     return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from . import _compat, aten_ir
+from . import _compat, _inductor, aten_ir
 from .affine import AffineChain
 from .aten_ir import CHANNELS_LAST, Layer, tensor_of
 from .kept import is_parameter, made_of_parameters
@@ -64,7 +64,7 @@ def _takes_post_ops(layer: Layer) -> bool:
         and layer.out.ndim in (4, 5)
         and layer.out.dtype in (torch.float32, torch.bfloat16)
         and layer.out.device.type == "cpu"
-        and _compat.has_onednn_epilogues(layer.out.dtype)
+        and _inductor.has_onednn_epilogues(layer.out.dtype)
     )
 
 
@@ -99,7 +99,7 @@ def _may_stay_packed(chain: AffineChain) -> bool:
     layer = chain.layer
     weight = aten_ir.without_casts(layer.weight)
     x, live = tensor_of(layer.input), tensor_of(weight)
-    if x is None or live is None or not _compat.for_python():
+    if x is None or live is None or not _inductor.for_python():
         return False
     inputs = layer.node.graph.find_nodes(op="placeholder")
     return (
@@ -121,9 +121,9 @@ def _takes_linear(layer: Layer) -> bool:
     """Whether the layer is a matrix product that oneDNN's linear layer can compute."""
     weight = tensor_of(layer.weight)
     on_cpu = layer.out.device.type == "cpu" and layer.out.dtype in (torch.float32, torch.bfloat16)
-    if weight is None or not on_cpu or not _compat.has_onednn_epilogues(layer.out.dtype):
+    if weight is None or not on_cpu or not _inductor.has_onednn_epilogues(layer.out.dtype):
         return False
-    if not _compat.for_python():
+    if not _inductor.for_python():
         return False
     if not layer.is_conv:
         return True
