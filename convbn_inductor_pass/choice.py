@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from . import _compat, kernels, timing
+from . import _compat, _inductor, kernels, timing
 from .affine import AffineChain
 from .aten_ir import tensor_of, without_casts
 from .epilogue import Activation, Residual
@@ -64,7 +64,7 @@ def choose(
     ends = _ends_a_kernel(_last(chain, activation, residual))
     work = workload_of(chain, activation, residual, ends, is_channels_last=is_channels_last)
     ways = [*folding, kernels.UNFOLDED_LINEAR] if kernels.LINEAR in folding else folding
-    times = timing.seconds(work, ways, measure=measure and _compat.may_measure())
+    times = timing.seconds(work, ways, measure=measure and _inductor.may_measure())
     if not times:
         faster = _is_faster(*bytes_moved(chain, activation, residual, folding[0]))
         return Costs(folding[0] if faster else None)
@@ -113,7 +113,7 @@ def _adds_bias_apart(chain: AffineChain) -> bool:
 
 def _ends_a_kernel(node: fx.Node) -> bool:
     """Whether the result must be written to memory because no generated kernel takes it over."""
-    return any(u.op == "output" or not _compat.is_generated(u.target) for u in node.users)
+    return any(u.op == "output" or not _inductor.is_generated(u.target) for u in node.users)
 
 
 def _is_faster(bytes_exact: int, bytes_folded: int) -> bool:

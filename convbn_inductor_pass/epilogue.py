@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from . import _compat
+from . import _compat, _inductor
 from .aten_ir import tensor_of
 
 __all__ = ["EAGER", "Activation", "Residual", "activation_after", "residual_after"]
@@ -204,7 +204,7 @@ def _table(dtype: torch.dtype) -> dict[str, list[_Entry]]:
     """Spellings of the activations for tensors of ``dtype``, by their text."""
     table: dict[str, list[_Entry]] = {}
     for name, algorithm, parameters, function in _ACTIVATIONS:
-        graph = _compat.trace_decomposed(function, torch.empty(2, dtype=dtype))
+        graph = _inductor.trace_decomposed(function, torch.empty(2, dtype=dtype))
         (x,) = (n for n in graph.nodes if n.op == "placeholder")
         result = next(n for n in graph.nodes if n.op == "output").args[0]
         template, constants = _expression(result, x)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _compat
+from . import _inductor
 
 __all__ = ["BYTES", "fingerprints"]
 
@@ -139,7 +139,7 @@ EXPORT void fingerprints(int64_t count, const void* const* data, const int64_t* 
 @functools.cache
 def _library() -> Any:
     """The function above, compiled for this processor, and its keys."""
-    function = _compat.load_cpp(_SOURCE).fingerprints
+    function = _inductor.load_cpp(_SOURCE).fingerprints
     function.restype = None
     keys = secrets.token_bytes(4 * _KEY_WORDS * _LEVELS)
     return function, ctypes.create_string_buffer(keys, len(keys))

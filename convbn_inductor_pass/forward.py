@@ -5,7 +5,8 @@
 The scaled weight is computed in each call from the live parameters, so that nothing goes
 stale after an optimizer step, unlike with ``freezing=True``. On CPU the layer becomes oneDNN's
 convolution with a fused epilogue; the addition of a residual is fused by Inductor's own
-patterns for it. On GPUs it may become cuDNN's, with the residual. Runs on aten IR as a post-grad pass: find, decide, choose, rewrite.
+patterns for it. On GPUs it may become cuDNN's, with the residual. Runs on aten IR as a post-grad
+pass: find, decide, choose, rewrite.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from . import _compat, affine, aten_ir, choice, epilogue, kept, kernels
+from . import _compat, _inductor, affine, aten_ir, choice, epilogue, kept, kernels
 from .affine import AffineChain
 from .aten_ir import tensor_of
 from .build import Builder
@@ -115,7 +116,7 @@ class _Surroundings:
         writes = [order[n] for n in graph.nodes if _compat.is_mutable(n.target)]
         inputs = graph.find_nodes(op="placeholder")
         is_inference = not any(n.name.startswith("primals_") for n in inputs)
-        is_channels_last = _compat.makes_channels_last(graph, is_inference=is_inference)
+        is_channels_last = _inductor.makes_channels_last(graph, is_inference=is_inference)
         return cls(order, writes, is_inference, is_channels_last, set())
 
 
@@ -172,7 +173,7 @@ def _decide(
     first, last = order[layer.node], order[ends[-1]]
     if bisect.bisect_right(writes, first) != bisect.bisect_left(writes, last):
         return decision(ForwardCode.WRITE_BETWEEN, f"between {layer.node} and {ends[-1]}")
-    if _compat.in_subgraph():
+    if _inductor.in_subgraph():
         return decision(ForwardCode.SUBGRAPH)
     if _view_is_returned(end):
         return decision(ForwardCode.VIEW_RETURNED, str(chain.last))
@@ -226,7 +227,7 @@ def _view_is_returned(node: fx.Node) -> bool:
             is_part = part is None or whole is None or part.numel() != whole.numel()
             if is_part and any(u.op == "output" for u in view.users):
                 return True
-        made = {u for n in (node, *views) for u in n.users if _compat.is_generated(u.target)}
+        made = {u for n in (node, *views) for u in n.users if _inductor.is_generated(u.target)}
         pending += made - seen
         seen |= made
     return False

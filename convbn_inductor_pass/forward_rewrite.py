@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import _compat, affine, aten_ir, kernels, ops
+from . import _compat, _inductor, affine, aten_ir, kernels, ops
 from .affine import AffineChain
 from .aten_ir import CHANNELS_LAST, Layer, tensor_of
 from .build import Builder, erase_unused
@@ -232,7 +232,7 @@ def _laid_out(node: fx.Node, build: Builder) -> fx.Node:
     if tensor.is_contiguous(memory_format=memory_format):
         return node
     strides = torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
-    return build.call(_compat.force_stride_order, node, list(strides))
+    return build.call(_inductor.force_stride_order, node, list(strides))
 
 
 def _dense(bias: fx.Node, build: Builder) -> fx.Node:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import _compat, aten_ir
+from . import _inductor, aten_ir
 from .aten_ir import tensor_of
 
 __all__ = ["fold_what_is_right", "why_wrong"]
@@ -27,7 +27,7 @@ _LAYERS = (aten.convolution.default, aten.mm.default, aten.addmm.default)
 
 def fold_what_is_right(builtin_apply: Callable[[Any], int], graph: Any) -> int:
     """Run Inductor's binary folding on ``graph`` where :func:`why_wrong` has no objection."""
-    every = [e for found in _compat.binary_folding_pass().patterns.values() for e in found]
+    every = [e for found in _inductor.binary_folding_pass().patterns.values() for e in found]
     checks = [(entry, entry.extra_check) for entry in {id(e): e for e in every}.values()]
     try:
         for entry, check in checks:

@@ -24,7 +24,18 @@ from typing import Any
 
 from torch import fx
 
-from . import _compat, autograd, forward, freezing, masks, pipeline, report, scales, scales_rewrite
+from . import (
+    _compat,
+    _inductor,
+    autograd,
+    forward,
+    freezing,
+    masks,
+    pipeline,
+    report,
+    scales,
+    scales_rewrite,
+)
 from .config import get_options
 
 __all__ = [
@@ -57,10 +68,10 @@ def _sources_hash() -> str:
 
 
 def _enabled() -> bool:
-    return bool(_compat.inductor_config.efficient_conv_bn_eval_fx_passes)
+    return bool(_inductor.config.efficient_conv_bn_eval_fx_passes)
 
 
-class _Pass(_compat.CustomGraphPass):
+class _Pass(_inductor.CustomGraphPass):
     """What the passes share: the flag, the cache key, and that a failure costs nothing."""
 
     _uuid: str  # the one instance's name in Inductor's cache keys
@@ -116,7 +127,7 @@ class ConvBNEvalPass(_Pass):
         if fused:
             _compat.counters["inductor"]["efficient_conv_bn_eval"] += fused
             for function in (autograd.conv_bn_eval, autograd.linear_bn_eval):
-                _compat.mark_cacheable(function, self.uuid())
+                _inductor.mark_cacheable(function, self.uuid())
         report.dump_graph("after", graph)
         report.publish(made)
 
@@ -166,7 +177,7 @@ class ConvBNScalesPass(_Pass):
         report.publish_scales(made)
 
 
-class _InOrder(_compat.CustomGraphPass):
+class _InOrder(_inductor.CustomGraphPass):
     """Several passes in the one place that torch 2.11 and 2.12 have for them."""
 
     def __init__(self, *passes: Callable[[fx.Graph], None]) -> None:
@@ -177,7 +188,9 @@ class _InOrder(_compat.CustomGraphPass):
             each(graph)
 
     def uuid(self) -> Any:
-        uuids = [p.uuid() if isinstance(p, _compat.CustomGraphPass) else None for p in self.passes]
+        uuids = [
+            p.uuid() if isinstance(p, _inductor.CustomGraphPass) else None for p in self.passes
+        ]
         return None if None in uuids else tuple(uuids)
 
 
@@ -191,7 +204,7 @@ _HOOKS: dict[str, _Pass] = {
 
 def _current_passes(hook: str) -> _Passes:
     """The passes of a hook, one by one, in whatever form they are configured."""
-    passes = _compat.custom_passes(hook)
+    passes = _inductor.custom_passes(hook)
     if len(passes) == 1 and isinstance(passes[0], _InOrder):
         return passes[0].passes
     return passes
@@ -204,19 +217,19 @@ def _set_passes(hook: str, passes: _Passes) -> None:
     elif len(passes) == 1:
         value = passes[0]
     else:
-        value = _InOrder(*passes) if _compat.one_pass_per_hook else list(passes)
-    setattr(_compat.inductor_config, hook, value)
+        value = _InOrder(*passes) if _inductor.one_pass_per_hook else list(passes)
+    setattr(_inductor.config, hook, value)
 
 
 @contextlib.contextmanager
 def passes_added(hook: str, *passes: Callable[[fx.Graph], None]) -> Iterator[None]:
     """Run further passes in one of Inductor's hooks, after those that are there."""
-    before = getattr(_compat.inductor_config, hook)
+    before = getattr(_inductor.config, hook)
     _set_passes(hook, (*_current_passes(hook), *passes))
     try:
         yield
     finally:
-        setattr(_compat.inductor_config, hook, before)
+        setattr(_inductor.config, hook, before)
 
 
 class _Installation:
@@ -236,8 +249,8 @@ def install() -> None:
             _set_passes(hook, (*_current_passes(hook), ours))
     if not _Installation.installed:
         wrapped = (
-            (_compat.efficient_conv_bn_eval_pass(), _instead_of_builtin),
-            (_compat.binary_folding_pass(), _around_freezing),
+            (_inductor.efficient_conv_bn_eval_pass(), _instead_of_builtin),
+            (_inductor.binary_folding_pass(), _around_freezing),
         )
         _Installation.before = tuple((p, p.__dict__.get("apply")) for p, _ in wrapped)
         for builtin, ours_instead in wrapped:

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import _compat, ops
+from . import _compat, _inductor, ops
 from .aten_ir import tensor_of
 from .build import erase_unused
 from .fingerprint import BYTES, fingerprints
@@ -155,7 +155,7 @@ def is_parameter(node: fx.Node) -> bool:
     return (
         value is not None
         and all(isinstance(size, int) for size in value.shape)
-        and node in _compat.static_inputs(node.graph)
+        and node in _inductor.static_inputs(node.graph)
     )
 
 
@@ -193,7 +193,7 @@ def keep_packed(graph: fx.Graph) -> int:
         layouts = [f"{v.dtype} {list(v.shape)} {v.stride()}" for v in values if v is not None]
         program.append((layouts, source))
     text, digest = json.dumps(program), _digest(program)
-    _compat.keep_output(kept)
+    _inductor.keep_output(kept)
     last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
         call = graph.call_function(kept, (parameters, digest, text))

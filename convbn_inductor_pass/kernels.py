@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from . import _compat, aten_ir
+from . import _compat, _inductor, aten_ir
 from .affine import AffineChain
 from .aten_ir import CHANNELS_LAST, Layer, tensor_of
 from .epilogue import Activation, Residual
@@ -89,7 +89,7 @@ def _takes_post_ops(layer: Layer) -> bool:
         and layer.out.ndim in (4, 5)
         and layer.out.dtype in (torch.float32, torch.bfloat16)
         and layer.out.device.type == "cpu"
-        and _compat.has_onednn_epilogues(layer.out.dtype)
+        and _inductor.has_onednn_epilogues(layer.out.dtype)
     )
 
 
@@ -102,8 +102,8 @@ def _takes_cudnn(layer: Layer) -> bool:
         and layer.out.ndim == 4  # of others, Inductor makes nothing channels-last on GPUs
         and layer.out.dtype in (torch.float32, torch.bfloat16)
         and all(isinstance(size, int) for size in sizes)  # what is right for one may not be there
-        and _compat.has_cudnn_epilogues(layer.out.device)
-        and _compat.for_python()
+        and _inductor.has_cudnn_epilogues(layer.out.device)
+        and _inductor.for_python()
     )
 
 
@@ -143,7 +143,7 @@ def _may_stay_packed(chain: AffineChain) -> bool:
     layer = chain.layer
     weight = aten_ir.without_casts(layer.weight)
     x, live = tensor_of(layer.input), tensor_of(weight)
-    if x is None or live is None or not _compat.for_python():
+    if x is None or live is None or not _inductor.for_python():
         return False
     return (
         all(isinstance(size, int) for size in x.shape)
@@ -163,9 +163,9 @@ def _takes_linear(layer: Layer) -> bool:
     """Whether the layer is a matrix product that oneDNN's linear layer can compute."""
     weight = tensor_of(layer.weight)
     on_cpu = layer.out.device.type == "cpu" and layer.out.dtype in (torch.float32, torch.bfloat16)
-    if weight is None or not on_cpu or not _compat.has_onednn_epilogues(layer.out.dtype):
+    if weight is None or not on_cpu or not _inductor.has_onednn_epilogues(layer.out.dtype):
         return False
-    if not _compat.for_python():
+    if not _inductor.for_python():
         return False
     if not layer.is_conv:
         return True

@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from . import _compat, ops
+from . import _compat, _inductor, ops
 
 __all__ = ["rewrite_masks"]
 
@@ -40,7 +40,7 @@ def rewrite_masks(graph: fx.Graph) -> int:
     Returns how many.
     """
     output = next(iter(graph.find_nodes(op="output")), None)
-    if output is None or not _compat.for_python():
+    if output is None or not _inductor.for_python():
         return 0
     inputs = graph.find_nodes(op="placeholder")
     if any(n.name.startswith("tangents_") for n in inputs):

@@ -18,7 +18,7 @@ see: it is in graphs only until :mod:`kept` takes it away.
 :mod:`masks` says why.
 
 They are written in Python. Compiled code that has to run without it must not contain them:
-``_compat.for_python``.
+``_inductor.for_python``.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from . import _compat, hook, pipeline, scales, scales_rewrite
+from . import _compat, _inductor, hook, pipeline, scales, scales_rewrite
 from .config import Options, get_options
 from .scales import ScaleDecision
 from .tracing import copy_graph_module, graph_modules, trace
@@ -106,8 +106,6 @@ def saved_by_graph(
 
     To be called inside a Dynamo backend, whose tracing context it needs.
     """
-    from torch._inductor.compile_fx import compile_fx
-
     graphs: dict[bool, fx.GraphModule] = {}
     static_inputs: set[int] = set()
 
@@ -132,13 +130,13 @@ def saved_by_graph(
     with (
         _only_builtin_pass() if mode == "builtin" else _no_pass(),
         hook.passes_added("joint_custom_pre_pass", *([rewrite_scales] if mode == "tune" else [])),
-        _compat.inductor_config.patch(fx_graph_cache=False, freezing=False),
+        _inductor.config.patch(fx_graph_cache=False, freezing=False),
         _compat.functorch_config.patch(
             enable_autograd_cache=False, force_non_lazy_backward_lowering=True
         ),
         _compat.tracing(copy.copy(_compat.TracingContext.get())),
     ):
-        compile_fx(gm, example_inputs, inner_compile=stop_before_codegen)
+        _inductor.compile_with(stop_before_codegen, gm, example_inputs)
     if False in graphs:
         on_forward(graphs[False].graph)
     if True not in graphs:  # nothing requires a gradient
@@ -148,7 +146,7 @@ def saved_by_graph(
 
 
 def _no_pass() -> contextlib.AbstractContextManager[None]:
-    return _compat.inductor_config.patch(efficient_conv_bn_eval_fx_passes=False)
+    return _inductor.config.patch(efficient_conv_bn_eval_fx_passes=False)
 
 
 @contextlib.contextmanager
@@ -157,7 +155,7 @@ def _only_builtin_pass() -> Iterator[None]:
     was_installed = hook.is_installed()
     hook.uninstall()
     try:
-        with _compat.inductor_config.patch(efficient_conv_bn_eval_fx_passes=True):
+        with _inductor.config.patch(efficient_conv_bn_eval_fx_passes=True):
             yield
     finally:
         if was_installed:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import _compat, affine
+from . import _compat, _inductor, affine
 from .aten_ir import Step, tensor_of
 from .build import Builder, erase_unused
 from .fold import Layout, views_onto_output_axis
@@ -49,7 +49,7 @@ def apply(decisions: list[ScaleDecision], graph: fx.Graph) -> int:
             unused += _Rewriting(decision, build).replace()
     for node in unused:
         erase_unused(node)
-    _compat.sort_graph(graph)
+    _inductor.sort_graph(graph)
     return len(wanted)
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from . import _compat, pipeline, saved, tracing
+from . import _compat, _inductor, pipeline, saved, tracing
 from .codes import Code
 from .config import get_options
 from .explain import explain
@@ -114,10 +114,9 @@ def post_grad_backend(
     Both halves of the pass run, as the flag and the options say. ``on_graph`` gets each graph
     in aten IR as the kernel half left it.
     """
-    from torch._inductor.compile_fx import compile_fx
 
     def run_eagerly(gm: fx.GraphModule, _inputs: list[Any], **_kwargs: Any) -> Callable[..., Any]:
-        for each in _compat.custom_passes("post_grad_custom_pre_pass"):
+        for each in _inductor.custom_passes("post_grad_custom_pre_pass"):
             each(gm.graph)
         gm.graph.lint()
         on_graph(gm.graph)
@@ -128,9 +127,7 @@ def post_grad_backend(
         return _compat.boxed(gm)
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        inner: Any = run_eagerly
-        compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner)
-        return compiled
+        return _inductor.compile_with(run_eagerly, gm, example_inputs)
 
     return backend
 
@@ -144,7 +141,7 @@ def fresh_compile(*, flag: bool = True) -> Iterator[None]:
     """
     torch._dynamo.reset()
     with (
-        _compat.inductor_config.patch(
+        _inductor.config.patch(
             efficient_conv_bn_eval_fx_passes=flag, fx_graph_cache=False, fx_graph_remote_cache=False
         ),
         _compat.functorch_config.patch(enable_autograd_cache=False),

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _compat, epilogue, fingerprint, kernels, ops
+from . import _compat, _inductor, epilogue, fingerprint, kernels, ops
 from .workload import Workload
 
 __all__ = ["AS_WRITTEN", "seconds"]
@@ -41,7 +41,7 @@ def seconds(workload: Workload, kernels: Sequence[str], *, measure: bool) -> dic
     is False, or there is not enough memory.
     """
     try:
-        return _compat.lookup_timings(
+        return _inductor.lookup_timings(
             (AS_WRITTEN, *kernels),
             "convbn_inductor_pass",
             repr((_METHOD, _system(), workload)),
@@ -80,7 +80,7 @@ def _measure(workload: Workload, names: Sequence[str]) -> dict[str, float]:
                 del functions[name]
         if workload.input.device == "cpu":
             return times | _take_turns(functions, ways.x)
-        return times | {name: _compat.benchmark_gpu(f) for name, f in functions.items()}
+        return times | {name: _inductor.benchmark_gpu(f) for name, f in functions.items()}
 
 
 def _take_turns(functions: dict[str, Callable[[], object]], x: Tensor) -> dict[str, float]:

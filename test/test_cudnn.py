@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import ForwardCode, _compat, kernels, ops, testing, timing
+from convbn_inductor_pass import ForwardCode, _inductor, kernels, ops, testing, timing
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -23,7 +23,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The kernel may be taken on CPU, too, and is the fastest."""
-    monkeypatch.setattr(_compat, "has_cudnn_epilogues", lambda device: True)
+    monkeypatch.setattr(_inductor, "has_cudnn_epilogues", lambda device: True)
     monkeypatch.setattr(timing, "seconds", fastest(kernels.CUDNN))
 
 
@@ -151,7 +151,7 @@ def test_declined_where_nothing_is_made_channels_last():
 
 
 def test_only_chosen_by_measurement(monkeypatch):
-    monkeypatch.setattr(_compat, "has_cudnn_epilogues", lambda device: True)
+    monkeypatch.setattr(_inductor, "has_cudnn_epilogues", lambda device: True)
     model, x = Residual(), torch.randn(2, 3, 8, 8)
     for forward in ("fold", "auto"):  # which counts bytes here
         out, records = folded(model, x, forward=forward)
@@ -165,14 +165,14 @@ def test_where_it_may_be_called(monkeypatch):
     cudnn, gpu = torch.backends.cudnn, torch.device("cuda")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(cudnn, "is_available", lambda: True)
-    assert _compat.has_cudnn_epilogues(gpu)
-    assert not _compat.has_cudnn_epilogues(torch.device("cpu"))
+    assert _inductor.has_cudnn_epilogues(gpu)
+    assert not _inductor.has_cudnn_epilogues(torch.device("cpu"))
     with cudnn.flags(deterministic=True):
-        assert not _compat.has_cudnn_epilogues(gpu)
+        assert not _inductor.has_cudnn_epilogues(gpu)
     with cudnn.flags(enabled=False):
-        assert not _compat.has_cudnn_epilogues(gpu)
+        assert not _inductor.has_cudnn_epilogues(gpu)
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert not _compat.has_cudnn_epilogues(gpu)
+    assert not _inductor.has_cudnn_epilogues(gpu)
 
 
 SHAPES = [

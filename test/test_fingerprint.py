@@ -13,7 +13,7 @@ from common import fuzz
 from hypothesis import given
 from torch import Tensor
 
-from convbn_inductor_pass import _compat, fingerprint
+from convbn_inductor_pass import _inductor, fingerprint
 from convbn_inductor_pass.fingerprint import BYTES, fingerprints
 
 BLOCK = 2048 * 4  # bytes
@@ -116,7 +116,7 @@ def test_other_processors_compute_the_same(without):
     for name in without:
         assert f"defined(__{name}__)" in source
         source = source.replace(f"defined(__{name}__)", "0")
-    other = _compat.load_cpp(source).fingerprints
+    other = _inductor.load_cpp(source).fingerprints
     tensor = torch.randn(5 * BLOCK // 4 + 7)
     _, keys = fingerprint._library()
     data = (ctypes.c_void_p * 1)(tensor.data_ptr())

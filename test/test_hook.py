@@ -14,7 +14,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import _compat, forward, hook, pipeline, scales, testing
+from convbn_inductor_pass import _compat, _inductor, forward, hook, pipeline, scales, testing
 
 
 def stop_before_codegen(gm, inputs, **kwargs):
@@ -102,7 +102,7 @@ def test_builtin_pass_stands_aside_and_comes_back(x):
 
 
 def test_uninstall_restores_everything():
-    wrapped = _compat.efficient_conv_bn_eval_pass(), _compat.binary_folding_pass()
+    wrapped = _inductor.efficient_conv_bn_eval_pass(), _inductor.binary_folding_pass()
     assert all("apply" in vars(builtin) for builtin in wrapped)
     cbn.uninstall()
     assert config.pre_grad_custom_pass is None
@@ -170,7 +170,7 @@ def test_failure_of_the_joint_pass_is_a_warning(x, monkeypatch):
 
 def test_passes_added_after_run_after(x):
     other = Recorder()
-    if _compat.one_pass_per_hook:
+    if _inductor.one_pass_per_hook:
         ours = config.pre_grad_custom_pass
         config.pre_grad_custom_pass = hook._InOrder(ours, other)
     else:

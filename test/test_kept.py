@@ -20,10 +20,10 @@ from torch._dynamo.utils import counters
 from torch.torch_version import TorchVersion
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import _compat, kept, kernels, testing, timing
+from convbn_inductor_pass import _inductor, kept, kernels, testing, timing
 
 pytestmark = pytest.mark.skipif(
-    not _compat.has_onednn_epilogues(torch.float32), reason="needs oneDNN"
+    not _inductor.has_onednn_epilogues(torch.float32), reason="needs oneDNN"
 )
 
 
@@ -115,7 +115,7 @@ def test_residuals(dtype, backend):
         def forward(self, x):
             return torch.relu(self.bn(self.conv(x)) + x)
 
-    if not _compat.has_onednn_epilogues(dtype):
+    if not _inductor.has_onednn_epilogues(dtype):
         pytest.skip("no such kernels here")
     model = nn.Sequential(Block(), Block(), Block()).eval()
     x = torch.randn(2, 8, 9, 9)

@@ -23,7 +23,7 @@ from random_graphs import RandomFunction
 from torch import Tensor
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import _compat, kernels, testing, timing
+from convbn_inductor_pass import _inductor, kernels, testing, timing
 
 INDUCTOR = bool(os.environ.get("CONVBN_FUZZ_INDUCTOR"))
 
@@ -176,12 +176,12 @@ def test_random_chains() -> None:
     assert counts["folded"] > counts["functions"] // 4  # else the draws test nothing
 
 
-@pytest.mark.skipif(not _compat.has_onednn_epilogues(torch.float32), reason="needs oneDNN")
+@pytest.mark.skipif(not _inductor.has_onednn_epilogues(torch.float32), reason="needs oneDNN")
 def test_random_chains_with_packed_weights(monkeypatch) -> None:
     monkeypatch.setattr(timing, "seconds", fastest(kernels.PACKED))
     # As if all arguments were parameters.
     all_inputs = lambda graph: set(graph.find_nodes(op="placeholder"))  # noqa: E731
-    monkeypatch.setattr(_compat, "static_inputs", all_inputs)
+    monkeypatch.setattr(_inductor, "static_inputs", all_inputs)
     counts: collections.Counter = collections.Counter()
 
     @fuzz(60)
@@ -197,7 +197,7 @@ def test_random_chains_with_packed_weights(monkeypatch) -> None:
 def test_random_chains_before_relu(monkeypatch) -> None:
     """As on a GPU with cuDNN, whose operator is computed by its parts here."""
     monkeypatch.setattr(timing, "seconds", fastest(kernels.CUDNN))
-    monkeypatch.setattr(_compat, "has_cudnn_epilogues", lambda device: True)
+    monkeypatch.setattr(_inductor, "has_cudnn_epilogues", lambda device: True)
     counts: collections.Counter = collections.Counter()
 
     @fuzz(60)
