@@ -151,11 +151,12 @@ def lookup_timings(
     return {choice.name: time for choice, time in found.items()}
 
 
-def benchmark_gpu(function: Callable[[], Any]) -> float:
-    """Median seconds of ``function`` on the current GPU, caches flushed before each call."""
+def benchmark_gpu(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of ``function`` on a GPU, as Inductor's autotuning measures them."""
     from torch._inductor.runtime.benchmarking import benchmarker
 
-    return float(benchmarker.benchmark_gpu(function)) / 1e3
+    with torch.get_device_module(device).device(device):
+        return float(benchmarker.benchmark_gpu(function)) / 1e3
 
 
 def for_python() -> bool:

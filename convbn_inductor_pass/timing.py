@@ -80,7 +80,9 @@ def _measure(workload: Workload, names: Sequence[str]) -> dict[str, float]:
                 del functions[name]
         if workload.input.device == "cpu":
             return times | _take_turns(functions, ways.x)
-        return times | {name: _inductor.benchmark_gpu(f) for name, f in functions.items()}
+        for name, function in functions.items():
+            times[name] = _inductor.benchmark_gpu(function, ways.x.device)
+        return times
 
 
 def _take_turns(functions: dict[str, Callable[[], object]], x: Tensor) -> dict[str, float]:
