@@ -200,6 +200,11 @@ _HOOKS: dict[str, _Pass] = {
     "joint_custom_pre_pass": ConvBNScalesPass(),
     "post_grad_custom_pre_pass": ConvBNForwardPass(),
 }
+_WITHOUT = {
+    "pre_grad_custom_pass": "no pair is fused",
+    "joint_custom_pre_pass": "scales other than batch norms' keep their layer's output",
+    "post_grad_custom_pre_pass": "nothing is folded, and masks are stored as Inductor does",
+}
 
 
 def _current_passes(hook: str) -> _Passes:
@@ -282,18 +287,19 @@ def _instead_of_builtin(builtin_apply: Callable[..., Any], graph: Any) -> int:
     """Runs where PyTorch's pass of this flag would; leaves the pairs to ours.
 
     If ours was overwritten, the pairs are left alone rather than given to a pass that is
-    known to be wrong on some of them, and the user is told.
+    known to be wrong on some of them, and the user is told; so of the other hooks.
     """
     if not _enabled():
         return builtin_apply(graph)
-    if _HOOKS["pre_grad_custom_pass"] not in _current_passes("pre_grad_custom_pass"):
-        warnings.warn(
-            "convbn_inductor_pass is installed, but pre_grad_custom_pass was overwritten since; "
-            "no pair is fused. Call convbn_inductor_pass.install() after setting your own pass, "
-            "or uninstall() to get PyTorch's pass back.",
-            PassFailedWarning,
-            stacklevel=2,
-        )
+    for hook, ours in _HOOKS.items():
+        if ours not in _current_passes(hook):
+            warnings.warn(
+                f"convbn_inductor_pass is installed, but {hook} was overwritten since; "
+                f"{_WITHOUT[hook]}. Call convbn_inductor_pass.install() after setting your own "
+                "pass, or uninstall() to get PyTorch's pass back.",
+                PassFailedWarning,
+                stacklevel=2,
+            )
     return 0
 
 

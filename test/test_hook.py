@@ -191,6 +191,16 @@ def test_being_overwritten_is_noticed(x):
         assert compiled(Residual(), x) == Residual.pairs
 
 
+@pytest.mark.parametrize("hook", ["joint_custom_pre_pass", "post_grad_custom_pre_pass"])
+def test_other_hooks_being_overwritten_is_noticed(x, hook):
+    with config.patch({hook: Recorder()}):
+        with pytest.warns(cbn.PassFailedWarning, match=f"{hook} was overwritten since"):
+            assert compiled(Residual(), x) == Residual.pairs
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", cbn.PassFailedWarning)
+            assert compiled(Residual(), x, flag=False) == 0  # nothing to notice
+
+
 def test_a_failure_does_not_fail_the_compilation(x, monkeypatch):
     def broken(graph, options):
         raise RuntimeError("on purpose")
