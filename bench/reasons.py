@@ -17,7 +17,8 @@ def why(settings: Settings, other: str) -> str:
     """Why ours keeps more than ``other``, or other bytes than deploy mode, in this workload."""
     if other == "deploy" and settings.precision.endswith("-autocast"):
         return _AUTOCAST
-    return _MORE.get((settings.protocol, other), UNEXPLAINED)
+    by_case = _MORE_IN_CASE.get((settings.case, other))
+    return by_case or _MORE.get((settings.protocol, other), UNEXPLAINED)
 
 
 def why_little(settings: Settings) -> str:
@@ -40,6 +41,12 @@ _MORE = {
     ("bn-tuning", "deploy"): "frozen layers are left alone; deploy mode has no gamma to train",
 }
 
+_LAYER_SCALE = "ours keeps less: deploy mode merges batch norms, and here are layer scales"
+_MORE_IN_CASE = {
+    ("convnext_tiny", "deploy"): _LAYER_SCALE,
+    ("deit3_small_patch16_224", "deploy"): _LAYER_SCALE,
+}
+
 _LITTLE = {
     "frozen-bn": _FROZEN,
     "adversarial": _FROZEN,
@@ -49,7 +56,7 @@ _LITTLE = {
 _LITTLE_IN_CASE = {
     "efficientnet_b0": _SILU,
     "hf_mobilevit": _SILU,
-    "convnext_tiny": _NO_BATCH_NORM,
+    "convnext_tiny": "no batch norm: only the outputs that its 18 layer scales multiply are saved",
     "vit_s_max": _NO_BATCH_NORM,
     "pit_s_max": _NO_BATCH_NORM,
     "faster_rcnn_resnet50_frozen_bn": _FROZEN_MODULE,

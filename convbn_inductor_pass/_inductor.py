@@ -177,15 +177,21 @@ def load_cpp(source: str) -> Any:
 
 
 @functools.cache
-def keep_output(target: Any) -> None:
-    """Have Inductor call ``target`` and neither look into its results nor write to them afterwards.
+def keep_output(target: Any, function: Callable[..., Any]) -> None:
+    """Have Inductor call ``function`` for ``target``, and leave its results alone.
 
     Inductor asserts the strides of what operators return, which a tensor in oneDNN's layout has
     not, and gives memory that is not used any more to other results.
+
+    The operator itself is not called, since an argument may be of a plain subclass of Tensor. The
+    subclass would make results its own, which it cannot with those in oneDNN's layout (2.11); or
+    PyTorch, which looks for aliases in a first call, refuses it (2.13). Generated code, in whose
+    place the call is, takes it.
     """
     from torch._inductor import ir, lowering
     from torch._inductor.virtualized import V
-    from torch.utils import _pytree as pytree
+
+    module = function.__module__
 
     def keep(buffer: Any) -> Any:
         buffer.codegen_size_asserts = lambda wrapper: None
@@ -195,7 +201,17 @@ def keep_output(target: Any) -> None:
 
     @lowering.register_lowering(target, type_promotion_kind=None)
     def _lower(*args: Any, **kwargs: Any) -> Any:
-        return pytree.tree_map(keep, ir.FallbackKernel.create(target, *args, **kwargs))
+        results: Any = ir.FallbackKernel.create(target, *args, **kwargs)
+        call = results[0].inputs[0]
+        codegen = call.codegen
+
+        def codegen_with_import(wrapper: Any) -> None:
+            wrapper.add_import_once(f"import {module}")
+            codegen(wrapper)
+
+        call.codegen = codegen_with_import
+        call.python_kernel_name = f"{module}.{function.__name__}"
+        return [keep(result) for result in results]
 
 
 def static_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:

@@ -81,18 +81,23 @@ _parts_by_digest: dict[str, tuple[_Part, ...]] = {}
 
 
 @torch.library.impl(_library, "kept", "CPU")
-def _kept_cpu(parameters: list[Tensor], digest: str, program: str) -> list[Tensor]:
-    """Results of all parts, which nobody may write to."""
-    made_of = fingerprints(*parameters)
-    before, references = _last_call.get(digest, (b"", []))
-    results = [r for r in (ref() for ref in references) if r is not None]
-    if before != made_of or len(results) < len(references):
-        results = [
-            _result(part, parameters[part.begin : part.end], _part_of(made_of, part))
-            for part in _parts(digest, program)
-        ]
-        _last_call[digest] = made_of, [weakref.ref(r) for r in results]
-    return [tensor for result in results for tensor in result.tensors]
+def kept_on_cpu(parameters: list[Tensor], digest: str, program: str) -> list[Tensor]:
+    """Results of all parts, which nobody may write to. Compiled code calls it by this name.
+
+    ``parameters`` may be of subclasses of Tensor; results are not.
+    """
+    with _compat.torch_functions_off():
+        made_of = fingerprints(*parameters)
+        before, references = _last_call.get(digest, (b"", []))
+        results = [r for r in (ref() for ref in references) if r is not None]
+        if before != made_of or len(results) < len(references):
+            with _compat.real_tensors(), torch.no_grad():
+                results = [
+                    _result(part, parameters[part.begin : part.end], _part_of(made_of, part))
+                    for part in _parts(digest, program)
+                ]
+            _last_call[digest] = made_of, [weakref.ref(r) for r in results]
+        return [tensor for result in results for tensor in result.tensors]
 
 
 def _part_of(made_of: bytes, part: _Part) -> bytes:
@@ -193,7 +198,7 @@ def keep_packed(graph: fx.Graph) -> int:
         layouts = [f"{v.dtype} {list(v.shape)} {v.stride()}" for v in values if v is not None]
         program.append((layouts, source))
     text, digest = json.dumps(program), _digest(program)
-    _inductor.keep_output(kept)
+    _inductor.keep_output(kept, kept_on_cpu)
     last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
         call = graph.call_function(kept, (parameters, digest, text))

@@ -17,6 +17,7 @@ from common import fastest, spread_statistics
 from test_freshness import EDITS, make_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.torch_version import TorchVersion
 
 import convbn_inductor_pass as cbn
@@ -312,6 +313,50 @@ def test_what_is_passed_in_is_no_parameter():
         assert packed_layers(modulated, *args) == [False]
 
 
+class Subclass(Tensor):
+    pass
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, nn.Buffer])
+def test_tensors_of_a_subclass(kind):
+    model = small()
+    conv, norm = model[0], model[1]
+    weight = conv.weight.data.as_subclass(Subclass)
+    del conv.weight
+    conv.weight = kind(weight)
+    norm.running_mean = norm.running_mean.as_subclass(Subclass)
+    with torch.no_grad(), compiled_for(model, X, backend="inductor") as (packed, compiled):
+        assert packed == [True]
+        for tensor in (conv.weight, norm.running_mean):
+            assert type(tensor) is Subclass
+            tensor.data.mul_(-2)
+            torch.testing.assert_close(compiled(X), model(X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, nn.Buffer])
+def test_tensors_made_of_two(kind):
+    """Of a tensor that wraps others the graph has what is inside, each a parameter."""
+    model = nn.Sequential(*small(), nn.Flatten(), nn.LayerNorm(4 * 6 * 6))
+    conv = model[0]
+    weight = TwoTensor(conv.weight.data, torch.randn(4, 3, 3, 3))
+    del conv.weight
+    conv.weight = kind(weight)
+
+    def assert_right(compiled):
+        out, expected = compiled(X), model(X)
+        torch.testing.assert_close(out.a, expected.a, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out.b, expected.b, rtol=1e-4, atol=1e-4)
+
+    with testing.fresh_compile(), cbn.options(forward="auto"), torch.no_grad():
+        cbn.clear_records()
+        compiled = torch.compile(model)
+        assert_right(compiled)
+        assert [r.kernel for r in cbn.forward_records()] == [kernels.PACKED] * 2
+        for part in (conv.weight.a, conv.weight.b, model[1].running_mean):
+            part.mul_(-2)
+            assert_right(compiled)
+
+
 @pytest.mark.parametrize("forward", ["fold", "auto"])
 def test_no_guard_on_the_size_of_what_is_passed_in(forward):
     conv = nn.Conv2d(3, 4, 3)
@@ -387,6 +432,7 @@ SCRIPT = """
 import sys, torch, convbn_inductor_pass as cbn
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.torch_version import TorchVersion
 from convbn_inductor_pass import kernels, kept, timing
 timing.seconds = lambda work, ways, measure: {timing.AS_WRITTEN: 1.0} | {
