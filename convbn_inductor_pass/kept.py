@@ -39,7 +39,7 @@ from torch import Tensor, fx
 from . import _compat, _inductor, ops
 from .aten_ir import tensor_of
 from .build import erase_unused
-from .fingerprint import BYTES, fingerprints
+from .fingerprint import BYTES, fingerprints, sizes_of
 
 __all__ = ["is_parameter", "keep_packed", "made_of_parameters"]
 
@@ -77,6 +77,8 @@ _results: MutableMapping[torch.UntypedStorage, collections.OrderedDict[Any, _Res
 )
 # By program: the fingerprints in its last call, and its results if they are still there.
 _last_call: dict[str, tuple[bytes, list[weakref.ref[_Result]]]] = {}
+# By program: its parameters' sizes, which are part of it.
+_sizes: dict[str, Any] = {}
 _parts_by_digest: dict[str, tuple[_Part, ...]] = {}
 
 
@@ -87,7 +89,10 @@ def kept_on_cpu(parameters: list[Tensor], digest: str, program: str) -> list[Ten
     ``parameters`` may be of subclasses of Tensor; results are not.
     """
     with _compat.torch_functions_off():
-        made_of = fingerprints(*parameters)
+        sizes = _sizes.get(digest)
+        if sizes is None:
+            sizes = _sizes[digest] = sizes_of(parameters)
+        made_of = fingerprints(*parameters, sizes=sizes)
         before, references = _last_call.get(digest, (b"", []))
         results = [r for r in (ref() for ref in references) if r is not None]
         if before != made_of or len(results) < len(references):
