@@ -28,6 +28,7 @@ __all__ = [
     "layer_of",
     "operand_per_channel",
     "read_step",
+    "same_sizes",
     "tensor_of",
     "without_casts",
 ]
@@ -64,6 +65,15 @@ def known_equal(a: Any, b: Any) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return _compat.surely(a == b)
+
+
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are equal for every input.
+
+    Comparing them with ``==`` would make a guard of symbolic sizes, with which Dynamo compiles
+    anew, and raises where a size depends on data.
+    """
+    return len(a) == len(b) and all(map(known_equal, a, b))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +268,7 @@ def read_step(node: fx.Node, of: fx.Node, dim: int) -> Sequence[Step] | None:
     moved = _moved(node, before, after, dim)
     if moved is not None:
         return [Step(node, "move", moved)]
-    if after.shape != before.shape or not after.dtype.is_floating_point:
+    if not after.dtype.is_floating_point or not same_sizes(after.shape, before.shape):
         return None
 
     def other(*values: Any) -> Operand | None:
@@ -307,12 +317,9 @@ def _moved(node: fx.Node, before: Tensor, after: Tensor, dim: int) -> int | None
         return None
 
     # What is left and right of the channels may be split and joined, the channels may not.
-    def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-        return len(a) == len(b) and all(map(known_equal, a, b))
-
     left, right = dim + 1, before.ndim - dim  # sizes up to the channels, and from them on
-    if same(before.shape[:left], after.shape[:left]):
+    if same_sizes(before.shape[:left], after.shape[:left]):
         return dim
-    if after.ndim >= right and same(before.shape[dim:], after.shape[after.ndim - right :]):
+    if after.ndim >= right and same_sizes(before.shape[dim:], after.shape[after.ndim - right :]):
         return after.ndim - right
     return None

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from . import _compat
-from .aten_ir import tensor_of
+from .aten_ir import same_sizes, tensor_of
 
 __all__ = ["EAGER", "Activation", "Residual", "activation_after", "residual_after"]
 
@@ -88,7 +88,9 @@ def residual_after(node: fx.Node) -> Residual | None:
     if len(others) != 1:
         return None
     mine, other = tensor_of(node), tensor_of(others[0])
-    if mine is None or other is None or (mine.shape, mine.dtype) != (other.shape, other.dtype):
+    if mine is None or other is None or mine.dtype != other.dtype:
+        return None
+    if not same_sizes(mine.shape, other.shape):
         return None
     last, relu = add, False
     if len(add.users) == 1 and next(iter(add.users)).target is aten.relu.default:
@@ -102,7 +104,7 @@ def _is_pointwise_of(node: fx.Node, region: list[fx.Node], like: Tensor) -> bool
     return (
         node.op == "call_function"
         and value is not None
-        and value.shape == like.shape
+        and same_sizes(value.shape, like.shape)
         and all(n in region for n in node.all_input_nodes)
         and (_compat.is_pointwise(node.target))
     )

@@ -95,7 +95,7 @@ def _decide(
     chain, activation = _with_activation(chain)
     residual = epilogue.residual_after(chain.last) if activation is None else None
     result = tensor_of(chain.last)
-    if result is None or (result.dtype, result.shape) != (layer.out.dtype, layer.out.shape):
+    if result is None or result.dtype != layer.out.dtype or not _has_shape_of(chain, layer.out):
         residual = None
     if not chain.steps and activation is None:
         return None  # nothing to gain
@@ -180,7 +180,11 @@ def _view_is_returned(node: fx.Node) -> bool:
         whole, views = tensor_of(node), views_of(node)
         for view in views:
             part = tensor_of(view)
-            is_part = part is None or whole is None or part.numel() != whole.numel()
+            is_part = (
+                part is None
+                or whole is None
+                or not aten_ir.known_equal(part.numel(), whole.numel())
+            )
             if is_part and any(u.op == "output" for u in view.users):
                 return True
         made = {u for n in (node, *views) for u in n.users if _compat.is_generated(u.target)}
@@ -238,7 +242,7 @@ def _with_activation(chain: AffineChain) -> tuple[AffineChain, Activation | None
 def _has_shape_of(chain: AffineChain, out: torch.Tensor) -> bool:
     """Whether the chain's result has its numbers where the layer's output has them."""
     result = tensor_of(chain.last)
-    return result is not None and result.shape == out.shape
+    return result is not None and aten_ir.same_sizes(result.shape, out.shape)
 
 
 def apply(decisions: list[ForwardDecision], graph: fx.Graph) -> int:

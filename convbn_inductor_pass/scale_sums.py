@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from . import aten_ir
-from .aten_ir import Layer, Step, known_equal, tensor_of
+from .aten_ir import Layer, Step, same_sizes, tensor_of
 
 __all__ = [
     "Path",
@@ -118,8 +118,7 @@ def _shape(node: Any) -> tuple[Any, ...]:
 
 
 def _same_shape(a: Any, b: Any) -> bool:
-    x, y = _shape(a), _shape(b)
-    return len(x) == len(y) and all(map(known_equal, x, y))
+    return same_sizes(_shape(a), _shape(b))
 
 
 def _sums(
@@ -253,6 +252,6 @@ def arrangement(*paths: Path) -> list[tuple[Any, ...]]:
         else:
             if last == "view":
                 before = moves.pop()[1]
-            if not (len(before) == len(after) and all(map(known_equal, before, after))):
+            if not same_sizes(before, after):
                 moves.append(("view", before, after))
     return moves

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from . import _compat, affine
-from .aten_ir import Step, tensor_of
+from .aten_ir import Step, same_sizes, tensor_of
 from .build import Builder, erase_unused
 from .fold import Layout, views_onto_output_axis
 from .scales import ScaleDecision
@@ -127,7 +127,7 @@ class _Rewriting:
             is_product = user.target is aten.mm.default and user.args[0] is self.gradient.dc
             if is_product and user.users:
                 by: Any = user.args[1]
-                if tuple(_tensor(by).shape) == (size[1], size[0]):
+                if same_sizes(_tensor(by).shape, (size[1], size[0])):
                     by = self._scaled(by, self.scale, Layout())
                     self._replace(user, self._call(aten.mm.default, g, by))
         return dw
@@ -184,7 +184,7 @@ class _Rewriting:
     def _replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let ``new`` be used for ``old``, in its shape and dtype."""
         tensor = _tensor(old)
-        if _tensor(new).shape != tensor.shape:
+        if not same_sizes(_tensor(new).shape, tensor.shape):
             new = self._call(aten.reshape.default, new, list(tensor.shape))
         new = self.build.cast(new, tensor.dtype)
         self.build.replace(old, new)

@@ -178,3 +178,17 @@ def test_no_guard_on_a_size_that_depends_on_data():
         out, (record,) = folded(fn, *args)
     assert record.code is ForwardCode.FOLDED
     torch.testing.assert_close(out, fn(*args))
+
+
+def test_batch_that_depends_on_data():
+    linear, scale = torch.nn.Linear(4, 4), torch.randn(4)
+
+    def fn(x: Tensor, keep: Tensor) -> Tensor:
+        x = x[keep.nonzero().flatten()]
+        return (linear(x[None]) * scale)[0].clamp(-1, 1) + x
+
+    args = torch.randn(6, 4), torch.tensor([1, 0, 1, 1, 0, 1])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        out, (record,) = folded(fn, *args)
+    assert record.code is ForwardCode.FOLDED
+    torch.testing.assert_close(out, fn(*args))
