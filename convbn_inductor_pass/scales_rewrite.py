@@ -37,19 +37,22 @@ def apply(decisions: list[ScaleDecision], graph: fx.Graph) -> int:
     wanted.sort(key=lambda d: order[d.gradient.node])  # type: ignore[union-attr]
     build = Builder(graph)
     unused: list[fx.Node] = []
-    for decision in wanted:
-        places = [decision.gradient.node, *(r.node for r in decision.reductions)]  # type: ignore[union-attr]
-        before = min(places, key=order.__getitem__)
-        with (
-            graph.inserting_before(before),
-            _compat.fake_mode_of(decision.layer.out),
-            _compat.plain_dispatch(),
-        ):
-            build.meta = {k: v for k, v in places[0].meta.items() if k in _KEPT}
-            unused += _Rewriting(decision, build).replace()
-    for node in unused:
-        erase_unused(node)
-    _inductor.sort_graph(graph)
+    try:
+        for decision in wanted:
+            places = [decision.gradient.node, *(r.node for r in decision.reductions)]  # type: ignore[union-attr]
+            before = min(places, key=order.__getitem__)
+            with (
+                graph.inserting_before(before),
+                _compat.fake_mode_of(decision.layer.out),
+                _compat.plain_dispatch(),
+            ):
+                build.meta = {k: v for k, v in places[0].meta.items() if k in _KEPT}
+                unused += _Rewriting(decision, build).replace()
+    finally:
+        # If one fails, too: what was replaced so far is right, but may use what stands later.
+        for node in unused:
+            erase_unused(node)
+        _inductor.sort_graph(graph)
     return len(wanted)
 
 
