@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch._aot_autograd.descriptors import SubclassGetAttrAOTOutput
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.inductor_prims import force_stride_order
@@ -45,6 +46,7 @@ __all__ = [
     "mark_cacheable",
     "may_measure",
     "one_pass_per_hook",
+    "parts_of_subclasses",
     "sort_graph",
     "static_inputs",
     "trace_decomposed",
@@ -225,6 +227,18 @@ def static_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:
         return set()
     inputs = graph.find_nodes(op="placeholder")
     return {inputs[i] for i in metadata.static_input_indices or () if i < len(inputs)}
+
+
+def parts_of_subclasses(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """What ``graph`` returns to make a tensor subclass of it, which takes several tensors."""
+    (output,) = graph.find_nodes(op="output")
+    returned: Any = output.args[0]
+    kinds = output.meta.get("desc") or [None] * len(returned)
+    return {
+        node
+        for node, kind in zip(returned, kinds, strict=True)
+        if isinstance(kind, SubclassGetAttrAOTOutput)
+    }
 
 
 def may_measure() -> bool:

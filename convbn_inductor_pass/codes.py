@@ -66,7 +66,9 @@ class ForwardCode(enum.Enum):
     UNSUPPORTED_DTYPE = "this mix of dtypes is not supported"
     QUANTISED = "the weight is made of integers or 8-bit numbers, which Inductor has kernels for"
     NUMBER_RANGE = "the constants of the affine map, multiplied, do not fit float32"
-    VIEW_RETURNED = "a view of the result is returned, whose strides would change"
+    VIEW_RETURNED = (
+        "a view of the result, or a subclass made of it, is returned, whose strides would change"
+    )
     STRIDES_USED = "something reads the result's memory by its strides, which would change"
     SUBGRAPH = "inside cond, scan and the like, whose results must have the strides they had"
     WRITE_BETWEEN = "something may be written to between the layer and the end of the affine map"

@@ -100,6 +100,7 @@ class _Surroundings:
         writes: positions of the nodes that write to memory.
         is_inference: whether the graph is no forward of a training step.
         is_channels_last: whether Inductor makes what goes through convolutions channels-last.
+        parts: what is returned to make tensor subclasses of it.
         taken: additions of a residual that a layer's kernel computes already. There may be a
             layer on both sides.
     """
@@ -108,6 +109,7 @@ class _Surroundings:
     writes: list[int]
     is_inference: bool
     is_channels_last: bool
+    parts: set[fx.Node]
     taken: set[fx.Node]
 
     @classmethod
@@ -117,7 +119,8 @@ class _Surroundings:
         inputs = graph.find_nodes(op="placeholder")
         is_inference = not any(n.name.startswith("primals_") for n in inputs)
         is_channels_last = _inductor.makes_channels_last(graph, is_inference=is_inference)
-        return cls(order, writes, is_inference, is_channels_last, set())
+        parts = _inductor.parts_of_subclasses(graph)
+        return cls(order, writes, is_inference, is_channels_last, parts, set())
 
 
 def _decide(
@@ -175,7 +178,7 @@ def _decide(
         return decision(ForwardCode.WRITE_BETWEEN, f"between {layer.node} and {ends[-1]}")
     if _inductor.in_subgraph():
         return decision(ForwardCode.SUBGRAPH)
-    if _view_is_returned(end):
+    if _part_is_returned(end, around.parts):
         return decision(ForwardCode.VIEW_RETURNED, str(chain.last))
     if any(_strides_are_used(node) for node in ends):
         return decision(ForwardCode.STRIDES_USED, str(end))
@@ -211,25 +214,29 @@ def _computed_by(decision: ForwardDecision, kernel: str) -> ForwardDecision | No
     )
 
 
-def _view_is_returned(node: fx.Node) -> bool:
+def _part_is_returned(node: fx.Node, parts_of_subclasses: set[fx.Node]) -> bool:
     """Whether the graph returns a part of ``node``, or of what is generated from it.
 
     Inductor restores the strides of an output that is dense. A slice gets those of the memory
     that it is cut from. A library's kernel may choose others for that than a generated one, and
     generated code lays its results out as its inputs are.
+
+    Nor does Inductor restore the strides of all the tensors that a subclass is made of.
     """
     pending, seen = [node], {node}
     while pending:
         node = pending.pop()
         whole, views = tensor_of(node), views_of(node)
-        for view in views:
-            part = tensor_of(view)
+        for returned in (node, *views):
+            part = tensor_of(returned)
             is_part = (
                 part is None
                 or whole is None
                 or not aten_ir.known_equal(part.numel(), whole.numel())
             )
-            if is_part and any(u.op == "output" for u in view.users):
+            if is_part and any(u.op == "output" for u in returned.users):
+                return True
+            if returned in parts_of_subclasses:
                 return True
         made = {u for n in (node, *views) for u in n.users if _inductor.is_generated(u.target)}
         pending += made - seen

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from test_forward import folded
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.torch_version import TorchVersion
 
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import ForwardCode, testing
@@ -167,6 +169,32 @@ def test_inputs_that_are_contiguous_and_channels_last(shape):
         torch.testing.assert_close(torch.compile(model)(x), model(x))
 
 
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_subclass_made_of_the_result_is_returned(relu):
+    """Its parts have equal strides, of which Inductor restores the first one's only."""
+    torch.manual_seed(0)
+    x, w, s = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3), torch.randn(4, 1, 1)
+
+    def fn(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
+        y = F.conv2d(x, w) * s
+        return F.relu(y) if relu else y
+
+    args = x, TwoTensor(w, w + 1), s
+    with testing.fresh_compile(), cbn.options(forward="fold"):
+        cbn.clear_records()
+        out = torch.compile(fn)(*args)
+    assert [r.code for r in cbn.forward_records()] == [ForwardCode.VIEW_RETURNED] * 2
+    for part in (0, 1):
+        got, expected = ((t.a, t.b)[part] for t in (out, fn(*args)))
+        torch.testing.assert_close(got, expected)
+
+
+breaks_graphs = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.12", reason="where a size depends on data, Dynamo gives up"
+)
+
+
+@breaks_graphs
 def test_no_guard_on_a_size_that_depends_on_data():
     conv = torch.nn.Conv2d(3, 4, 1)
 
