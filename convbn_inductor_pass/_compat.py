@@ -39,6 +39,7 @@ __all__ = [
     "copy_dynamo_source",
     "counters",
     "counters_kept",
+    "depends_on_data",
     "dynamo_config",
     "fake_mode_of",
     "function_of_source",
@@ -131,6 +132,11 @@ def size_hint(value: int | torch.SymInt) -> int:
         return int(value.node.hint)
     expression = value.node.expr
     return int(expression.subs(dict.fromkeys(expression.free_symbols, _UNBACKED)))
+
+
+def depends_on_data(tensor: Tensor) -> bool:
+    """Whether a size of ``tensor`` is known only once it is computed: its hint is a guess."""
+    return any(isinstance(n, torch.SymInt) and not n.node.has_hint() for n in tensor.shape)
 
 
 def lazy_graph_module(root: torch.nn.Module, graph: torch.fx.Graph) -> torch.fx.GraphModule:

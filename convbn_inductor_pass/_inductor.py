@@ -41,6 +41,7 @@ __all__ = [
     "is_generated",
     "keep_output",
     "load_cpp",
+    "library_settings",
     "lookup_timings",
     "makes_channels_last",
     "mark_cacheable",
@@ -88,11 +89,20 @@ def sort_graph(graph: torch.fx.Graph) -> None:
     stable_topological_sort(graph)
 
 
-@functools.cache
+def library_settings() -> tuple[bool, ...]:
+    """What the user has said about the libraries that the functions below ask for."""
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    return bool(cudnn.enabled), bool(cudnn.deterministic), bool(mkldnn.enabled)
+
+
 def has_onednn_epilogues(dtype: torch.dtype) -> bool:
     """Whether oneDNN's convolution with post-ops runs here, and Inductor lowers it."""
-    mkldnn = torch.backends.mkldnn
-    if not (mkldnn.is_available() and mkldnn.enabled):
+    return bool(torch.backends.mkldnn.enabled) and _computes_with_onednn(dtype)
+
+
+@functools.cache
+def _computes_with_onednn(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
         return False
     if torch.ops.mkldnn._is_mkldnn_acl_supported():  # no post-ops there
         return False
@@ -255,9 +265,11 @@ def in_subgraph() -> bool:
 
     The only thing that tells is that they are called for it from within those of the outer one.
     """
+    from torch._inductor.compile_fx import _recursive_post_grad_passes as passes
+
     frame, depth = inspect.currentframe(), 0
     while frame is not None:
-        depth += frame.f_code.co_name == "_recursive_post_grad_passes"
+        depth += frame.f_code.co_name == passes.__name__
         frame = frame.f_back
     return depth > 1
 

@@ -44,13 +44,10 @@ class AffineChain:
     Attributes:
         layer: the layer.
         steps: what happens to its output, in order; may be empty.
-        output_used_by: nodes other than the chain's first that use the layer's output, which
-            then must exist as it is; the chain is empty in that case.
     """
 
     layer: Layer
     steps: tuple[Step, ...]
-    output_used_by: tuple[fx.Node, ...] = ()
 
     @property
     def last(self) -> fx.Node:
@@ -99,7 +96,6 @@ def _follow(layer: Layer, taken: set[fx.Node]) -> AffineChain:
             break
         steps += found
         node, dim = user, found[-1].dim
-    used_by = tuple(layer.node.users) if len(layer.node.users) > 1 else ()
     # Casts and views at the end belong to what comes next, but for the cast back to the dtype in
     # which the layer computes.
     affine = [i for i, s in enumerate(steps) if s.kind not in ("cast", "move")]
@@ -107,7 +103,7 @@ def _follow(layer: Layer, taken: set[fx.Node]) -> AffineChain:
     if end and end < len(steps) and steps[end].kind == "cast":
         after = tensor_of(steps[end].node)
         end += after is not None and after.dtype == layer.out.dtype
-    return AffineChain(layer, tuple(steps[:end]), used_by)
+    return AffineChain(layer, tuple(steps[:end]))
 
 
 # float32 reaches from 1e-38 to 3e38; this leaves room for the weights.

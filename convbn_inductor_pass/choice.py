@@ -68,8 +68,10 @@ def choose(
     ends = _ends_a_kernel(_last(chain, activation, residual))
     work = workload_of(chain, activation, residual, ends, is_channels_last=is_channels_last)
     ways = [*folding, kernels.UNFOLDED_LINEAR] if kernels.LINEAR in folding else folding
-    times = timing.seconds(work, ways, measure=measure and _inductor.may_measure())
-    if not times:
+    measure = measure and _inductor.may_measure() and not _is_guess(chain)
+    times = timing.seconds(work, ways, measure=measure)
+    ways = [way for way in ways if way in times]  # where nothing is measured, some may be on file
+    if not ways or timing.AS_WRITTEN not in times:
         faster = _is_faster(*bytes_moved(chain, activation, residual, folding[0]))
         return Costs(folding[0] if faster else None)
     exact = times[timing.AS_WRITTEN]
@@ -78,6 +80,12 @@ def choose(
         kernel = kernels.PACKED
     faster = times[kernel] < _LEAD * exact
     return Costs(kernel if faster else None, exact, times[kernel])
+
+
+def _is_guess(chain: AffineChain) -> bool:
+    """Whether a size depends on data, so that there is nothing to time."""
+    tensors = (tensor_of(chain.layer.input), tensor_of(chain.layer.weight), chain.layer.out)
+    return any(t is not None and _compat.depends_on_data(t) for t in tensors)
 
 
 def _last(chain: AffineChain, activation: Activation | None, residual: Residual | None) -> fx.Node:

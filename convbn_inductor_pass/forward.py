@@ -221,9 +221,12 @@ def _part_is_returned(node: fx.Node, parts_of_subclasses: set[fx.Node]) -> bool:
     that it is cut from. A library's kernel may choose others for that than a generated one, and
     generated code lays its results out as its inputs are.
 
-    Nor does Inductor restore the strides of all the tensors that a subclass is made of.
+    Nor does Inductor restore the strides of all the tensors that a subclass is made of. With
+    another rank they do not depend on how images are laid out.
     """
     pending, seen = [node], {node}
+    result = tensor_of(node)
+    rank = None if result is None else result.ndim
     while pending:
         node = pending.pop()
         whole, views = tensor_of(node), views_of(node)
@@ -236,7 +239,7 @@ def _part_is_returned(node: fx.Node, parts_of_subclasses: set[fx.Node]) -> bool:
             )
             if is_part and any(u.op == "output" for u in returned.users):
                 return True
-            if returned in parts_of_subclasses:
+            if returned in parts_of_subclasses and part is not None and part.ndim == rank:
                 return True
         made = {u for n in (node, *views) for u in n.users if _inductor.is_generated(u.target)}
         pending += made - seen
@@ -307,12 +310,15 @@ def apply(decisions: list[ForwardDecision], graph: fx.Graph) -> int:
         return 0
     writes = any(_compat.is_mutable(n.target) for n in graph.nodes)
     build = Builder(graph, share=not writes)
-    for decision in wanted:
-        chain = decision.chain
-        with graph.inserting_before(decision.place), _compat.fake_mode_of(chain.layer.out):
-            if decision.code is ForwardCode.AS_LINEAR:
-                compute_as_linear(chain.layer, build)
-            else:
-                fold_forward(chain, decision.activation, decision.residual, decision.kernel, build)
-    kept.keep_packed(graph)
+    try:
+        for decision in wanted:
+            chain, activation, residual = decision.chain, decision.activation, decision.residual
+            with graph.inserting_before(decision.place), _compat.fake_mode_of(chain.layer.out):
+                if decision.code is ForwardCode.AS_LINEAR:
+                    compute_as_linear(chain.layer, build)
+                else:
+                    fold_forward(chain, activation, residual, decision.kernel, build)
+    finally:
+        # If one fails, too: Inductor must not see packed weights.
+        kept.keep_packed(graph)
     return len(wanted)

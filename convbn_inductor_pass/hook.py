@@ -141,6 +141,10 @@ class ConvBNForwardPass(_Pass):
 
     _uuid = "convbn_inductor_pass, forward"
 
+    def uuid(self) -> str:
+        """What is decided depends on settings of PyTorch's, too, that no cache knows of."""
+        return f"{super().uuid()} {_inductor.library_settings()}"
+
     def _run(self, graph: fx.Graph) -> None:
         rewritten = masks.rewrite_masks(graph)
         _compat.counters["inductor"]["efficient_conv_bn_eval_masks"] += rewritten

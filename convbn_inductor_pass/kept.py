@@ -24,6 +24,7 @@ keep compiled code from one process to the next.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -114,18 +115,19 @@ def _result(part: _Part, parameters: list[Tensor], made_of: bytes) -> _Result:
     weight = parameters[0]
     results = _results.setdefault(weight.untyped_storage(), collections.OrderedDict())
     key = part.digest, weight.storage_offset()
-    result = results.get(key)
+    # Taken out meanwhile: frees the memory of what is stale, and what is not comes back as the
+    # latest. Another thread that looks for it then makes its own.
+    result = results.pop(key, None)
     if result is None or result.made_of != made_of:
-        results.pop(key, None)  # frees its memory
+        del result
         result = _Result(made_of, part.function(*parameters))
         # Another thread may have written to the parameters since their fingerprints were taken.
         if fingerprints(*parameters) != made_of:
             return result
-        results[key] = result
-        if len(results) > _MOST:
+    results[key] = result
+    if len(results) > _MOST:
+        with contextlib.suppress(KeyError):  # emptied by other threads
             results.popitem(last=False)
-    else:
-        results.move_to_end(key)
     return result
 
 
@@ -190,7 +192,10 @@ def keep_packed(graph: fx.Graph) -> int:
 
     ``graph`` is in aten IR and writes to nothing. Returns the number of weights.
     """
-    groups = [_with_biases(node) for node in graph.find_nodes(op="call_function", target=ops.pack)]
+    packed = graph.find_nodes(op="call_function", target=ops.pack)
+    for node in packed:
+        erase_unused(node)  # as where a rewrite failed half-way
+    groups = [_with_biases(node) for node in packed if node.users]
     if not groups:
         return 0
     parameters: list[fx.Node] = []

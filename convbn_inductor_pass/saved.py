@@ -137,8 +137,8 @@ def saved_by_graph(
         _compat.tracing(copy.copy(_compat.TracingContext.get())),
     ):
         _inductor.compile_with(stop_before_codegen, gm, example_inputs)
-    if False in graphs:
-        on_forward(graphs[False].graph)
+        if False in graphs:
+            on_forward(graphs[False].graph)  # with what is known of the inputs while compiling
     if True not in graphs:  # nothing requires a gradient
         return SavedForBackward(())
     forward, backward = graphs[False].graph, graphs[True].graph

@@ -37,8 +37,8 @@ _SECONDS = 0.5  # of timing per workload, after which no round beyond the fewest
 def seconds(workload: Workload, kernels: Sequence[str], *, measure: bool) -> dict[str, float]:
     """Seconds as written (key ``AS_WRITTEN``) and folded with each of ``kernels``.
 
-    Infinite for a kernel that refuses this layer. Empty if nothing is on file and ``measure``
-    is False, or there is not enough memory.
+    Infinite for a kernel that refuses this layer. Where ``measure`` is False, those that are on
+    file. Empty if there is not enough memory, or the layer cannot be computed here.
     """
     try:
         return _inductor.lookup_timings(
@@ -47,8 +47,12 @@ def seconds(workload: Workload, kernels: Sequence[str], *, measure: bool) -> dic
             repr((_METHOD, _system(), workload)),
             (lambda names: _measure(workload, names)) if measure else None,
         )
-    except torch.OutOfMemoryError:
+    except _CannotMeasureError:
         return {}
+
+
+class _CannotMeasureError(Exception):
+    """Not even as it is written can the layer be computed, for want of memory above all."""
 
 
 def _system() -> tuple[object, ...]:
@@ -67,9 +71,12 @@ def _system() -> tuple[object, ...]:
 
 def _measure(workload: Workload, names: Sequence[str]) -> dict[str, float]:
     with _compat.real_tensors(), torch.no_grad():
-        ways = others = _Ways(workload)
-        if workload.input.device == "cpu":
-            others = _Ways(workload)
+        try:
+            ways = others = _Ways(workload)
+            if workload.input.device == "cpu":
+                others = _Ways(workload)
+        except RuntimeError as error:  # on CPU no other kind tells that there is no memory
+            raise _CannotMeasureError from error
         functions = {name: (ways.function(name), others.function(name)) for name in names}
         times: dict[str, float] = {}
         for name in names:
@@ -78,7 +85,7 @@ def _measure(workload: Workload, names: Sequence[str]) -> dict[str, float]:
                     function()
             except RuntimeError as error:
                 if name == AS_WRITTEN or isinstance(error, torch.OutOfMemoryError):
-                    raise
+                    raise _CannotMeasureError from error
                 times[name] = float("inf")
                 del functions[name]
         if workload.input.device == "cpu":

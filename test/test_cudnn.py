@@ -222,6 +222,39 @@ def test_operator(shapes, options, dtype, device):
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+class _Aten:
+    """PyTorch's operators, but for cuDNN's two, which this computes on CPU."""
+
+    def __getattr__(self, name: str):
+        operator = getattr(torch.ops.aten, name)
+        if not name.startswith("cudnn"):
+            return operator
+
+        def compute(*arguments):
+            names = [a.name for a in operator.default._schema.arguments]
+            given = dict(zip(names, arguments, strict=True))
+            geometry = [given[n] for n in ("stride", "padding", "dilation", "groups")]
+            out = F.conv2d(given["self"], given["weight"], given["bias"], *geometry)
+            return F.relu(out + given["alpha"] * given["z"] if "z" in given else out).contiguous()
+
+        return compute
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("has_other", [False, True])
+def test_how_cudnn_is_called(shapes, has_other, monkeypatch):
+    """As the schemas of PyTorch's operators want it; the result is made channels-last."""
+    monkeypatch.setattr(ops, "aten", _Aten())
+    torch.manual_seed(0)
+    x_shape, w_shape, *geometry, groups = shapes
+    x, w, bias = torch.randn(x_shape), torch.randn(w_shape), torch.randn(w_shape[0])
+    expected = F.conv2d(x, w, bias, *geometry, groups)
+    other = torch.randn_like(expected) if has_other else None
+    out = ops._convolution_relu(x, w, bias, other, *geometry, groups)
+    torch.testing.assert_close(out, F.relu(expected if other is None else expected + other))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [False, True])

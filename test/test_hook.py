@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from common import ConvBN, Residual
+from common import ConvBN, Residual, fastest
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import config
@@ -14,7 +14,18 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import _compat, _inductor, forward, hook, pipeline, scales, testing
+from convbn_inductor_pass import (
+    _compat,
+    _inductor,
+    forward,
+    forward_rewrite,
+    hook,
+    kernels,
+    pipeline,
+    scales,
+    testing,
+    timing,
+)
 
 
 def stop_before_codegen(gm, inputs, **kwargs):
@@ -189,6 +200,44 @@ def test_being_overwritten_is_noticed(x):
         assert compiled(Residual(), x, flag=False) == 0  # nothing to notice
         cbn.install()
         assert compiled(Residual(), x) == Residual.pairs
+
+
+@pytest.mark.skipif(not _inductor.has_onednn_epilogues(torch.float32), reason="needs oneDNN")
+def test_a_failure_half_way_leaves_no_packed_weight(x, monkeypatch):
+    """Which Inductor cannot take: what was rewritten before the failure is finished."""
+    calls = []
+
+    def fails_the_second_time(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("on purpose")
+        forward_rewrite.fold_forward(*arguments)
+
+    monkeypatch.setattr(forward, "fold_forward", fails_the_second_time)
+    monkeypatch.setattr(timing, "seconds", fastest(kernels.PACKED))
+    model = Residual()
+    with (
+        testing.fresh_compile(),
+        cbn.options(forward="auto"),
+        torch.no_grad(),
+        pytest.warns(cbn.PassFailedWarning, match="on purpose"),
+    ):
+        out = torch.compile(model)(x)
+    assert len(calls) == 2
+    torch.testing.assert_close(out, model(x))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize("enabled", [True, False])
+def test_settings_of_libraries_are_in_the_cache_key(enabled):
+    ours = hook._HOOKS["post_grad_custom_pre_pass"]
+    key = ours.uuid()
+    with torch.backends.mkldnn.flags(enabled=enabled):
+        assert (ours.uuid() == key) == enabled
+        assert _inductor.has_onednn_epilogues(torch.float32) <= enabled
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=cudnn.enabled, deterministic=enabled):
+        assert (ours.uuid() == key) != enabled
 
 
 @pytest.mark.parametrize("hook", ["joint_custom_pre_pass", "post_grad_custom_pre_pass"])

@@ -460,3 +460,14 @@ def test_from_inductors_cache_in_a_new_process(tmp_path):
         )
         assert run.returncode == 0, run.stderr
         assert run.stdout.strip() == f"hits: {hits}"
+
+
+def test_explain_knows_of_packed_weights():
+    model = small()
+    with torch.no_grad(), compiled_for(model, X) as (packed, _):
+        assert packed == [True]
+        (record,) = cbn.forward_records()
+        with cbn.options(forward="auto"):
+            (explained,) = cbn.explain(model, X).forward
+    assert (explained.code, explained.kernel) == (record.code, record.kernel)
+    assert explained.kernel == kernels.PACKED

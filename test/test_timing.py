@@ -155,12 +155,35 @@ def test_a_kernel_that_refuses_is_not_taken(monkeypatch):
 
 def test_without_memory_to_measure_in_bytes_are_counted(monkeypatch):
     def out_of_memory(*_):
-        raise torch.OutOfMemoryError
+        torch.empty(1 << 60, device="cpu")
 
-    monkeypatch.setattr(timing, "_measure", out_of_memory)
+    monkeypatch.setattr(timing._Ways, "__init__", out_of_memory)
     (record,) = compiled(block(), torch.randn(2, 8, 32, 32))
     assert record.code is ForwardCode.FOLDED
     assert record.seconds_exact is None
+
+
+def test_a_part_of_the_ways_is_on_file():
+    """As after a compilation that had fewer: of what is there the fastest is taken."""
+    model, x = block(), torch.randn(2, 8, 16, 16)
+    with inductor_config.patch(cpp_wrapper=True):
+        (measured,) = compiled(model, x)
+    with inductor_config.patch(deterministic=True):
+        (record,) = compiled(model, x)
+    assert record.seconds_exact == measured.seconds_exact > 0
+    with cbn.options(forward="auto"), torch.no_grad():
+        assert cbn.explain(model, x).forward
+
+
+def test_no_timing_for_a_size_that_is_not_known():
+    layer = nn.Linear(8, 8)
+
+    def fn(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return torch.relu(layer(x[keep.nonzero().flatten()]))
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        records = compiled(fn, torch.randn(4, 8), torch.tensor([1, 0, 1, 1]))
+    assert all(r.seconds_exact is None for r in records)
 
 
 def test_deterministic_compilation_measures_nothing():
