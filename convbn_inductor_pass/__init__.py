@@ -5,7 +5,8 @@
     model = torch.compile(model.eval())
 
 Fine-tuning a convnet with its batch norms in eval mode then keeps one activation per
-conv-BN pair for backward instead of two. The forward's bits and the gradients are eval mode's.
+conv-BN pair for backward instead of two. The forward is computed as written, and the gradients are
+eval mode's up to rounding.
 Without a compiler, ``convbn_inductor_pass.turn_on(model)`` does the same in eager mode.
 
 The story in the order of the code: ``hook`` (how Inductor calls us) -> ``pipeline`` (find,

@@ -1,4 +1,4 @@
-"""Every private import from torch, Inductor's apart: those are in :mod:`_inductor`.
+"""Private imports from torch, Inductor's apart: those are in :mod:`_inductor`.
 
 Branches on torch's version, too, are in these two modules and nowhere else.
 """

@@ -230,12 +230,18 @@ def records() -> list[Records]:
 
 
 def forward_records() -> list[ForwardRecord]:
-    """The kernel half's decisions in this process, newest last (65,536 at most)."""
+    """The kernel half's decisions in this process, newest last (65,536 at most).
+
+    Empty after a warm compile cache hit, where the pass need not run.
+    """
     return list(_forward_history)
 
 
 def scale_records() -> list[ScaleRecord]:
-    """Decisions about scales in this process, newest last (65,536 at most)."""
+    """Decisions about scales in this process, newest last (65,536 at most).
+
+    Empty after a warm compile cache hit, where the pass need not run.
+    """
     return list(_scale_history)
 
 

@@ -1,4 +1,4 @@
-"""Time the ways to compute a layer and what follows it, once per machine and shape.
+"""Time the ways to compute a layer and what follows it, once per kind of processor and shape.
 
 A way is a call of a library and a few generated kernels around it. The library's call is made
 here as compiled code makes it, memory formats included. For a generated kernel stands one
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pathlib
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -51,6 +52,15 @@ def seconds(workload: Workload, kernels: Sequence[str], *, measure: bool) -> dic
         return {}
 
 
+@functools.cache
+def _processor() -> tuple[object, ...]:
+    """What kind of processor this is: on Linux, Python's ``platform`` often does not say."""
+    path = pathlib.Path("/proc/cpuinfo")
+    lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
+    names = [line for line in lines if line.startswith(("vendor", "cpu family", "model", "CPU "))]
+    return platform.machine(), platform.processor(), *names, _last_level_cache()
+
+
 class _CannotMeasureError(Exception):
     """Not even as it is written can the layer be computed, for want of memory above all."""
 
@@ -62,7 +72,7 @@ def _system() -> tuple[object, ...]:
     """
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     return (
-        *(torch.__version__, platform.machine(), platform.processor()),
+        *(torch.__version__, *_processor()),
         torch.backends.cpu.get_cpu_capability(),
         *(cudnn.version(), cudnn.benchmark, cudnn.conv.fp32_precision),  # type: ignore[attr-defined]
         mkldnn.conv.fp32_precision,  # type: ignore[attr-defined]
