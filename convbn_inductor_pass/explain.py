@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -110,11 +110,13 @@ class Explanation:
 
     def _forward_table(self) -> Table:
         table = Table(title="Forward: layers and what follows them", title_justify="left")
-        for column in ("layer", "epilogue", "bytes", "folded", "ms", "folded", "decision"):
-            is_number = column in ("bytes", "ms", "folded")
-            table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+        numbers = ("bytes as written", "bytes folded", "ms as written", "ms of the best other")
+        for column in ("layer", "computes also", *numbers, "decision"):
+            justify: Literal["left", "right"] = "right" if column in numbers else "left"
+            table.add_column(column, justify=justify, overflow="fold")
         for r in self.forward:
             times = (r.seconds_exact, r.seconds_folded)
+            why = f" ({r.detail})" if r.detail else ""
             table.add_row(
                 r.layer,
                 r.epilogue,
@@ -123,7 +125,7 @@ class Explanation:
                 *("" if t is None else f"{t * 1e3:.3g}" for t in times),
                 f"{r.code.name} ({r.kernel})"
                 if r.code.folded
-                else f"{r.code.name}: {r.code.value}",
+                else f"{r.code.name}: {r.code.value}{why}",
             )
         return table
 
@@ -145,7 +147,7 @@ class Explanation:
     def _summary(self) -> str:
         if not self.graphs:
             return "Dynamo made no graph: there is nothing that torch.compile would compile."
-        if not (self.records or self.scales):
+        if not (self.records or self.scales or self.forward):
             return "There is no batch norm in what torch.compile sees of this model."
         lines = [f"{self.fused} of {len(self.records)} batch norms fused, {self.graphs} graph(s)."]
         if self.scales:
