@@ -77,7 +77,7 @@ def test_every_kind_of_layer_can_be_timed(autocast):
     assert len(records) == 4
     for record in records:
         assert record.seconds_exact > 0
-        assert record.seconds_folded > 0
+        assert 0 < record.seconds_folded < float("inf")
 
 
 def test_timings_are_kept_on_disk(monkeypatch):
@@ -220,7 +220,11 @@ def test_measuring_leaves_random_numbers_alone():
 # Timings of a 1x1 convolution, and what is made of it.
 _ONE_BY_ONE = [
     ({"aten": 0.9, "onednn": 0.9, "linear": 0.5, "unfolded linear": 0.6}, "FOLDED", "linear"),
-    ({"aten": 0.9, "onednn": 0.9, "linear": 0.6, "unfolded linear": 0.5}, "AS_LINEAR", ""),
+    (
+        {"aten": 0.9, "onednn": 0.9, "linear": 0.6, "unfolded linear": 0.5},
+        "AS_LINEAR",
+        "unfolded linear",
+    ),
 ]
 
 
@@ -281,6 +285,7 @@ def test_layers_as_linear_layers(monkeypatch, times, code, kernel, autocast, dyn
     records = [r for r in cbn.forward_records() if r.kernel in linear]
     assert len(records) == 6
     assert {r.code.name for r in records} == {code}
+    assert {r.kernel for r in records} == {kernel}
 
 
 def test_no_own_operator_where_python_may_not_run(monkeypatch):
