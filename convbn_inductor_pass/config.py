@@ -40,9 +40,10 @@ class Options:
         keep_packed_weights: in inference with ``"auto"``, also consider to keep a layer's scaled
             weight in the library's own layout, made anew when a call finds the weight changed.
             That takes the memory of the weights once more, for each size of input compiled for.
-        allow: shell-style patterns of module paths (``"backbone.*"``). If given, only pairs
-            whose batch norm or convolution matches one of them are fused.
-        deny: patterns of module paths that are never fused; wins over ``allow``.
+        allow: shell-style patterns of module paths (``"backbone.*"``). If given, a layer is only
+            fused or folded with what follows it if one of the two matches one of them: the
+            layer's own path, or that of a batch norm or of other steps that would be taken in.
+        deny: the same, of what is never fused or folded; wins over ``allow``.
 
     Raises:
         ValueError: a value is not one of those above.
@@ -70,7 +71,7 @@ class Options:
             object.__setattr__(self, name, tuple(value))
 
     def permits(self, *module_paths: str) -> bool:
-        """Whether ``allow`` and ``deny`` let a pair be fused that lives at these module paths."""
+        """Whether ``allow`` and ``deny`` let be joined what lives at these module paths."""
 
         def matches(patterns: tuple[str, ...]) -> bool:
             return any(fnmatch.fnmatchcase(m, p) for m in module_paths for p in patterns)
