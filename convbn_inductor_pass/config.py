@@ -45,6 +45,9 @@ class Options:
             layer's own path, or that of a batch norm or of other steps that would be taken in.
         deny: the same, of what is never fused or folded; wins over ``allow``.
 
+    ``turn_on`` heeds ``fuse_frozen_layers`` alone: without a graph there are no module paths, and
+    its own argument ``modules`` says where it is on.
+
     Raises:
         ValueError: a value is not one of those above.
     """
@@ -61,9 +64,13 @@ class Options:
             if getattr(self, name) not in get_args(choices):
                 allowed = ", ".join(repr(o) for o in get_args(choices))
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("fuse_frozen_layers", "keep_packed_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("allow", "deny"):
             value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(p, str) for p in value):
+            is_sequence = isinstance(value, (tuple, list))
+            if not is_sequence or not all(isinstance(p, str) for p in value):
                 raise ValueError(
                     f"{name} must be a sequence of module path patterns such as "
                     f"('backbone.*',), got {value!r}"
@@ -106,7 +113,11 @@ def set_options(**changes: object) -> Options:
 
 @contextlib.contextmanager
 def options(**changes: object) -> Iterator[Options]:
-    """Like :func:`set_options`, for the duration of a ``with`` block."""
+    """Like :func:`set_options`, for the duration of a ``with`` block.
+
+    Options are the whole process's: a block also holds for compilations in other threads. Blocks of
+    two threads must not overlap, since each puts back what it found.
+    """
     global _current
     before = _current
     try:
