@@ -14,6 +14,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
 import convbn_inductor_pass
+from convbn_inductor_pass import hook
 from convbn_inductor_pass.saved import Mode
 
 from .module_pairs import merge, tune_eagerly
@@ -62,26 +63,22 @@ class Provider:
     def active(self) -> Iterator[None]:
         """Configure compilation for this provider, with no cached graphs in use."""
         ours, flag = self.mode == "tune", self.mode in ("tune", "builtin")
-        was_installed = convbn_inductor_pass.is_installed()
-        (convbn_inductor_pass.install if ours else convbn_inductor_pass.uninstall)()
-        try:
-            with (
-                inductor_config.patch(
-                    efficient_conv_bn_eval_fx_passes=flag,
-                    fx_graph_cache=False,
-                    fx_graph_remote_cache=False,
-                    **self.inductor,
-                ),
-                functorch_config.patch(
-                    enable_autograd_cache=False,
-                    force_non_lazy_backward_lowering=True,
-                    **self.functorch,
-                ),
-                convbn_inductor_pass.options(**self.options),
-            ):
-                yield
-        finally:
-            (convbn_inductor_pass.install if was_installed else convbn_inductor_pass.uninstall)()
+        with (
+            hook.installation(ours),
+            inductor_config.patch(
+                efficient_conv_bn_eval_fx_passes=flag,
+                fx_graph_cache=False,
+                fx_graph_remote_cache=False,
+                **self.inductor,
+            ),
+            functorch_config.patch(
+                enable_autograd_cache=False,
+                force_non_lazy_backward_lowering=True,
+                **self.functorch,
+            ),
+            convbn_inductor_pass.options(**self.options),
+        ):
+            yield
 
     def prepare(self, workload: Workload) -> tuple[nn.Module, Callable[..., Any]]:
         """The module whose parameters train, and the function to call; compiles nothing yet.

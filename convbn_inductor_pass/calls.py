@@ -74,12 +74,14 @@ class Context(NamedTuple):
 
     @classmethod
     def now(cls, device_type: str) -> Context:
-        return cls(
-            torch.is_grad_enabled(),
-            torch.is_autocast_enabled(device_type),
-            torch.get_autocast_dtype(device_type),
-            _compat.saved_tensors_hooks(),
-        )
+        autocast: tuple[bool, torch.dtype] = False, torch.float32
+        # The meta device, for one, knows no autocast and raises when asked for it.
+        if torch.amp.is_autocast_available(device_type):
+            autocast = (
+                torch.is_autocast_enabled(device_type),
+                torch.get_autocast_dtype(device_type),
+            )
+        return cls(torch.is_grad_enabled(), *autocast, _compat.saved_tensors_hooks())
 
     @contextlib.contextmanager
     def restored(self, device_type: str) -> Iterator[None]:

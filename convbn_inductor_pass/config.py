@@ -40,9 +40,13 @@ class Options:
         keep_packed_weights: in inference with ``"auto"``, also consider to keep a layer's scaled
             weight in the library's own layout, made anew when a call finds the weight changed.
             That takes the memory of the weights once more, for each size of input compiled for.
-        allow: shell-style patterns of module paths (``"backbone.*"``). If given, only pairs
-            whose batch norm or convolution matches one of them are fused.
-        deny: patterns of module paths that are never fused; wins over ``allow``.
+        allow: shell-style patterns of module paths (``"backbone.*"``). If given, a layer is only
+            fused or folded with what follows it if one of the two matches one of them: the
+            layer's own path, or that of a batch norm or of other steps that would be taken in.
+        deny: the same, of what is never fused or folded; wins over ``allow``.
+
+    ``turn_on`` heeds ``fuse_frozen_layers`` alone: without a graph there are no module paths, and
+    its own argument ``modules`` says where it is on.
 
     Raises:
         ValueError: a value is not one of those above.
@@ -60,9 +64,13 @@ class Options:
             if getattr(self, name) not in get_args(choices):
                 allowed = ", ".join(repr(o) for o in get_args(choices))
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("fuse_frozen_layers", "keep_packed_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("allow", "deny"):
             value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(p, str) for p in value):
+            is_sequence = isinstance(value, (tuple, list))
+            if not is_sequence or not all(isinstance(p, str) for p in value):
                 raise ValueError(
                     f"{name} must be a sequence of module path patterns such as "
                     f"('backbone.*',), got {value!r}"
@@ -70,7 +78,7 @@ class Options:
             object.__setattr__(self, name, tuple(value))
 
     def permits(self, *module_paths: str) -> bool:
-        """Whether ``allow`` and ``deny`` let a pair be fused that lives at these module paths."""
+        """Whether ``allow`` and ``deny`` let be joined what lives at these module paths."""
 
         def matches(patterns: tuple[str, ...]) -> bool:
             return any(fnmatch.fnmatchcase(m, p) for m in module_paths for p in patterns)
@@ -105,7 +113,11 @@ def set_options(**changes: object) -> Options:
 
 @contextlib.contextmanager
 def options(**changes: object) -> Iterator[Options]:
-    """Like :func:`set_options`, for the duration of a ``with`` block."""
+    """Like :func:`set_options`, for the duration of a ``with`` block.
+
+    Options are the whole process's: a block also holds for compilations in other threads. Blocks of
+    two threads must not overlap, since each puts back what it found.
+    """
     global _current
     before = _current
     try:

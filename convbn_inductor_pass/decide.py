@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 
 import torch
@@ -21,9 +20,10 @@ from .codes import Code
 from .config import Options
 from .effects import Effects
 from .find import Candidate
+from .origin import module_path
 from .torch_ir import BatchNormCall, ConvCall, Unreadable, describe, tensor_of
 
-__all__ = ["Decision", "decide", "module_path"]
+__all__ = ["Decision", "decide"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,6 @@ _OPERANDS = (
 )
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DEVICES = ("cpu", "cuda", "xpu", "mps", "meta")
-_ROOT = re.compile(r"^[A-Z]\W\w+\.?")  # Dynamo's name of the outermost module: L['self'].
 # What backward reads and writes of a weight's size, in weights: reads W, writes W'; reads dW'
 # and W, writes dW. It spares reading the layer's output once.
 WEIGHT_PASSES = 5
@@ -328,14 +327,3 @@ def decide(candidate: Candidate, effects: Effects, options: Options) -> Decision
         if detail is not None:
             return Decision(candidate, code, detail)
     return Decision(candidate, Code.FUSED)
-
-
-def module_path(node: fx.Node) -> str:
-    """Path of the module that a node comes from, as in ``named_modules()``; "" if unknown."""
-    if node.op == "call_module":
-        return str(node.target)
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = str(next(reversed(stack.values()))[0])
-    return _ROOT.sub("", path.replace("._modules['", ".").replace("']", "").replace("['", "."))

@@ -24,9 +24,9 @@ from .aten_ir import tensor_of
 from .build import Builder
 from .codes import ForwardCode
 from .config import Options
-from .decide import module_path
 from .epilogue import Activation, Residual
 from .forward_rewrite import compute_as_linear, fold_forward, views_of
+from .origin import layer_path, module_path
 
 __all__ = ["ForwardDecision", "analyze", "apply"]
 
@@ -159,9 +159,9 @@ def _decide(
     def decision(code: ForwardCode, detail: str = "") -> ForwardDecision:
         return dataclasses.replace(whole, code=code, detail=detail)
 
-    path = module_path(layer.node)
-    if not options.permits(path):
-        return decision(ForwardCode.DENIED, path)
+    paths = (layer_path(layer.node), *(module_path(s.node) for s in chain.steps))
+    if not options.permits(*paths):
+        return decision(ForwardCode.DENIED, " and ".join(filter(None, dict.fromkeys(paths))))
     if layer.out.dtype not in _DTYPES or not _DTYPES[layer.out.dtype].issuperset(_dtypes(chain)):
         code = ForwardCode.UNSUPPORTED_DTYPE
         if layer.out.dtype == torch.float16:

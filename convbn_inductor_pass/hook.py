@@ -273,12 +273,36 @@ def uninstall() -> None:
         if ours in _current_passes(hook):
             _set_passes(hook, tuple(p for p in _current_passes(hook) if p is not ours))
     if _Installation.installed:
-        for builtin, apply in _Installation.before:
-            if apply is None:
-                del builtin.apply
-            else:
-                builtin.apply = apply
+        _set_applies(_Installation.before)
         _Installation.installed = False
+
+
+def _set_applies(applies: tuple[tuple[Any, Callable[..., Any] | None], ...]) -> None:
+    for builtin, apply in applies:
+        if apply is not None:
+            builtin.apply = apply
+        elif "apply" in builtin.__dict__:
+            del builtin.apply
+
+
+@contextlib.contextmanager
+def installation(installed: bool) -> Iterator[None]:
+    """Be installed, or not, in a ``with`` block; after it all is exactly as it was.
+
+    That a hook was overwritten stays so, and so does the order of the passes in it.
+    """
+    hooks = {name: getattr(_inductor.config, name) for name in _HOOKS}
+    builtins = (_inductor.efficient_conv_bn_eval_pass(), _inductor.binary_folding_pass())
+    applies = tuple((b, b.__dict__.get("apply")) for b in builtins)
+    before = _Installation.installed, _Installation.before
+    try:
+        (install if installed else uninstall)()
+        yield
+    finally:
+        for name, value in hooks.items():
+            setattr(_inductor.config, name, value)
+        _set_applies(applies)
+        _Installation.installed, _Installation.before = before
 
 
 def is_installed() -> bool:

@@ -74,10 +74,9 @@ def _rewrite_loads(graph: fx.Graph, masks: list[fx.Node]) -> int:
 
 
 def _rewrite_stores(graph: fx.Graph, masks: list[fx.Node], output: fx.Node) -> int:
-    order = {node: i for i, node in enumerate(graph.nodes)}
     for mask in masks:
         value = mask.meta["val"]
-        _hoist(mask, order)
+        _hoist(mask)
         with graph.inserting_before(mask.next):
             ones, zeros = (
                 graph.call_function(
@@ -100,7 +99,7 @@ def _rewrite_stores(graph: fx.Graph, masks: list[fx.Node], output: fx.Node) -> i
     return len(masks)
 
 
-def _hoist(mask: fx.Node, order: dict[fx.Node, int]) -> None:
+def _hoist(mask: fx.Node) -> None:
     """Move a mask to right after what it is computed from.
 
     Inductor stores what comes before the last convolution channels-last. The partitioner puts
@@ -108,11 +107,10 @@ def _hoist(mask: fx.Node, order: dict[fx.Node, int]) -> None:
     """
     for source in mask.all_input_nodes:
         if _is_mask(source) and _is_computed(source):
-            _hoist(source, order)
-    last = max(mask.all_input_nodes, key=order.__getitem__)
+            _hoist(source)
+    last = max(mask.all_input_nodes)  # by where they are now: sources may just have been moved
     if last.op == "call_function":
         last.append(mask)
-        order[mask] = order[last]
 
 
 def _is_mask(node: fx.Node) -> bool:

@@ -11,15 +11,15 @@ import collections
 import dataclasses
 import json
 import logging
-import re
 from typing import Any
 
 from torch import Tensor, fx
 
 from . import _compat
 from .codes import Code, ForwardCode, ScaleCode
-from .decide import Decision, module_path
+from .decide import Decision
 from .forward import ForwardDecision
+from .origin import layer_path, layer_source, module_path, source_line
 from .scales import ScaleDecision
 from .torch_ir import ConvCall, tensor_of
 
@@ -125,9 +125,9 @@ def make_forward_records(decisions: list[ForwardDecision]) -> tuple[ForwardRecor
         ForwardRecord(
             code=d.code,
             detail=d.detail,
-            layer=module_path(d.chain.layer.node) or str(d.chain.layer.node),
+            layer=layer_path(d.chain.layer.node) or str(d.chain.layer.node),
             epilogue=d.epilogue,
-            source=_source(d.chain.layer.node),
+            source=layer_source(d.chain.layer.node),
             output_shape=_shape(d.chain.layer.out),
             bytes_exact=d.bytes_exact,
             bytes_folded=d.bytes_folded,
@@ -170,8 +170,8 @@ def make_scale_records(decisions: list[ScaleDecision]) -> tuple[ScaleRecord, ...
         ScaleRecord(
             code=d.code,
             detail=d.detail,
-            layer=module_path(d.layer.node) or str(d.layer.node),
-            source=_source(d.layer.node),
+            layer=layer_path(d.layer.node) or str(d.layer.node),
+            source=layer_source(d.layer.node),
             output_shape=_shape(d.layer.out),
             output_bytes=_compat.size_hint(d.layer.out.numel()) * d.layer.out.element_size(),
         )
@@ -181,16 +181,6 @@ def make_scale_records(decisions: list[ScaleDecision]) -> tuple[ScaleRecord, ...
 
 def _shape(tensor: Tensor) -> tuple[int | str, ...]:
     return tuple(s if isinstance(s, int) else str(s) for s in tensor.shape)
-
-
-_FILE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
-
-
-def _source(node: fx.Node) -> str:
-    """Innermost frame outside torch of the stack trace that tracing recorded."""
-    frames = _FILE_LINE.findall(node.meta.get("stack_trace") or "")
-    outside = [f for f in frames if "/torch/nn/" not in f[0]]
-    return "{}:{}".format(*(outside or frames)[-1]) if frames else ""
 
 
 def _record(decision: Decision) -> Record:
@@ -204,7 +194,7 @@ def _record(decision: Decision) -> Record:
         detail=decision.detail,
         layer="" if source_node is None else module_path(source_node) or str(source_node),
         batch_norm=module_path(bn.node) or str(bn.node),
-        source=_source(bn.node),
+        source=source_line(bn.node),
         output_shape=() if out is None else _shape(out),
         output_bytes=size,
     )

@@ -15,6 +15,7 @@ from torch import fx
 
 from . import autograd
 from .decide import Decision
+from .origin import note_layer
 from .torch_ir import ModuleTensor, Operand, tensor_of
 
 __all__ = ["rewrite"]
@@ -72,6 +73,7 @@ def rewrite(decision: Decision) -> fx.Node:
             )
             new_nodes.append(fused)
             fused.meta = dict(bn.output.meta)
+            note_layer(fused, layer.node)
     except Exception:
         for node in reversed(new_nodes):
             graph.erase_node(node)

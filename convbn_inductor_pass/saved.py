@@ -152,14 +152,11 @@ def _no_pass() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def _only_builtin_pass() -> Iterator[None]:
     """PyTorch's own pass on, ours not there."""
-    was_installed = hook.is_installed()
-    hook.uninstall()
-    try:
-        with _inductor.config.patch(efficient_conv_bn_eval_fx_passes=True):
-            yield
-    finally:
-        if was_installed:
-            hook.install()
+    with (
+        hook.installation(False),
+        _inductor.config.patch(efficient_conv_bn_eval_fx_passes=True),
+    ):
+        yield
 
 
 def _fuse(graph: fx.Graph) -> None:

@@ -39,7 +39,8 @@ from .affine import AffineChain
 from .aten_ir import Layer, tensor_of
 from .codes import ScaleCode
 from .config import Options
-from .decide import WEIGHT_PASSES, module_path
+from .decide import WEIGHT_PASSES
+from .origin import layer_path, module_path
 from .scale_sums import (
     Path,
     Reduction,
@@ -122,11 +123,10 @@ def _decide(
     def no(code: ScaleCode, detail: str = "") -> ScaleDecision:
         return dataclasses.replace(whole, code=code, detail=detail)
 
-    paths = [
-        module_path(n) for n in (layer.node, *(s.node for r in reductions for s in r.affine.steps))
-    ]
+    steps = (s.node for r in reductions for s in r.affine.steps)
+    paths = (layer_path(layer.node), *map(module_path, steps))
     if not options.permits(*paths):
-        return no(ScaleCode.DENIED, paths[0])
+        return no(ScaleCode.DENIED, " and ".join(filter(None, dict.fromkeys(paths))))
     gradients = [
         g
         for g in weight_gradients(layer, backward, frozen=options.fuse_frozen_layers)

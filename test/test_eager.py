@@ -1117,3 +1117,10 @@ def test_channels_of_a_deferred_output():
     model(torch.randn(2, 4, 6, 6))
     assert codes(model) == [Code.FUSED]
     assert channels(model.conv) == 4
+
+
+def test_meta_device():
+    """It knows no autocast, and raises when asked for it."""
+    model = turn_on(Residual().to("meta"))
+    assert model(torch.empty(2, 3, 8, 8, device="meta")).shape == (2, 5)
+    assert codes(model) == [Code.FUSED] * Residual.pairs

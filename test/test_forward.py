@@ -524,6 +524,56 @@ def test_allow_and_deny(which):
         torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
 
 
+class Named(nn.Module):
+    """A layer, a batch norm and a trained scale with names, each on a line of its own."""
+
+    def __init__(self, linear: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4) if linear else nn.Conv2d(3, 4, 3)
+        self.norm = (nn.BatchNorm1d if linear else nn.BatchNorm2d)(4)
+        self.scale = nn.Sequential(Frozen(4, "functional"))
+        spread_statistics(self)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        y = self.norm(y)
+        return self.scale(y).relu()
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_layer_has_its_own_name_and_line_also_when_it_was_fused(grad, linear):
+    x = torch.randn(3, 3) if linear else torch.randn(2, 3, 6, 6)
+    _, (record,) = folded(Named(linear), x, grad=grad)
+    assert (record.layer, record.code) == ("layer", ForwardCode.FOLDED)
+    line = Named.forward.__code__.co_firstlineno + 1
+    assert record.source == f"{__file__}:{line}"
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", ["layer", "norm", "scale.0"])
+def test_allow_and_deny_know_the_layer_and_what_follows(name, grad, linear):
+    """The same in training, where layer and batch norm are fused before, and in inference."""
+    model, x = Named(linear), torch.randn(3, 3) if linear else torch.randn(2, 3, 6, 6)
+    for which, code in (
+        ({"allow": (name,)}, ForwardCode.FOLDED),
+        ({"allow": ("other",)}, ForwardCode.DENIED),
+        ({"deny": (name,)}, ForwardCode.DENIED),
+        ({"deny": (name,), "allow": ("*",)}, ForwardCode.DENIED),
+    ):
+        with cbn.options(**which) as options:
+            out, records = folded(model, x, grad=grad)
+        if grad and not options.permits("layer", "norm"):
+            assert not records  # backward needs the layer's output: there is nothing to fold
+        else:
+            (record,) = records
+            assert (record.layer, record.code) == ("layer", code), which
+            assert (record.detail == "layer and norm and scale.0") == (code is ForwardCode.DENIED)
+        torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_option_is_checked():
     with pytest.raises(ValueError, match="'exact', 'fold', 'auto'"):
         cbn.set_options(forward="fast")

@@ -330,6 +330,11 @@ class TestOptions:
         [
             ({"objective": "fast"}, "objective must be one of 'memory', 'speed', got 'fast'"),
             ({"deny": "backbone"}, "deny must be a sequence of module path patterns"),
+            ({"deny": [1]}, "deny must be a sequence of module path patterns"),
+            ({"allow": None}, "allow must be a sequence of module path patterns .* got None"),
+            ({"fuse_frozen_layers": "no"}, "fuse_frozen_layers must be True or False, got 'no'"),
+            ({"keep_packed_weights": "x"}, "keep_packed_weights must be True or False, got 'x'"),
+            ({"forward": None}, "forward must be one of 'exact', 'fold', 'auto', got None"),
             ({"denied": ()}, "unknown option denied; there are: objective, "),
         ],
     )

@@ -1,5 +1,7 @@
 """Bytes kept for backward: tune mode's are deploy's, and never more than eval mode's."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import testing
+from bench.providers import PROVIDERS
+from convbn_inductor_pass import _inductor, hook, testing
 from convbn_inductor_pass.saved import saved_for_backward
 
 
@@ -168,6 +171,36 @@ def test_leaves_counters_and_records_alone():
     saved_for_backward(Residual(), torch.randn(2, 3, 8, 8), mode="builtin")
     assert {k: dict(v) for k, v in counters.items()} == before
     assert cbn.records() == []
+    assert cbn.is_installed()
+
+
+@pytest.mark.parametrize("overwritten", [None, *hook._HOOKS])
+def test_what_runs_in_inductors_hooks_is_left_as_it_was(overwritten):
+    """Passes of others, before and after ours, and that one of ours was overwritten."""
+
+    def other(graph):
+        pass
+
+    def state():
+        builtins = (_inductor.efficient_conv_bn_eval_pass(), _inductor.binary_folding_pass())
+        return (
+            [getattr(_inductor.config, name) for name in hook._HOOKS],
+            [b.apply for b in builtins],
+            cbn.is_installed(),
+        )
+
+    with contextlib.ExitStack() as stack:
+        for name in hook._HOOKS:
+            stack.enter_context(hook.passes_added(name, other))
+        if overwritten is not None:
+            stack.enter_context(_inductor.config.patch({overwritten: None}))
+        before = state()
+        saved_for_backward(Residual(), torch.randn(2, 3, 8, 8), mode="builtin")
+        assert state() == before
+        for name in ("eval", "ours"):
+            with PROVIDERS[name].active():
+                assert cbn.is_installed() == (name == "ours")
+            assert state() == before
     assert cbn.is_installed()
 
 

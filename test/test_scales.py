@@ -335,6 +335,14 @@ def test_options():
             assert codes_of(model, x) == [code]
 
 
+def test_a_batch_norm_that_is_denied_is_not_taken_for_another_scale():
+    """The sum for its weight's gradient is over what backward computes anew, for that module."""
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()).eval()
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    with cbn.options(deny=("1",)):
+        assert codes_of(model, x) == [ScaleCode.DENIED]
+
+
 def test_float16_is_left_alone():
     model = nn.Sequential(nn.Conv2d(4, 6, 3), Norm(6), nn.ReLU()).half()
     x = torch.randn(2, 4, 5, 5, dtype=torch.float16, requires_grad=True)

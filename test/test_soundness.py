@@ -1073,7 +1073,7 @@ class TestMetadata:
             return gm.forward
 
         torch.compile(fn, backend=backend)(*arguments()().values())
-        assert [n.meta["custom"] for n in nodes] == [{"stage": 0}]
+        assert [n.meta["custom"]["stage"] for n in nodes] == [0]
 
 
 class TestViewsAndSharing:
