@@ -45,8 +45,8 @@ class Options:
             layer's own path, or that of a batch norm or of other steps that would be taken in.
         deny: the same, of what is never fused or folded; wins over ``allow``.
 
-    ``turn_on`` heeds ``fuse_frozen_layers`` alone: without a graph there are no module paths, and
-    its own argument ``modules`` says where it is on.
+    Without a graph, in eager mode, ``turn_on`` heeds ``fuse_frozen_layers`` alone: its own argument
+    ``modules`` says where it is on.
 
     Raises:
         ValueError: a value is not one of those above.

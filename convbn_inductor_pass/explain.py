@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -110,22 +110,24 @@ class Explanation:
 
     def _forward_table(self) -> Table:
         table = Table(title="Forward: layers and what follows them", title_justify="left")
-        numbers = ("bytes as written", "bytes folded", "ms as written", "ms of the best other")
-        for column in ("layer", "computes also", *numbers, "decision"):
-            justify: Literal["left", "right"] = "right" if column in numbers else "left"
-            table.add_column(column, justify=justify, overflow="fold")
+        for column in (
+            *("layer", "computes also", "bytes as written", "bytes folded"),
+            *("ms as written", "ms fastest other", "decision"),
+        ):
+            is_number = column.startswith(("bytes", "ms"))
+            table.add_column(column, justify="right" if is_number else "left", overflow="fold")
         for r in self.forward:
             times = (r.seconds_exact, r.seconds_folded)
-            why = f" ({r.detail})" if r.detail else ""
+            code, why = r.code, f" ({r.detail})" if r.detail else ""
             table.add_row(
                 r.layer,
                 r.epilogue,
                 decimal(r.bytes_exact),
                 decimal(r.bytes_folded),
                 *("" if t is None else f"{t * 1e3:.3g}" for t in times),
-                f"{r.code.name} ({r.kernel})"
-                if r.code.folded
-                else f"{r.code.name}: {r.code.value}{why}",
+                f"{code.name} ({r.kernel}){why}"
+                if code.rewritten
+                else f"{code.name}: {code.value}{why}",
             )
         return table
 

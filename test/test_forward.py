@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -585,9 +586,28 @@ def test_explain_shows_the_kernel_half():
     with cbn.options(forward="fold"):
         explanation = cbn.explain(model, x)
     assert sum(r.code.folded for r in explanation.forward) == Residual.pairs
-    assert "FOLDED" in str(explanation)
+    assert f"FOLDED ({explanation.forward[0].kernel})" in str(explanation)
     assert len(explanation.to_dict()["forward"]) == len(explanation.forward)
     assert not cbn.explain(model, x).forward
+
+
+def test_the_table_of_explain_says_what_each_number_is_and_why():
+    """No two columns of a name; the detail of a refusal; the kernel of all that is rewritten."""
+    record = cbn.ForwardRecord(
+        *(ForwardCode.DENIED, "a.conv and a.norm", "conv", "relu", "", (1,), 1000, 2000),
+        *(0.003, 0.004),
+    )
+    as_linear = dataclasses.replace(
+        record, code=ForwardCode.AS_LINEAR, detail="", kernel="unfolded linear"
+    )
+    columns = cbn.Explanation((), {}, 1, (record, as_linear))._forward_table().columns
+    cells = {str(column.header): list(column.cells) for column in columns}
+    assert len(cells) == len(columns)
+    assert cells.pop("decision") == [
+        f"DENIED: {ForwardCode.DENIED.value} (a.conv and a.norm)",
+        "AS_LINEAR (unfolded linear)",
+    ]
+    assert [row[0] for row in cells.values()] == ["conv", "relu", "1.0 kB", "2.0 kB", "3", "4"]
 
 
 def test_auto_on_cuda_knows_that_the_bias_is_added_apart():
