@@ -73,10 +73,11 @@ def ratio(group: Group, provider: str, other: str, name: str = "step_ms") -> flo
     """Median over the rounds of how long ``provider`` took relative to ``other``.
 
     Both were timed in every round, one soon after the other, so that what disturbs the machine
-    for longer than a round does not enter. None if either has no times.
+    for longer than a round does not enter. None if either has no times, or theirs are of another
+    run.
     """
     ours, theirs = group.values(provider).get(name), group.values(other).get(name)
-    if not ours or not theirs:
+    if not ours or not theirs or group.rows[provider].run != group.rows[other].run:
         return None
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=False))
 

@@ -33,7 +33,8 @@ _Key = tuple[Any, ...]
 class Row:
     """One provider's values of one metric; exactly one of ``values`` and ``problem`` is given.
 
-    ``problem`` says why there are none: a library that is missing, or an error.
+    ``problem`` says why there are none: a library that is missing, or an error. ``run`` is the one
+    in which it was measured: times of one run alone can be compared round by round.
     """
 
     metric: str
@@ -41,6 +42,7 @@ class Row:
     provider: str
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     problem: str = ""
+    run: str = dataclasses.field(default="", compare=False)
 
     @property
     def key(self) -> _Key:
@@ -53,11 +55,12 @@ class Row:
         return json.dumps(line)
 
     @staticmethod
-    def from_line(line: dict[str, Any]) -> Row:
+    def from_line(line: dict[str, Any], file: str) -> Row:
         fields = {f.name: line[f.name] for f in dataclasses.fields(Settings)}
         settings = Settings(**{**fields, "shape": tuple(fields["shape"])})
         values, problem = line.get("values", {}), line.get("problem", "")
-        return Row(line["metric"], settings, line["provider"], values, problem)
+        run = f"{file}, run {line['run']}"
+        return Row(line["metric"], settings, line["provider"], values, problem, run)
 
 
 class ResultFile:
@@ -112,7 +115,7 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[Row]]:
         if line.get("kind") == "run":
             runs.append(line)
         elif line.get("kind") == "result":
-            row = Row.from_line(line)
+            row = Row.from_line(line, path.name)
             rows[row.key] = row
         else:
             raise ValueError(f"{path}, line {number}: neither a run nor a result")

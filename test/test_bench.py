@@ -294,6 +294,9 @@ def test_ratios_are_taken_round_by_round():
     group = analysis.groups([_measured("eval", 1.0), _measured("ours", 0.5)], "measure")[0]
     assert analysis.ratio(group, "ours", "eval") == 0.5
     assert analysis.ratio(group, "ours", "deploy") is None
+    other = dataclasses.replace(_measured("ours", 0.5), run="another")
+    group = analysis.groups([_measured("eval", 1.0), other], "measure")[0]
+    assert analysis.ratio(group, "ours", "eval") is None
     assert analysis.geometric_mean([0.5, 2.0]) == pytest.approx(1)
     assert analysis.geometric_mean([]) is None
 
@@ -311,7 +314,9 @@ def test_result_lines_are_plain_json(tmp_path):
     file.add(row)
     header, line = (json.loads(text) for text in file.path.read_text().splitlines())
     assert header["versions"]["torch"] == torch.__version__
-    assert Row.from_line(line) == row
+    read = Row.from_line(line, "a.jsonl")
+    assert read == row
+    assert read.run == "a.jsonl, run 1"
 
 
 def test_coverage_of_eager_mode():
