@@ -25,8 +25,9 @@ from .build import Builder
 from .codes import ForwardCode
 from .config import Options
 from .epilogue import Activation, Residual
-from .forward_rewrite import compute_as_linear, fold_forward, views_of
+from .forward_rewrite import compute_as_linear, fold_forward
 from .origin import layer_path, module_path
+from .strides import part_is_returned, strides_are_used
 
 __all__ = ["ForwardDecision", "analyze", "apply"]
 
@@ -178,9 +179,9 @@ def _decide(
         return decision(ForwardCode.WRITE_BETWEEN, f"between {layer.node} and {ends[-1]}")
     if _inductor.in_subgraph():
         return decision(ForwardCode.SUBGRAPH)
-    if _part_is_returned(end, around.parts):
+    if part_is_returned(end, around.parts):
         return decision(ForwardCode.VIEW_RETURNED, str(chain.last))
-    if any(_strides_are_used(node) for node in ends):
+    if any(strides_are_used(node) for node in ends):
         return decision(ForwardCode.STRIDES_USED, str(end))
     if options.forward == "fold":
         return _computed_by(whole, folding[0])
@@ -212,49 +213,6 @@ def _computed_by(decision: ForwardDecision, kernel: str) -> ForwardDecision | No
     return dataclasses.replace(
         decision, code=code, kernel=kernel, activation=activation, residual=residual
     )
-
-
-def _part_is_returned(node: fx.Node, parts_of_subclasses: set[fx.Node]) -> bool:
-    """Whether the graph returns a part of ``node``, or of what is generated from it.
-
-    Inductor restores the strides of an output that is dense. A slice gets those of the memory
-    that it is cut from. A library's kernel may choose others for that than a generated one, and
-    generated code lays its results out as its inputs are.
-
-    Nor does Inductor restore the strides of all the tensors that a subclass is made of. With
-    another rank they do not depend on how images are laid out.
-    """
-    pending, seen = [node], {node}
-    result = tensor_of(node)
-    rank = None if result is None else result.ndim
-    while pending:
-        node = pending.pop()
-        whole, views = tensor_of(node), views_of(node)
-        for returned in (node, *views):
-            part = tensor_of(returned)
-            is_part = (
-                part is None
-                or whole is None
-                or not aten_ir.known_equal(part.numel(), whole.numel())
-            )
-            if is_part and any(u.op == "output" for u in returned.users):
-                return True
-            if returned in parts_of_subclasses and part is not None and part.ndim == rank:
-                return True
-        made = {u for n in (node, *views) for u in n.users if _inductor.is_generated(u.target)}
-        pending += made - seen
-        seen |= made
-    return False
-
-
-def _strides_are_used(node: fx.Node) -> bool:
-    """Whether something may read the memory of ``node`` by its strides.
-
-    A library's kernel may lay its result out in another way than the graph says. Inductor knows
-    that for aten, but for ``as_strided`` and for what others have written.
-    """
-    users = {u for n in (node, *views_of(node)) for u in n.users if u.op == "call_function"}
-    return any(_compat.reads_strides(u.target) for u in users)
 
 
 # What a layer's dtype may meet in its chain.

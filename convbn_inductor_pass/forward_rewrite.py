@@ -18,8 +18,9 @@ from .aten_ir import CHANNELS_LAST, Layer, tensor_of
 from .build import Builder, erase_unused
 from .epilogue import Activation, Residual
 from .fold import views_onto_output_axis
+from .strides import views_of
 
-__all__ = ["compute_as_linear", "fold_forward", "views_of"]
+__all__ = ["compute_as_linear", "fold_forward"]
 
 aten = torch.ops.aten
 
@@ -241,11 +242,3 @@ def _dense(bias: fx.Node, build: Builder) -> fx.Node:
     if tensor is None or tensor.is_contiguous():
         return bias
     return build.call(aten.clone.default, bias, memory_format=torch.contiguous_format)
-
-
-def views_of(node: fx.Node) -> list[fx.Node]:
-    """All views of ``node``, and views of those."""
-    found = [u for u in node.users if _compat.is_view(u.target)]
-    for view in found:
-        found += [u for u in view.users if _compat.is_view(u.target) and u not in found]
-    return found

@@ -23,6 +23,8 @@ They are written in Python. Compiled code that has to run without it must not co
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -81,18 +83,12 @@ def _convolution_relu(
 @torch.library.impl(_library, "convolution_relu", "CPU")
 @torch.library.impl(_library, "convolution_relu", "Meta")
 def _convolution_relu_by_parts(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    other: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, *geometry: Any
 ) -> Tensor:
     """What the operator means, for machines without a GPU."""
-    geometry = (stride, padding, dilation, False, [0] * len(stride), groups)
-    out = aten.convolution.default(input, weight, bias, *geometry)
+    stride, padding, dilation, groups = geometry
+    rest = (stride, padding, dilation, False, [0] * len(stride), groups)
+    out = aten.convolution.default(input, weight, bias, *rest)
     out = aten.relu(out if other is None else out + other)
     return out.contiguous(memory_format=CHANNELS_LAST[input.ndim])
 
