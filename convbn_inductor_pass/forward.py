@@ -131,7 +131,9 @@ def _decide(
     chain, activation = _with_activation(chain)
     residual = epilogue.residual_after(chain.last) if activation is None else None
     result = tensor_of(chain.last)
-    if result is None or result.dtype != layer.out.dtype or not _has_shape_of(chain, layer.out):
+    # The layer's kernel would add it to numbers where the layer has them, before any move.
+    is_moved = any(s.kind == "move" for s in chain.steps)
+    if result is None or result.dtype != layer.out.dtype or is_moved:
         residual = None
     if residual is not None and residual.last in around.taken:
         residual = None
@@ -252,7 +254,7 @@ def _with_activation(chain: AffineChain) -> tuple[AffineChain, Activation | None
 
 
 def _has_shape_of(chain: AffineChain, out: torch.Tensor) -> bool:
-    """Whether the chain's result has its numbers where the layer's output has them."""
+    """Whether the chain's result has the layer's shape, as what is computed number by number."""
     result = tensor_of(chain.last)
     return result is not None and aten_ir.same_sizes(result.shape, out.shape)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import Residual, fastest, spread_statistics
-from test_forward import folded
+from test_forward import bump, folded
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
@@ -127,6 +127,32 @@ def test_declined_for_what_follows(after):
     torch.manual_seed(0)
     x, w, s = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3), torch.randn(4, 1, 1)
     declined(lambda x, w, s: after(F.conv2d(x, w, padding=1) * s, x), x, w, s)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_declined_where_the_residual_is_added_to_moved_numbers():
+    """The shapes are equal, and the rows and columns exchanged."""
+    torch.manual_seed(0)
+    x, w, s = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3), torch.randn(4, 1, 1)
+    declined(lambda x, w, s: F.relu(F.conv2d(x, w, padding=1).mT * s + x), x, w, s)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_declined_where_the_residual_is_written_to_before_relu():
+    """The kernel, in ReLU's place, would add what was written."""
+    torch.manual_seed(0)
+    x, w, s = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3), torch.randn(4, 1, 1)
+    other = torch.randn(2, 4, 6, 6)
+
+    def fn(x: Tensor, w: Tensor, s: Tensor, other: Tensor) -> Tensor:
+        y = F.conv2d(x, w, padding=1) * s + other
+        bump(other)
+        return F.relu(y)
+
+    expected = fn(x, w, s, other.clone())
+    out, (record,) = folded(fn, x, w, s, other.clone(), forward="auto")
+    assert record.code is ForwardCode.WRITE_BETWEEN
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
