@@ -20,11 +20,13 @@ from torch import fx
 from . import aten_ir
 from .aten_ir import Layer, Operand, Step, tensor_of
 from .build import Builder
+from .fold import views_onto_output_axis
 
 __all__ = [
     "AffineChain",
     "emit_scale",
     "emit_scale_and_shift",
+    "emit_scaled_weight",
     "emit_shift",
     "find_chains",
     "numbers_fit",
@@ -169,6 +171,25 @@ def emit_shift(
         bias = layer.bias if narrowed else aten_ir.without_casts(layer.bias)
         start = emit.vector(_bias_operand(layer, bias))
     return emit.full_vector(emit.replay(steps, start, linear=False))
+
+
+def emit_scaled_weight(
+    layer: Layer, scale: fx.Node | None, build: Builder, weight: fx.Node | None = None
+) -> fx.Node:
+    """A node of the weight, or of the same one in ``weight``, times ``scale`` [C_out].
+
+    In the scale's dtype, or :func:`wide_dtype` where it is None, which stands for one.
+    """
+    weight = aten_ir.without_casts(layer.weight) if weight is None else weight
+    value, wide = tensor_of(weight), tensor_of(scale)
+    if value is None:
+        raise AssertionError(f"{layer.node} has no metadata")
+    weight = build.cast(weight, wide_dtype(layer) if wide is None else wide.dtype)
+    if scale is None:
+        return weight
+    for view, sizes in views_onto_output_axis(value.shape, layer.layout):
+        scale = build.call(getattr(aten, view).default, scale, sizes)
+    return build.call(aten.mul.Tensor, weight, scale)
 
 
 def wide_dtype(layer: Layer) -> torch.dtype:

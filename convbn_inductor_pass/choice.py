@@ -19,10 +19,11 @@ from torch import fx
 from . import _compat, _inductor, kernels, timing
 from .affine import AffineChain
 from .aten_ir import tensor_of, without_casts
+from .branches import Branches
 from .epilogue import Activation, Residual
 from .workload import workload_of
 
-__all__ = ["Costs", "bytes_moved", "choose"]
+__all__ = ["Costs", "bytes_moved", "choose", "seconds_merged"]
 
 # Layers at which both ways move as many bytes came out slower when folded: the scale and the
 # shift are small kernels of their own, and a weight is read with less locality.
@@ -65,11 +66,11 @@ def choose(
     ``is_channels_last`` says whether Inductor makes what goes through convolutions so.
     With ``measure``, what has not been measured before on this machine is measured now.
     """
-    ends = _ends_a_kernel(_last(chain, activation, residual))
-    work = workload_of(chain, activation, residual, ends, is_channels_last=is_channels_last)
     ways = [*folding, kernels.UNFOLDED_LINEAR] if kernels.LINEAR in folding else folding
-    measure = measure and _inductor.may_measure() and not _is_guess(chain)
-    times = timing.seconds(work, ways, measure=measure)
+    end = _last(chain.last, activation, residual)
+    times = _seconds(
+        chain, activation, residual, end, ways, is_channels_last=is_channels_last, measure=measure
+    )
     ways = [way for way in ways if way in times]  # where nothing is measured, some may be on file
     if not ways or timing.AS_WRITTEN not in times:
         faster = _is_faster(*bytes_moved(chain, activation, residual, folding[0]))
@@ -82,16 +83,57 @@ def choose(
     return Costs(kernel if faster else None, exact, times[kernel])
 
 
+def seconds_merged(
+    branches: Branches,
+    separately: float,
+    activation: Activation | None,
+    residual: Residual | None,
+    *,
+    is_channels_last: bool,
+    measure: bool,
+) -> float | None:
+    """Seconds of the convolution that all branches can be merged into, its weight kept.
+
+    None if it is not faster than the branches one by one, which take ``separately`` seconds, or was
+    not measured.
+    """
+    end = _last(branches.last, activation, residual)
+    times = _seconds(
+        *(branches.chains[0], activation, residual, end, [kernels.PACKED]),
+        is_channels_last=is_channels_last,
+        measure=measure,
+    )
+    merged = times.get(kernels.PACKED, math.inf)
+    return merged if merged < _LEAD * separately else None
+
+
+def _seconds(
+    chain: AffineChain,
+    activation: Activation | None,
+    residual: Residual | None,
+    end: fx.Node,
+    ways: Sequence[str],
+    *,
+    is_channels_last: bool,
+    measure: bool,
+) -> dict[str, float]:
+    """Measured seconds of each way to compute a layer and what follows it, up to ``end``."""
+    ends = _ends_a_kernel(end)
+    work = workload_of(chain, activation, residual, ends, is_channels_last=is_channels_last)
+    measure = measure and _inductor.may_measure() and not _is_guess(chain)
+    return timing.seconds(work, ways, measure=measure)
+
+
 def _is_guess(chain: AffineChain) -> bool:
     """Whether a size depends on data, so that there is nothing to time."""
     tensors = (tensor_of(chain.layer.input), tensor_of(chain.layer.weight), chain.layer.out)
     return any(t is not None and _compat.depends_on_data(t) for t in tensors)
 
 
-def _last(chain: AffineChain, activation: Activation | None, residual: Residual | None) -> fx.Node:
+def _last(last: fx.Node, activation: Activation | None, residual: Residual | None) -> fx.Node:
     if residual is not None:
         return residual.last
-    return chain.last if activation is None else activation.last
+    return last if activation is None else activation.last
 
 
 def bytes_moved(

@@ -59,6 +59,7 @@ class ForwardCode(enum.Enum):
     """Why a layer was folded with the affine map after it, or left as written (kernel half)."""
 
     FOLDED = "folded: the scale is in the weight and the shift in the bias, in each call anew"
+    MERGED = "merged: a parallel convolution's weight contains this layer's, in each call anew"
     AS_LINEAR = "not folded, but computed as a linear layer, which is faster"
     SLOWER = "as written is as fast or faster, as measured or estimated"
     DENIED = "the options 'allow' and 'deny' leave this module out"
@@ -75,12 +76,12 @@ class ForwardCode(enum.Enum):
 
     @property
     def folded(self) -> bool:
-        return self is ForwardCode.FOLDED
+        return self in (ForwardCode.FOLDED, ForwardCode.MERGED)
 
     @property
     def rewritten(self) -> bool:
         """Whether the layer is computed in another way than written."""
-        return self in (ForwardCode.FOLDED, ForwardCode.AS_LINEAR)
+        return self.folded or self is ForwardCode.AS_LINEAR
 
 
 class ScaleCode(enum.Enum):

@@ -24,53 +24,16 @@ from .aten_ir import tensor_of
 from .build import Builder
 from .codes import ForwardCode
 from .config import Options
-from .epilogue import Activation, Residual
-from .forward_rewrite import compute_as_linear, fold_forward
+from .epilogue import Activation
+from .forward_branches import with_merged
+from .forward_decision import ForwardDecision, Surroundings
+from .forward_rewrite import compute_as_linear, fold_forward, merge_branches
 from .origin import layer_path, module_path
 from .strides import part_is_returned, strides_are_used
 
-__all__ = ["ForwardDecision", "analyze", "apply"]
+__all__ = ["analyze", "apply"]
 
 aten = torch.ops.aten
-
-
-@dataclasses.dataclass(frozen=True)
-class ForwardDecision:
-    """What was decided about a layer and the affine map or activation after it.
-
-    ``kernel`` computes the layer if it is rewritten, see :mod:`kernels`. ``bytes_exact`` and
-    ``bytes_folded`` are what each way reads and writes besides the layer's own input, weight and
-    output: hints where sizes are symbolic.
-    ``seconds_exact`` and ``seconds_folded`` were measured, for the layer and all of that; None
-    if they were not.
-    """
-
-    chain: AffineChain
-    code: ForwardCode
-    kernel: str
-    activation: Activation | None = None
-    residual: Residual | None = None
-    detail: str = ""
-    bytes_exact: int = 0
-    bytes_folded: int = 0
-    seconds_exact: float | None = None
-    seconds_folded: float | None = None
-
-    @property
-    def place(self) -> fx.Node:
-        """The node before which the layer is rewritten."""
-        if self.code is ForwardCode.AS_LINEAR:
-            return self.chain.layer.node
-        if self.kernel == kernels.CUDNN and self.residual is not None:
-            return self.residual.last
-        return self.chain.last
-
-    @property
-    def epilogue(self) -> str:
-        """What the layer's kernel computes besides, "" if nothing."""
-        if self.residual is not None:
-            return "add+relu" if self.residual.relu else "add"
-        return "" if self.activation is None else self.activation.name
 
 
 def analyze(graph: fx.Graph, options: Options, *, measure: bool = False) -> list[ForwardDecision]:
@@ -80,7 +43,7 @@ def analyze(graph: fx.Graph, options: Options, *, measure: bool = False) -> list
     """
     if any(n.op == "placeholder" and n.name.startswith("tangents_") for n in graph.nodes):
         return []  # a backward graph
-    surroundings = _Surroundings.of(graph)
+    surroundings = Surroundings.of(graph)
     decisions: list[ForwardDecision] = []
     for chain in affine.find_chains(graph):
         decision = _decide(chain, surroundings, options, measure)
@@ -88,44 +51,14 @@ def analyze(graph: fx.Graph, options: Options, *, measure: bool = False) -> list
             decisions.append(decision)
             if decision.kernel == kernels.CUDNN and decision.residual is not None:
                 surroundings.taken.add(decision.residual.last)
+    if surroundings.may_keep(options):
+        decisions = with_merged(decisions, graph, surroundings, options, measure)
     # In the order in which they are rewritten: scaled weights are shared forwards.
     return sorted(decisions, key=lambda d: surroundings.order[d.place])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Surroundings:
-    """What a decision depends on besides its chain.
-
-    Attributes:
-        order: position of each node.
-        writes: positions of the nodes that write to memory.
-        is_inference: whether the graph is no forward of a training step.
-        is_channels_last: whether Inductor makes what goes through convolutions channels-last.
-        parts: what is returned to make tensor subclasses of it.
-        taken: additions of a residual that a layer's kernel computes already. There may be a
-            layer on both sides.
-    """
-
-    order: dict[fx.Node, int]
-    writes: list[int]
-    is_inference: bool
-    is_channels_last: bool
-    parts: set[fx.Node]
-    taken: set[fx.Node]
-
-    @classmethod
-    def of(cls, graph: fx.Graph) -> _Surroundings:
-        order = {node: i for i, node in enumerate(graph.nodes)}
-        writes = [order[n] for n in graph.nodes if _compat.is_mutable(n.target)]
-        inputs = graph.find_nodes(op="placeholder")
-        is_inference = not any(n.name.startswith("primals_") for n in inputs)
-        is_channels_last = _inductor.makes_channels_last(graph, is_inference=is_inference)
-        parts = _inductor.parts_of_subclasses(graph)
-        return cls(order, writes, is_inference, is_channels_last, parts, set())
-
-
 def _decide(
-    chain: AffineChain, around: _Surroundings, options: Options, measure: bool
+    chain: AffineChain, around: Surroundings, options: Options, measure: bool
 ) -> ForwardDecision | None:
     layer, order, writes = chain.layer, around.order, around.writes
     chain, activation = _with_activation(chain)
@@ -137,12 +70,11 @@ def _decide(
         residual = None
     if residual is not None and residual.last in around.taken:
         residual = None
-    may_keep = options.forward == "auto" and options.keep_packed_weights
     folding = kernels.folding_kernels(
         chain,
         activation,
         residual,
-        may_pack=may_keep and around.is_inference and not writes,
+        may_pack=around.may_keep(options),
         is_channels_last=around.is_channels_last,
     )
     if not chain.steps and activation is None and kernels.CUDNN not in folding:
@@ -274,7 +206,11 @@ def apply(decisions: list[ForwardDecision], graph: fx.Graph) -> int:
         for decision in wanted:
             chain, activation, residual = decision.chain, decision.activation, decision.residual
             with graph.inserting_before(decision.place), _compat.fake_mode_of(chain.layer.out):
-                if decision.code is ForwardCode.AS_LINEAR:
+                if decision.branches is not None:
+                    merge_branches(decision.branches, activation, build)
+                elif decision.code is ForwardCode.MERGED:
+                    continue  # gone with the widest of its branches, or soon to go
+                elif decision.code is ForwardCode.AS_LINEAR:
                     compute_as_linear(chain.layer, build)
                 else:
                     fold_forward(chain, activation, residual, decision.kernel, build)

@@ -6,6 +6,7 @@ A rewrite cannot refuse: everything that could speak against it has been decided
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -15,12 +16,12 @@ from torch import fx
 from . import _compat, _inductor, affine, aten_ir, kernels, ops
 from .affine import AffineChain
 from .aten_ir import CHANNELS_LAST, Layer, tensor_of
+from .branches import Branches, emit_weight_and_bias
 from .build import Builder, erase_unused
 from .epilogue import Activation, Residual
-from .fold import views_onto_output_axis
 from .strides import views_of
 
-__all__ = ["compute_as_linear", "fold_forward"]
+__all__ = ["compute_as_linear", "fold_forward", "merge_branches"]
 
 aten = torch.ops.aten
 
@@ -43,10 +44,11 @@ def fold_forward(
         scale, bias = affine.emit_scale_and_shift(chain, build)
         if bias is not None:
             bias = build.cast(bias, layer.out.dtype)
-    if kernel == kernels.PACKED:
-        weight = _packed_weight(layer, scale, build)
-    elif scale is not None:
-        weight = _scaled_weight(layer, scale, build)
+    packs = kernel == kernels.PACKED
+    if scale is not None:
+        weight = _scaled_weight(layer, scale, build, relaid=not packs)
+    if packs:
+        weight = _packed(layer, weight, build)
     if kernel in (kernels.ONEDNN, kernels.PACKED):
         new = _onednn_call(layer, activation, weight, bias, build)
     elif kernel == kernels.LINEAR:
@@ -71,6 +73,24 @@ def fold_forward(
     erase_unused(replaced)
 
 
+def merge_branches(branches: Branches, activation: Activation | None, build: Builder) -> None:
+    """Put one convolution, with a weight that is kept, in the place of parallel branches.
+
+    Calls are added where ``build`` adds them, which has to be before the sum of the branches.
+    """
+    layer = branches.chains[0].layer
+    weight, bias = emit_weight_and_bias(branches, build)
+    new = _onednn_call(layer, activation, _packed(layer, weight, build), bias, build)
+    new.meta = {**layer.node.meta, "val": new.meta["val"]}
+    if branches.others:
+        others = functools.reduce(functools.partial(build.call, aten.add.Tensor), branches.others)
+        new = build.call(aten.add.Tensor, new, others)
+    replaced = branches.last if activation is None else activation.last
+    new.meta = {**replaced.meta, "val": new.meta["val"]}
+    build.replace(replaced, new)
+    erase_unused(replaced)
+
+
 def compute_as_linear(layer: Layer, build: Builder) -> None:
     """Put a linear layer in the place of a layer, and leave what follows as it is."""
     new = _linear_call(layer, None, layer.weight, layer.bias, build)
@@ -85,25 +105,19 @@ def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder, *, relaid: bool
     On CPU in the memory format that Inductor gives convolutions' weights; with ``relaid`` False in
     the weight's own.
     """
-    narrow, wide = tensor_of(layer.weight), tensor_of(scale)
-    if narrow is None or wide is None:
+    narrow = tensor_of(layer.weight)
+    if narrow is None:
         raise AssertionError(f"{layer.node} has no metadata")
-    for view, sizes in views_onto_output_axis(narrow.shape, layer.layout):
-        scale = build.call(getattr(aten, view).default, scale, sizes)
     weight = aten_ir.without_casts(layer.weight)
     if relaid and layer.is_conv and weight is layer.weight:
         # Inductor vectorises a change of memory format, but not together with the scaling.
         weight = _channels_last(weight, build)
-    weight = build.cast(weight, wide.dtype)
-    return build.cast(build.call(aten.mul.Tensor, weight, scale), narrow.dtype)
+    return build.cast(affine.emit_scaled_weight(layer, scale, build, weight), narrow.dtype)
 
 
-def _packed_weight(layer: Layer, scale: fx.Node | None, build: Builder) -> fx.Node:
-    """The same in oneDNN's layout, in a form that :mod:`kept` knows."""
+def _packed(layer: Layer, weight: fx.Node, build: Builder) -> fx.Node:
+    """A weight for ``layer`` in oneDNN's layout, in a form that :mod:`kept` knows."""
     stride, padding, dilation = layer.node.args[3:6]
-    weight = layer.weight
-    if scale is not None:
-        weight = _scaled_weight(layer, scale, build, relaid=False)
     geometry = (padding, stride, dilation, layer.layout.groups, list(_shape(layer.input)))
     return build.call(ops.pack, weight, *geometry)
 

@@ -12,6 +12,7 @@ from torch import fx
 from . import _compat, _inductor, aten_ir
 from .affine import AffineChain
 from .aten_ir import CHANNELS_LAST, Layer, tensor_of
+from .branches import Branches
 from .epilogue import Activation, Residual
 from .kept import is_parameter, made_of_parameters
 
@@ -23,6 +24,7 @@ __all__ = [
     "ONEDNN",
     "PACKED",
     "UNFOLDED_LINEAR",
+    "can_merge",
     "folding_kernels",
     "takes_activation",
 ]
@@ -60,7 +62,9 @@ def folding_kernels(
     Inductor makes what goes through a convolution channels-last.
     """
     layer, kernels = chain.layer, []
-    takes_post_ops = _takes_post_ops(layer) and (activation is not None or not _may_raise(chain))
+    takes_post_ops = _takes_post_ops(layer) and (
+        activation is not None or not _may_raise(layer, chain.last)
+    )
     if takes_post_ops and _is_channels_last(layer):
         kernels.append(ONEDNN)
     kernels.append(ATEN)
@@ -74,6 +78,17 @@ def folding_kernels(
     if is_channels_last and ends_in_relu and _takes_cudnn(layer):
         kernels.append(CUDNN)
     return tuple(kernels)
+
+
+def can_merge(branches: Branches, activation: Activation | None) -> bool:
+    """Whether oneDNN's convolution can take the place of branches, with a weight that is kept."""
+    wide = branches.chains[0].layer
+    adds_safely = wide.out.dtype != torch.bfloat16 or not branches.others
+    return (
+        _takes_post_ops(wide)
+        and (activation is not None or (adds_safely and not _may_raise(wide, branches.last)))
+        and all(map(_may_stay_packed, branches.chains))
+    )
 
 
 def takes_activation(layer: Layer) -> bool:
@@ -123,15 +138,15 @@ def _is_channels_last(layer: Layer) -> bool:
     return x is not None and surely(x.shape[1] != 1) and any(surely(n != 1) for n in x.shape[2:])
 
 
-def _may_raise(chain: AffineChain) -> bool:
-    """Whether Inductor might let oneDNN's convolution add what comes next, where that raises.
+def _may_raise(layer: Layer, last: fx.Node) -> bool:
+    """Whether Inductor might let oneDNN's convolution add what comes after ``last``, and raise.
 
     Where oneDNN does not both add and rectify (a grouped convolution; an input that counts as
     contiguous, as 1x1 maps do), PyTorch does it with a kernel that has no bfloat16 and raises
     (2.11 to 2.15).
     """
-    is_narrow = chain.layer.out.dtype == torch.bfloat16
-    return is_narrow and any(u.target is aten.add.Tensor for u in chain.last.users)
+    is_narrow = layer.out.dtype == torch.bfloat16
+    return is_narrow and any(u.target is aten.add.Tensor for u in last.users)
 
 
 def _may_stay_packed(chain: AffineChain) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from . import _compat
 from .codes import Code, ForwardCode, ScaleCode
 from .decide import Decision
-from .forward import ForwardDecision
+from .forward_decision import ForwardDecision
 from .origin import layer_path, layer_source, module_path, source_line
 from .scales import ScaleDecision
 from .torch_ir import ConvCall, tensor_of
