@@ -1,9 +1,9 @@
 """Errors of the folded forward beside eval mode's own, against float64.
 
-    python -m bench.forward_error [--seeds N] [--offset MEAN] [--case NAME ...]
+    python -m bench.forward_error [--seeds N] [--offset MEAN] [--forward auto] [--case NAME ...]
 
-Real Inductor code on CPU. Each case is compiled as written and with ``forward="fold"``, once
-per precision; weights, statistics and inputs are then drawn anew in place for every seed.
+Real Inductor code on CPU. Each case is compiled as written and with ``forward="fold"`` (or
+``"auto"``, which merges parallel branches, too), once per precision; weights, statistics and inputs are then drawn anew in place for every seed.
 The reference is the same module in float64 with the same (rounded) numbers. An error is the
 largest of an element, relative to the largest number of the output. Means over the seeds are
 compared: the error of one seed may happen to be small in either mode.
@@ -28,6 +28,7 @@ from convbn_inductor_pass import testing
 
 from . import tables
 from .libraries import MissingLibrary, require
+from .models.repvgg import RepVGG
 
 __all__ = ["CASES", "PRECISIONS", "Errors", "draw", "measure"]
 
@@ -108,6 +109,7 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
 CASES: dict[str, Case] = {
     **_LAYERS,
     "small ResNet": (Small, (2, 3, 16, 16)),
+    "small RepVGG": (lambda: RepVGG((16, 32, 48, 64), (1, 2, 3, 1), classes=10), (2, 3, 64, 64)),
     "resnet18": (_torchvision("resnet18"), (2, 3, 64, 64)),
     "mobilenet_v2": (_torchvision("mobilenet_v2"), (2, 3, 64, 64)),
 }
@@ -151,35 +153,40 @@ def draw(model: nn.Module, shape: tuple[int, ...], seed: int, offset: float = 0)
 class Errors:
     """Errors of one case and precision, one for each seed, relative to the largest output.
 
-    Those of ``forward="exact"``, which is eval mode, and of ``"fold"``.
+    Those of ``forward="exact"``, which is eval mode, and of another value.
     """
 
     exact: tuple[float, ...]
-    fold: tuple[float, ...]
+    folded: tuple[float, ...]
 
     @property
     def ratio(self) -> float:
         """Of the means over the seeds."""
-        return statistics.fmean(self.fold) / statistics.fmean(self.exact)
+        return statistics.fmean(self.folded) / statistics.fmean(self.exact)
 
     @property
     def ratios(self) -> list[float]:
         """Seed by seed."""
-        return [f / e for e, f in zip(self.exact, self.fold, strict=True)]
+        return [f / e for e, f in zip(self.exact, self.folded, strict=True)]
 
 
 def measure(
-    case: str, precision: str, seeds: int, offset: float = 0, backend: Any = "inductor"
+    case: str,
+    precision: str,
+    seeds: int,
+    offset: float = 0,
+    backend: Any = "inductor",
+    forward: str = "fold",
 ) -> Errors:
-    """Run a case in a precision."""
+    """Run a case in a precision, with ``forward`` beside ``"exact"``."""
     make, shape = CASES[case]
     dtype, autocast = PRECISIONS[precision]
     context: Any = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
-    found: dict[str, list[float]] = {"exact": [], "fold": []}
-    for forward, errors in found.items():
+    found: dict[str, list[float]] = {"exact": [], forward: []}
+    for way, errors in found.items():
         torch.manual_seed(0)
         model = make().to(dtype)
-        with testing.fresh_compile(), cbn.options(forward=forward), torch.no_grad():
+        with testing.fresh_compile(), cbn.options(forward=way), torch.no_grad():
             compiled = torch.compile(model, backend=backend)
             for seed in range(seeds):
                 x = draw(model, shape, seed, offset)
@@ -187,7 +194,7 @@ def measure(
                 with context:
                     out = compiled(x)
                 errors.append(((out.double() - exact).abs().max() / exact.abs().max()).item())
-    return Errors(tuple(found["exact"]), tuple(found["fold"]))
+    return Errors(tuple(found["exact"]), tuple(found[forward]))
 
 
 HEADER = ("case", "precision", "eval", "folded", "ratio", "least and most of a seed")
@@ -200,6 +207,7 @@ def main() -> None:
     parser.add_argument(
         "--offset", type=float, default=0, help="mean of the input; its deviation is 1"
     )
+    parser.add_argument("--forward", choices=("fold", "auto"), default="fold")
     parser.add_argument("--case", action="append", choices=list(CASES))
     parser.add_argument("--precision", action="append", choices=list(PRECISIONS))
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
@@ -208,11 +216,13 @@ def main() -> None:
     for case in arguments.case or CASES:
         for precision in arguments.precision or PRECISIONS:
             try:
-                e = measure(case, precision, arguments.seeds, arguments.offset)
+                e = measure(
+                    *(case, precision, arguments.seeds, arguments.offset), forward=arguments.forward
+                )
             except MissingLibrary as error:
                 Console(stderr=True).print(f"{case}: {error}")
                 continue
-            means = (statistics.fmean(each) for each in (e.exact, e.fold))
+            means = (statistics.fmean(each) for each in (e.exact, e.folded))
             extremes = f"{min(e.ratios):.2f} to {max(e.ratios):.2f}"
             rows.append([case, precision, *(f"{m:.1e}" for m in means), f"{e.ratio:.2f}", extremes])
             Console(stderr=True).print(*rows[-1])
