@@ -8,8 +8,8 @@ with weights that are merged once and for all. Here they are merged from the liv
 it where the result can be kept (:mod:`kept`), which is what ``forward`` asks for.
 
 A batch norm of the input itself, which deployment merges, too, stays a term of the sum. Inside the
-convolution it would be a large number among many small ones, all of whose roundings it coarsens:
-errors against float64 were 2 to 3 times eval mode's with it, and 1.0 to 1.4 times without.
+convolution it would be a large number among many small ones, all of whose roundings it coarsens: it
+doubled errors against float64. A 1x1 convolution whose diagonal is as large does the same.
 
 Source: Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", CVPR 2021 (arXiv 2101.03697),
 section 3.3.
@@ -40,73 +40,86 @@ class Branches:
 
     Attributes:
         chains: two or more. The kernel of the first one's layer covers the others'.
-        others: the other terms, shaped like the sum.
-        last: the node of the sum.
+        others: the other terms.
+        last: the node of the sum. All terms have its shape and dtype, and the layers' outputs, too.
     """
 
     chains: tuple[AffineChain, ...]
     others: tuple[fx.Node, ...]
     last: fx.Node
 
+    @property
+    def wide(self) -> Layer:
+        """The layer with the kernel that covers all."""
+        return self.chains[0].layer
+
 
 def find_branches(graph: fx.Graph, chains: Iterable[AffineChain]) -> Iterator[Branches]:
-    """Sums with terms from ``chains`` that one convolution can compute, one for each sum.
+    """Sums with terms from ``chains`` that one convolution can compute: in each sum the most.
 
     These terms are used by the sum alone. Their shapes are known, not symbolic.
     """
     by_last = {c.last: c for c in chains if len(c.last.users) == 1 and _may_be_one(c)}
+    if len(by_last) < 2:
+        return
     for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
         if _is_sum(node) and not any(_is_sum(u) for u in node.users if len(node.users) == 1):
-            found = _widest(node, list(_terms(node)), by_last)
+            found = _largest_group(node, _terms(node), by_last)
             if found is not None:
                 yield found
 
 
 def _may_be_one(chain: AffineChain) -> bool:
-    layer = chain.layer
+    layer, result = chain.layer, tensor_of(chain.last)
     geometry = [n for numbers in layer.node.args[3:6] for n in numbers] if layer.is_conv else []  # type: ignore[union-attr]
     return (
         layer.is_conv
         and not layer.layout.transposed
+        and result is not None
+        and result.dtype == layer.out.dtype
         and all(s.kind != "move" for s in chain.steps)
         and all(isinstance(n, int) for n in (*layer.out.shape, *_kernel(layer), *geometry))
     )
 
 
 def _is_sum(node: fx.Node) -> bool:
-    """Whether ``node`` adds two tensors of its own shape and dtype."""
+    """Whether ``node`` adds two other tensors of its own shape and dtype."""
     result = tensor_of(node)
     if node.target is not aten.add.Tensor or node.kwargs or result is None:
         return False
     terms = [tensor_of(n) for n in node.args]
-    return all(
+    return node.args[0] is not node.args[1] and all(
         t is not None and t.dtype == result.dtype and aten_ir.same_sizes(t.shape, result.shape)
         for t in terms
     )
 
 
-def _terms(node: fx.Node) -> Iterator[fx.Node]:
-    """What is added in ``node``, and in the sums that nothing else uses."""
-    for term in node.args:
-        if isinstance(term, fx.Node) and _is_sum(term) and len(term.users) == 1:
-            # Twice the same sum is one user, but two terms.
-            yield from _terms(term)
-        elif isinstance(term, fx.Node):
-            yield term
+def _terms(node: fx.Node) -> list[fx.Node]:
+    """What is added in ``node``, and in the sums that nothing else uses, from left to right."""
+    terms, pending = [], [node]
+    while pending:
+        term = pending.pop()
+        if term is node or (_is_sum(term) and len(term.users) == 1):
+            pending += reversed(term.args)  # type: ignore[arg-type]
+        else:
+            terms.append(term)
+    return terms
 
 
-def _widest(
+def _largest_group(
     node: fx.Node, terms: list[fx.Node], by_last: Mapping[fx.Node, AffineChain]
 ) -> Branches | None:
-    """The most branches in a sum that one of its convolutions covers; None if there are not two."""
-    chains = [by_last[t] for t in terms if t in by_last and terms.count(t) == 1]
-    best: list[AffineChain] = []
-    for wide in chains:
-        covered = [c for c in chains if c is not wide and _margins(wide.layer, c.layer) is not None]
-        if len(covered) >= max(len(best), 1):
-            best = [wide, *covered]
-    merged = {c.last for c in best}
-    return Branches(tuple(best), tuple(t for t in terms if t not in merged), node) if best else None
+    """The most terms of a sum that one of them covers; None if there are not two."""
+    chains = [by_last[term] for term in terms if term in by_last]
+    groups = [
+        (wide, *(c for c in chains if c is not wide and _margins(wide.layer, c.layer) is not None))
+        for wide in chains
+    ]
+    group = max(groups, key=len, default=())
+    if len(group) < 2:
+        return None
+    merged = {chain.last for chain in group}
+    return Branches(group, tuple(t for t in terms if t not in merged), node)
 
 
 def _kernel(layer: Layer) -> torch.Size:
@@ -122,7 +135,7 @@ def _margins(wide: Layer, narrow: Layer) -> list[tuple[int, int]] | None:
     By dimension; None where zeros cannot do it.
     """
     stride, padding, dilation = wide.node.args[3:6]
-    if narrow.input is not wide.input or narrow.layout != wide.layout:
+    if not _same_value(narrow.input, wide.input) or narrow.layout != wide.layout:
         return None
     if narrow.node.args[3] != stride or narrow.out.dtype != wide.out.dtype:
         return None
@@ -139,13 +152,19 @@ def _margins(wide: Layer, narrow: Layer) -> list[tuple[int, int]] | None:
     return margins
 
 
+def _same_value(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes are one, or casts of one: autocast casts anew for each layer."""
+    calls = [(n.target, n.args, n.kwargs) for n in (a, b)]
+    return a is b or (aten_ir.is_cast(a) and calls[0] == calls[1])
+
+
 def emit_weight_and_bias(branches: Branches, build: Builder) -> tuple[fx.Node, fx.Node | None]:
     """Nodes of the convolutions' common weight, shaped like the first one's, and bias [C_out].
 
     Computed in float32 (float64 where the layers are) and rounded once, to the layers' dtype. The
     first input of all that the weight is computed from is the first convolution's weight.
     """
-    wide = branches.chains[0].layer
+    wide = branches.wide
     weights, shifts = [], []
     for chain in branches.chains:
         scale, shift = affine.emit_scale_and_shift(chain, build)

@@ -95,7 +95,7 @@ def seconds_merged(
     """Seconds of the convolution that all branches can be merged into, its weight kept.
 
     None if it is not faster than the branches one by one, which take ``separately`` seconds, or was
-    not measured.
+    not measured. (In these, an addition may count for the branches on both sides of it.)
     """
     end = _last(branches.last, activation, residual)
     times = _seconds(

@@ -59,7 +59,7 @@ class ForwardCode(enum.Enum):
     """Why a layer was folded with the affine map after it, or left as written (kernel half)."""
 
     FOLDED = "folded: the scale is in the weight and the shift in the bias, in each call anew"
-    MERGED = "merged: a parallel convolution's weight contains this layer's, in each call anew"
+    MERGED = "merged: a parallel convolution's weight, which is kept, contains this layer's"
     AS_LINEAR = "not folded, but computed as a linear layer, which is faster"
     SLOWER = "as written is as fast or faster, as measured or estimated"
     DENIED = "the options 'allow' and 'deny' leave this module out"
@@ -82,6 +82,11 @@ class ForwardCode(enum.Enum):
     def rewritten(self) -> bool:
         """Whether the layer is computed in another way than written."""
         return self.folded or self is ForwardCode.AS_LINEAR
+
+    @property
+    def sound(self) -> bool:
+        """Whether to rewrite the layer would be right, however it was decided."""
+        return self.rewritten or self is ForwardCode.SLOWER
 
 
 class ScaleCode(enum.Enum):

@@ -119,6 +119,7 @@ def _decide(
         return decision(ForwardCode.STRIDES_USED, str(end))
     if options.forward == "fold":
         return _computed_by(whole, folding[0])
+    # From here on only speed decides: codes that are ``sound``.
     costs = choice.choose(
         chain,
         activation,

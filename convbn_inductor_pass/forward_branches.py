@@ -29,13 +29,12 @@ def with_merged(
     measure: bool,
 ) -> list[ForwardDecision]:
     """``decisions`` with those about parallel branches that become one convolution replaced."""
-    sound = {ForwardCode.FOLDED, ForwardCode.AS_LINEAR, ForwardCode.SLOWER}
-    by_layer = {d.chain.layer.node: d for d in decisions if d.code in sound}
+    by_layer = {d.chain.layer.node: d for d in decisions if d.code.sound}
     for branches in find_branches(graph, [d.chain for d in by_layer.values()]):
         mine = [by_layer[c.layer.node] for c in branches.chains]
-        merged = _merge(branches, mine, around, options, measure)
-        decisions = [d for d in decisions if merged is None or d not in mine] + (merged or [])
-    return decisions
+        for merged in _merge(branches, mine, around, options, measure) or ():
+            by_layer[merged.chain.layer.node] = merged
+    return [by_layer.get(d.chain.layer.node, d) for d in decisions]
 
 
 def _merge(
@@ -49,9 +48,9 @@ def _merge(
     wide, *contained = decisions
     activation, residual = _after(branches)
     last = next(x.last for x in (activation, residual, branches) if x is not None)
-    layers = [_name(d) for d in decisions]
-    steps = [module_path(s.node) for d in decisions for s in d.chain.steps]
-    if not options.permits(*layers, *steps):
+    paths = [layer_path(d.chain.layer.node) for d in decisions]
+    paths += [module_path(s.node) for d in decisions for s in d.chain.steps]
+    if not options.permits(*paths):
         return None
     if part_is_returned(last, around.parts) or strides_are_used(branches.last):
         return None
@@ -73,7 +72,7 @@ def _merge(
         kernel=kernels.PACKED,
         activation=activation,
         residual=residual,
-        detail=f"with parallel branches: {', '.join(layers[1:])}",
+        detail=f"with parallel branches: {', '.join(map(_name, contained))}",
         seconds_folded=seconds,
         branches=branches,
     )
@@ -83,10 +82,7 @@ def _merge(
 def _after(branches: Branches) -> tuple[Activation | None, Residual | None]:
     """What oneDNN's convolution computes after the sum: an activation, or its other terms."""
     if not branches.others:
-        dtype = branches.chains[0].layer.out.dtype
-        activation = epilogue.activation_after(branches.last, dtype)
-        residual = epilogue.residual_after(branches.last) if activation is None else None
-        return activation, residual
+        return epilogue.activation_after(branches.last, branches.wide.out.dtype), None
     relu = [u for u in branches.last.users if u.target is aten.relu.default]
     if len(branches.last.users) != 1 or not relu:
         return None, Residual(branches.others[0], branches.last, relu=False)

@@ -24,7 +24,8 @@ class ForwardDecision:
     ``bytes_folded`` are what each way reads and writes besides the layer's own input, weight and
     output: hints where sizes are symbolic.
     ``seconds_exact`` and ``seconds_folded`` were measured, for the layer and all of that; None
-    if they were not. ``branches`` are computed in the layer's place if it is the widest of them.
+    if they were not. ``branches``, whose widest this layer is, are one convolution in the place of
+    their sum.
     """
 
     chain: AffineChain

@@ -78,7 +78,7 @@ def merge_branches(branches: Branches, activation: Activation | None, build: Bui
 
     Calls are added where ``build`` adds them, which has to be before the sum of the branches.
     """
-    layer = branches.chains[0].layer
+    layer = branches.wide
     weight, bias = emit_weight_and_bias(branches, build)
     new = _onednn_call(layer, activation, _packed(layer, weight, build), bias, build)
     new.meta = {**layer.node.meta, "val": new.meta["val"]}

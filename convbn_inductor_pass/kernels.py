@@ -82,7 +82,7 @@ def folding_kernels(
 
 def can_merge(branches: Branches, activation: Activation | None) -> bool:
     """Whether oneDNN's convolution can take the place of branches, with a weight that is kept."""
-    wide = branches.chains[0].layer
+    wide = branches.wide
     adds_safely = wide.out.dtype != torch.bfloat16 or not branches.others
     return (
         _takes_post_ops(wide)

@@ -153,17 +153,46 @@ def test_a_residual_is_added_to_the_sum():
     assert wide.epilogue == "add+relu"
 
 
-def test_autocast():
+@pytest.mark.parametrize("backend", [None, "inductor"])
+def test_autocast(backend):
+    """Each convolution has a cast of the input of its own."""
     if not _inductor.has_onednn_epilogues(torch.bfloat16):
         pytest.skip("no such kernels here")
     model, x = Sum(conv(3, padding=1), conv(1)), torch.randn(2, 6, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert merged(model, x, tolerance=0.1, backend=backend) == ["convs.1"]
 
-    class Outer(nn.Module):
+
+def test_norms_in_another_dtype():
+    """What is added is in float32, what one convolution would compute is not."""
+    if not _inductor.has_onednn_epilogues(torch.bfloat16):
+        pytest.skip("no such kernels here")
+
+    class Wide(Sum):
         def forward(self, x):
-            with torch.autocast("cpu", torch.bfloat16):
-                return model(F.conv2d(x, torch.eye(6)[:, :, None, None]))
+            convs = zip(self.convs, self.norms, strict=True)
+            a, b = (norm(conv(x).float()) for conv, norm in convs)
+            return a + b
 
-    assert len(merged(Outer(), x, tolerance=0.1)) == 1
+    model = Wide(conv(3, padding=1), conv(1))
+    model.convs.bfloat16()
+    assert merged(model, torch.randn(2, 6, 8, 8).bfloat16(), tolerance=0.1) == []
+
+
+def test_long_sums():
+    """Deeper than Python's stack, and one whose terms double in each step."""
+
+    class Long(Sum):
+        def forward(self, x):
+            a, b, c = self.terms(x)
+            for _ in range(1200):
+                a = a + x
+            for _ in range(40):
+                c = c + c
+            return a + b, c
+
+    model = Long(conv(3, padding=1), conv(1), conv(1))
+    assert merged(model, torch.randn(1, 6, 4, 4)) == ["convs.1"]
 
 
 def test_every_change_shows():
@@ -200,12 +229,6 @@ def subclasses():
             a, b = self.terms(x)
             return (a + b) * b
 
-    class Doubled(Sum):
-        def forward(self, x):
-            a, b = self.terms(x)
-            both = a + b
-            return both + both
-
     class Broadcast(Sum):
         def forward(self, x):
             a, b = self.terms(x)
@@ -231,7 +254,7 @@ def subclasses():
             a, b = self.terms(x)
             return (a + b)[:, 1:]
 
-    return TwoInputs, Returned, Twice, Doubled, Broadcast, Weighted, Itself, Gated, Sliced
+    return TwoInputs, Returned, Twice, Broadcast, Weighted, Itself, Gated, Sliced
 
 
 @pytest.mark.parametrize("kind", subclasses(), ids=lambda c: c.__name__)
