@@ -9,9 +9,10 @@ What differs between torch 2.11 and 2.15, by name:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ __all__ = [
     "sort_graph",
     "static_inputs",
     "trace_decomposed",
+    "update_metadata",
 ]
 
 one_pass_per_hook: bool = version < "2.13.0a0"
@@ -87,6 +89,26 @@ def sort_graph(graph: torch.fx.Graph) -> None:
     from torch._inductor.pattern_matcher import stable_topological_sort
 
     stable_topological_sort(graph)
+
+
+@contextlib.contextmanager
+def update_metadata(graph: torch.fx.Graph) -> Iterator[None]:
+    """Recompute, at the end, the metadata of what depends on what is changed in between.
+
+    A library's kernel lays its result out in another way than what it takes the place of, and so
+    may all that is computed from that. Inductor notices by itself, but only after it has put its
+    own functions into the graph for oneDNN's epilogues; then it cannot recompute these, and the
+    compilation fails (2.15).
+    """
+    from torch._inductor.fx_utils import FakeTensorUpdater
+
+    takes_graph = "graph" in inspect.signature(FakeTensorUpdater).parameters  # 2.11
+    of: Any = graph if takes_graph else graph.owning_module
+    updater = FakeTensorUpdater(of)
+    try:
+        yield
+    finally:
+        updater.incremental_update()
 
 
 def library_settings() -> tuple[bool, ...]:

@@ -203,19 +203,20 @@ def apply(decisions: list[ForwardDecision], graph: fx.Graph) -> int:
         return 0
     writes = any(_compat.is_mutable(n.target) for n in graph.nodes)
     build = Builder(graph, share=not writes)
-    try:
-        for decision in wanted:
-            chain, activation, residual = decision.chain, decision.activation, decision.residual
-            with graph.inserting_before(decision.place), _compat.fake_mode_of(chain.layer.out):
-                if decision.branches is not None:
-                    merge_branches(decision.branches, activation, build)
-                elif decision.code is ForwardCode.MERGED:
-                    continue  # gone with the widest of its branches, or soon to go
-                elif decision.code is ForwardCode.AS_LINEAR:
-                    compute_as_linear(chain.layer, build)
-                else:
-                    fold_forward(chain, activation, residual, decision.kernel, build)
-    finally:
-        # If one fails, too: Inductor must not see packed weights.
-        kept.keep_packed(graph)
+    with _inductor.update_metadata(graph):
+        try:
+            for decision in wanted:
+                chain, activation, residual = decision.chain, decision.activation, decision.residual
+                with graph.inserting_before(decision.place), _compat.fake_mode_of(chain.layer.out):
+                    if decision.branches is not None:
+                        merge_branches(decision.branches, activation, build)
+                    elif decision.code is ForwardCode.MERGED:
+                        continue  # gone with the widest of its branches, or soon to go
+                    elif decision.code is ForwardCode.AS_LINEAR:
+                        compute_as_linear(chain.layer, build)
+                    else:
+                        fold_forward(chain, activation, residual, decision.kernel, build)
+        finally:
+            # If one fails, too: Inductor must not see packed weights.
+            kept.keep_packed(graph)
     return len(wanted)

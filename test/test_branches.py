@@ -290,6 +290,18 @@ def test_options():
         assert merged(model, x, **options) == [], options
 
 
+def test_explain():
+    model, x = Sum(conv(3, padding=1), conv(1)), torch.randn(2, 6, 8, 8)
+    with torch.no_grad(), cbn.options(forward="auto"):
+        explanation = cbn.explain(model, x)
+    codes = {r.layer: (r.code, r.detail) for r in explanation.forward}
+    assert codes == {
+        "convs.0": (ForwardCode.FOLDED, "with parallel branches: convs.1"),
+        "convs.1": (ForwardCode.MERGED, "convs.0"),
+    }
+    assert sum(r.seconds_folded for r in explanation.forward) == 0.5
+
+
 def test_training_and_dynamic_sizes_stay():
     model, x = Sum(conv(3, padding=1), conv(1), identity=True), torch.randn(2, 6, 8, 8)
     with testing.fresh_compile():

@@ -11,7 +11,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.torch_version import TorchVersion
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import ForwardCode, testing
+from convbn_inductor_pass import ForwardCode, _inductor, hook, testing
 
 
 def test_two_layers_that_are_each_others_operand():
@@ -220,3 +220,39 @@ def test_batch_that_depends_on_data():
         out, (record,) = folded(fn, *args)
     assert record.code is ForwardCode.FOLDED
     torch.testing.assert_close(out, fn(*args))
+
+
+@pytest.mark.skipif(not _inductor.has_onednn_epilogues(torch.float32), reason="needs oneDNN")
+@pytest.mark.parametrize("backend", [testing.post_grad_backend(), "inductor"])
+def test_metadata_of_what_depends_on_a_folded_layer(backend):
+    """oneDNN's result is channels-last, and so is what is computed from it and added to another's.
+
+    With metadata that says otherwise, Inductor of torch 2.15 raises. The first layer's result is
+    used as it is, as a view and by an operator with two results.
+    """
+    seen = []
+
+    def check(graph):
+        for node in graph.nodes:
+            value = node.meta.get("val")
+            inputs = [n.meta.get("val") for n in node.all_input_nodes]
+            if node.op == "call_function" and isinstance(value, Tensor) and None not in inputs:
+                args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                with value.fake_mode:
+                    again = node.target(*args, **kwargs)
+                assert (again.shape, again.stride()) == (value.shape, value.stride()), node
+                seen.append(value.stride())
+
+    torch.manual_seed(0)
+    x, v, w, s = (torch.randn(n) for n in ((2, 3, 8, 8), (4, 3, 1, 1), (4, 4, 1, 1), (4, 1, 1)))
+
+    def fn(x: Tensor, v: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        y = (F.conv2d(x, v) * s).relu()
+        z = F.conv2d(y, w) * s + y.sin()
+        return z.relu(), y.transpose(2, 3).cos(), F.max_pool2d(y, 2, return_indices=True)[0].exp()
+
+    checked = hook.passes_added("post_grad_custom_pre_pass", check)
+    with testing.fresh_compile(), cbn.options(forward="fold"), checked, torch.no_grad():
+        out = torch.compile(fn, backend=backend)(x, v, w, s)
+    torch.testing.assert_close(out, fn(x, v, w, s))
+    assert sum(stride == (256, 1, 32, 4) for stride in seen) >= 5  # the layers' and what follows
