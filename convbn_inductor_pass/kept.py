@@ -55,13 +55,15 @@ _library.define(
 class _Part:
     """A weight and its biases: a function of the parameters from ``begin`` to ``end``.
 
-    The first of these is the weight. ``digest`` stands for all that is known when compiling.
+    The first of these is the weight. ``digest`` stands for all that is known when compiling, and
+    ``results`` say what comes out, as far as graphs tell: dtype, sizes and strides of each.
     """
 
     begin: int
     end: int
     function: Callable[..., tuple[Tensor, ...]]
     digest: str
+    results: list[tuple[str, list[int], list[int]]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -133,17 +135,22 @@ def _result(part: _Part, parameters: list[Tensor], made_of: bytes) -> _Result:
 
 @torch.library.impl(_library, "kept", "Meta")
 def _kept_meta(parameters: list[Tensor], digest: str, program: str) -> list[Tensor]:
-    parts = _parts(digest, program)
-    return [t for p in parts for t in p.function(*parameters[p.begin : p.end])]
+    # The function itself may make tensors on a device, which has nothing to do with those here.
+    return [
+        torch.empty_strided(sizes, strides, dtype=getattr(torch, dtype), device="meta")
+        for part in _parts(digest, program)
+        for dtype, sizes, strides in part.results
+    ]
 
 
 def _parts(digest: str, program: str) -> tuple[_Part, ...]:
     parts = _parts_by_digest.get(digest)
     if parts is None:
         begin, made = 0, []
-        for layouts, source in json.loads(program):
+        for layouts, source, results in json.loads(program):
             end = begin + len(layouts)
-            made.append(_Part(begin, end, _function(source), _digest([layouts, source])))
+            part = _Part(begin, end, _function(source), _digest([layouts, source]), results)
+            made.append(part)
             begin = end
         parts = _parts_by_digest[digest] = tuple(made)
     return parts
@@ -206,7 +213,9 @@ def keep_packed(graph: fx.Graph) -> int:
         # Numbers in memory mean nothing without their sizes and strides.
         values = [tensor_of(n) for n in inputs]
         layouts = [f"{v.dtype} {list(v.shape)} {v.stride()}" for v in values if v is not None]
-        program.append((layouts, source))
+        made = [n.meta["val"] for n in group]
+        kinds = [(str(v.dtype).split(".")[1], list(v.shape), list(v.stride())) for v in made]
+        program.append((layouts, source, kinds))
     text, digest = json.dumps(program), _digest(program)
     _inductor.keep_output(kept, kept_on_cpu)
     last = graph.find_nodes(op="placeholder")[-1]

@@ -116,13 +116,13 @@ def post_grad_backend(
     """
 
     def run_eagerly(gm: fx.GraphModule, _inputs: list[Any], **_kwargs: Any) -> Callable[..., Any]:
+        # As Inductor does first: strides may become others than those that were traced.
+        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+            node.target = torch.ops.aten.reshape.default
         for each in _inductor.custom_passes("post_grad_custom_pre_pass"):
             each(gm.graph)
         gm.graph.lint()
         on_graph(gm.graph)
-        # As Inductor reads it: strides may be others than the metadata says.
-        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-            node.target = torch.ops.aten.reshape.default
         gm.recompile()
         return _compat.boxed(gm)
 

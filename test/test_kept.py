@@ -471,3 +471,20 @@ def test_explain_knows_of_packed_weights():
             (explained,) = cbn.explain(model, X).forward
     assert (explained.code, explained.kernel) == (record.code, record.kernel)
     assert explained.kernel == kernels.PACKED
+
+
+@pytest.mark.parametrize("backend", [None, "inductor"])
+def test_a_scale_that_is_a_number(backend):
+    """Its vector is made on a device: nothing that metadata could be computed with."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.other = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, bias=False)
+
+        def forward(self, x):
+            return (self.other((self.conv(x) * 2).relu()) * 3 + 1).relu()
+
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert packed_layers(Scaled(), x, backend=backend) == [True] * 2
