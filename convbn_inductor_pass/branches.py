@@ -8,8 +8,8 @@ with weights that are merged once and for all. Here they are merged from the liv
 it where the result can be kept (:mod:`kept`), which is what ``forward`` asks for.
 
 A batch norm of the input itself, which deployment merges, too, stays a term of the sum. Inside the
-convolution it would be a large number among many small ones, all of whose roundings it coarsens: it
-doubled errors against float64. A 1x1 convolution whose diagonal is as large does the same.
+convolution it would be a large number among many small ones, all of whose roundings it coarsens. A
+1x1 convolution whose diagonal is as large does the same.
 
 Source: Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", CVPR 2021 (arXiv 2101.03697),
 section 3.3.

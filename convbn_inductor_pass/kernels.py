@@ -116,7 +116,8 @@ def _takes_cudnn(layer: Layer) -> bool:
         and not layer.layout.transposed
         and layer.out.ndim == 4  # of others, Inductor makes nothing channels-last on GPUs
         and layer.out.dtype in (torch.float32, torch.bfloat16)
-        and all(isinstance(size, int) for size in sizes)  # what is right for one may not be there
+        # What is right for one size may not be there. Nothing to compute, nothing to gain.
+        and all(isinstance(size, int) and size > 0 for size in sizes)
         and _inductor.has_cudnn_epilogues(layer.out.device)
         and _inductor.for_python()
     )

@@ -249,12 +249,38 @@ def subclasses():
             a, _ = self.terms(x)
             return a + x * self.norms[1].weight[:, None, None] * x.mean()
 
+    class ScaledByInput(Sum):
+        """A weight made of this cannot be kept."""
+
+        def forward(self, x):
+            a, b = self.terms(x)
+            return a + b * x.mean((0, 2, 3), keepdim=True)
+
+    class Writing(Sum):
+        """A parameter may be another in the middle of the graph."""
+
+        def forward(self, x):
+            self.norms[0].running_mean.mul_(1)
+            a, b = self.terms(x)
+            return a + b
+
     class Sliced(Sum):
         def forward(self, x):
             a, b = self.terms(x)
             return (a + b)[:, 1:]
 
-    return TwoInputs, Returned, Twice, Broadcast, Weighted, Itself, Gated, Sliced
+    return (
+        TwoInputs,
+        Returned,
+        Twice,
+        Broadcast,
+        Weighted,
+        Itself,
+        Gated,
+        ScaledByInput,
+        Writing,
+        Sliced,
+    )
 
 
 @pytest.mark.parametrize("kind", subclasses(), ids=lambda c: c.__name__)

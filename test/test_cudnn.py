@@ -81,6 +81,14 @@ def test_through_inductor(kind, count, grad):
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
+def test_nothing_to_compute():
+    """Inductor does not restore the strides of a result without numbers."""
+    model, x = Branches(), torch.randn(0, 3, 6, 6)
+    _, records = folded(model, x, forward="auto")
+    assert taken(records) == []
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_one_of_two_branches_adds_the_other():
     torch.manual_seed(0)
     model, x = Branches(), torch.randn(2, 3, 6, 6)

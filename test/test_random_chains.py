@@ -123,8 +123,7 @@ def check(function: RandomFunction, forward: str, counts: collections.Counter) -
 
 def _strides(tensor: Tensor) -> list[int]:
     """Those that say where a number lies."""
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    return [s for size, s in pairs if size != 1] if tensor.numel() else []
+    return [s for size, s in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
 
 
 def check_scales(function: RandomFunction, counts: collections.Counter) -> None:
