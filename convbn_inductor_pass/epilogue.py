@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from . import _compat, _inductor
 from .aten_ir import same_sizes, tensor_of
 
-__all__ = ["EAGER", "Activation", "Residual", "activation_after", "residual_after"]
+__all__ = ["IN_PLACE", "Activation", "Residual", "activation_after", "residual_after"]
 
 aten = torch.ops.aten
 _MAX_NODES = 16  # of an activation; tanh's GELU in bfloat16 has 12
@@ -195,9 +195,17 @@ _ACTIVATIONS: tuple[tuple[str, str, tuple[float, ...], Callable[[Tensor], Tensor
 )
 
 
-# One function for each activation by name, for timing.
-EAGER: dict[str, Callable[[Tensor], Tensor]] = {
-    name: function for name, _, _, function in reversed(_ACTIVATIONS)
+# One function for each activation by name, for timing: generated kernels work in place.
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": aten.relu_,
+    "sigmoid": aten.sigmoid_,
+    "tanh": aten.tanh_,
+    "swish": aten.silu_,
+    "hardswish": aten.hardswish_,
+    "hardsigmoid": aten.hardsigmoid_,
+    "gelu": aten.gelu_,
+    "leaky_relu": aten.leaky_relu_,
+    "hardtanh": aten.hardtanh_,
 }
 
 

@@ -11,8 +11,8 @@ Results are kept where Inductor keeps those of its own autotuning.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
-import os
 import pathlib
 import platform
 import time
@@ -30,9 +30,11 @@ __all__ = ["AS_WRITTEN", "seconds"]
 aten = torch.ops.aten
 AS_WRITTEN = "as written"
 
-_METHOD = 3  # part of the key: count up when something else is timed
-_ROUNDS, _FEWEST_ROUNDS = 9, 3
+_METHOD = 5  # part of the key: count up when something else is timed
+_ROUNDS, _FEWEST_ROUNDS = 15, 3
 _SECONDS = 0.5  # of timing per workload, after which no round beyond the fewest begins
+# After the fewest rounds, ways slower than the fastest by more drop out.
+_CLOSE = 1.3
 
 
 def seconds(workload: Workload, kernels: Sequence[str], *, measure: bool) -> dict[str, float]:
@@ -80,6 +82,20 @@ def _system() -> tuple[object, ...]:
 
 
 def _measure(workload: Workload, names: Sequence[str]) -> dict[str, float]:
+    if workload.input.device != "cpu":
+        return _measure_here(workload, names)
+
+    def measure() -> dict[str, float]:
+        torch.get_num_threads()  # has the first call in a thread set their number for MKL
+        return _measure_here(workload, names)
+
+    # While PyTorch compiles, each call of an operator takes 12 us longer, and calls of Python
+    # functions take longer, too: a good part of a small layer's time. Only in this thread.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(measure).result()
+
+
+def _measure_here(workload: Workload, names: Sequence[str]) -> dict[str, float]:
     with _compat.real_tensors(), torch.no_grad():
         try:
             ways = others = _Ways(workload)
@@ -99,30 +115,36 @@ def _measure(workload: Workload, names: Sequence[str]) -> dict[str, float]:
                 times[name] = float("inf")
                 del functions[name]
         if workload.input.device == "cpu":
-            return times | _take_turns(functions, ways.x)
+            inputs = [t for t in (ways.other, ways.x) if t is not None]
+            return times | _take_turns(functions, inputs)
         for name, (function, _) in functions.items():
             times[name] = _inductor.benchmark_gpu(function, ways.x.device)
         return times
 
 
 def _take_turns(
-    functions: dict[str, tuple[Callable[[], object], Callable[[], object]]], x: Tensor
+    functions: dict[str, tuple[Callable[[], object], Callable[[], object]]],
+    inputs: Sequence[Tensor],
 ) -> dict[str, float]:
     """Seconds of each function's fastest call, in turns: what disturbs only ever adds.
 
-    ``x`` is the input of the first one of each pair, which is timed. The second one does the same
-    with other tensors.
+    ``inputs`` are what layers before have computed for the first one of each pair, which is timed.
+    The second one does the same with other tensors.
     """
     evict = torch.zeros(2 * _last_level_cache() // 4, dtype=torch.float32, device="cpu")
     samples: dict[str, list[float]] = {name: [] for name in functions}
     begin = time.perf_counter()
     for i in range(_ROUNDS):
-        if i >= _FEWEST_ROUNDS and time.perf_counter() - begin > _SECONDS:
-            break
+        if i >= _FEWEST_ROUNDS:
+            if time.perf_counter() - begin > _SECONDS:
+                break
+            close = _CLOSE * min(map(min, samples.values()))
+            functions = {n: f for n, f in functions.items() if min(samples[n]) <= close}
         for name, (function, other) in functions.items():
             evict.sum()  # not written to: a cache that has to write back first is slow
             other()  # brings the program itself back, which other layers' calls keep in the caches
-            x.mul_(1)
+            for tensor in inputs:
+                tensor.mul_(1)
             start = time.perf_counter()
             function()
             samples[name].append(time.perf_counter() - start)
@@ -132,10 +154,10 @@ def _take_turns(
 def _last_level_cache() -> int:
     """Bytes of the processor's last level of cache, or a usual number."""
     usual, most = 32 << 20, 256 << 20
-    try:
-        size = os.sysconf("SC_LEVEL3_CACHE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on this system
-        size = 0
+    size = 0
+    for path in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()  # "32768K"; sysconf may count all of a host's caches
+        size = max(size, int(text.removesuffix("K")) << 10 if text.endswith("K") else 0)
     return min(size, most) if size > 0 else usual
 
 
@@ -185,9 +207,13 @@ class _Ways:
         return self._with_post_ops(self._scaled(), self._shift())
 
     def _packed(self) -> Tensor:
-        fingerprint.fingerprints(self.weight)
+        self._read()
         w = self.workload
         return self._with_post_ops(self._pack, self.vector if w.shifts or w.bias else None)
+
+    @functools.cached_property
+    def _read(self) -> Callable[[], object]:
+        return fingerprint.reader(self.weight)
 
     @functools.cached_property
     def _pack(self) -> Tensor:
@@ -203,7 +229,7 @@ class _Ways:
         geometry = (padding, stride, dilation, groups)
         mkldnn = torch.ops.mkldnn
         if self.other is None:
-            return mkldnn._convolution_pointwise(
+            return mkldnn._convolution_pointwise.default(
                 self.x, weight, bias, *geometry, name, list(scalars), algorithm
             )
         relu = "relu" if w.residual == "add+relu" else None
@@ -218,29 +244,39 @@ class _Ways:
 
     def _linear(self) -> Tensor:
         post_op = self.workload.activation or ("none", (), "")
-        out = self._matrix_product(self._scaled(), self._shift(), post_op)
-        return torch.add(out, self.rows) if self.other is not None and self.workload.ends else out
+        out = self._linear_layer(self._scaled(), self._shift(), post_op)
+        return out.add_(self.rows) if self.other is not None and self.workload.ends else out
 
     def _unfolded_linear(self) -> Tensor:
         w = self.workload
         weight = self._relaid() if w.wide != w.weight.dtype else self.weight
-        out = self._matrix_product(weight, self.vector if w.bias else None, ("none", (), ""))
-        if self.other is not None and w.ends:
-            return torch.add(out, self.rows)
-        return self._generated(out) if w.ends else out
+        out = self._linear_layer(weight, self.vector if w.bias else None, ("none", (), ""))
+        return self._epilogue(out, affine=True)
 
-    def _matrix_product(
+    def _linear_layer(
         self, weight: Tensor, bias: Tensor | None, post_op: tuple[Any, ...]
     ) -> Tensor:
-        x, name, scalars, algorithm = self.x, *post_op
-        if self.workload.rest:
-            for dim, step in enumerate(self.workload.rest[0], 2):
-                x = x[(slice(None),) * dim + (slice(None, None, step),)]
-            x = x.movedim(1, -1).reshape(-1, x.shape[1])
-            weight = weight.reshape(weight.shape[0], -1)
-        else:
-            weight = weight.t()
-        return ops.linear_pointwise(x, weight, bias, name, list(scalars), algorithm)
+        name, scalars, algorithm = post_op
+        weight = weight.reshape(weight.shape[0], -1) if self.workload.rest else weight.t()
+        return ops.linear_pointwise(self._input(), weight, bias, name, list(scalars), algorithm)
+
+    def _input(self) -> Tensor:
+        """The input's rows: a view, or a copy if a convolution has a stride."""
+        if not self.workload.rest:
+            return self.x
+        return self._rows_of_x() if self._rows is None else self._rows
+
+    @functools.cached_property
+    def _rows(self) -> Tensor | None:
+        # Views are made once: in eager mode they take a good part of a small product's time.
+        rows = self._rows_of_x()
+        return rows if rows.data_ptr() == self.x.data_ptr() else None
+
+    def _rows_of_x(self) -> Tensor:
+        x = self.x
+        for dim, step in enumerate(self.workload.rest[0], 2):
+            x = x[(slice(None),) * dim + (slice(None, None, step),)]
+        return x.movedim(1, -1).reshape(-1, x.shape[1])
 
     def _layer(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.workload.rest:
@@ -273,13 +309,18 @@ class _Ways:
         w = self.workload
         if not w.ends:
             return out
+        affine = affine and (w.scales or w.shifts)
+        kernel: list[Callable[[], object]] = []
+        if affine:
+            v = self.vector if out.ndim == 2 else self.vector.view(-1, *[1] * (out.ndim - 2))
+            kernel.append(lambda: torch.addcmul(v, out, v, out=out))
         if self.other is not None:
-            return torch.add(out, self.other)
-        return self._generated(out) if affine or w.activation is not None else out
-
-    def _generated(self, out: Tensor) -> Tensor:
-        """The affine map and the activation in one kernel."""
-        w = self.workload
-        if w.activation is not None:
-            return epilogue.EAGER[w.activation[0]](out)
-        return torch.relu(out) if w.scales or w.shifts else out
+            other = self.other if out.ndim != 2 else self.rows
+            kernel.append(lambda: out.add_(other))
+        elif w.activation is not None:
+            activation = epilogue.IN_PLACE[w.activation[0]]
+            kernel.append(lambda: activation(out))
+        # Pointwise kernels compute here and wait for memory on GPUs, where one stands for all.
+        for call in kernel if out.device.type == "cpu" else kernel[-1:]:
+            call()
+        return out
