@@ -30,6 +30,7 @@ from . import (
     autograd,
     forward,
     freezing,
+    invariants,
     masks,
     pipeline,
     report,
@@ -133,10 +134,11 @@ class ConvBNEvalPass(_Pass):
 
 
 class ConvBNForwardPass(_Pass):
-    """The post-grad pass: stores masks fast (``masks``), folds what follows a layer into it.
+    """The post-grad pass: folds what follows a layer into it (``forward``).
 
-    Folds nothing with ``forward="exact"``, the default, and does nothing at all while
-    ``torch._inductor.config.efficient_conv_bn_eval_fx_passes`` is False.
+    Also stores masks fast (``masks``), and computes once what is the same for many numbers
+    (``invariants``). Folds nothing with ``forward="exact"``, the default, and does nothing at all
+    while ``torch._inductor.config.efficient_conv_bn_eval_fx_passes`` is False.
     """
 
     _uuid = "convbn_inductor_pass, forward"
@@ -148,8 +150,12 @@ class ConvBNForwardPass(_Pass):
     def _run(self, graph: fx.Graph) -> None:
         rewritten = masks.rewrite_masks(graph)
         _compat.counters["inductor"]["efficient_conv_bn_eval_masks"] += rewritten
-        if get_options().forward == "exact":
-            return
+        if get_options().forward != "exact":
+            self._fold(graph)
+        stored = invariants.store_invariants(graph)
+        _compat.counters["inductor"]["efficient_conv_bn_eval_invariants"] += stored
+
+    def _fold(self, graph: fx.Graph) -> None:
         decisions = forward.analyze(graph, get_options(), measure=True)
         if not decisions:
             return
@@ -207,7 +213,7 @@ _HOOKS: dict[str, _Pass] = {
 _WITHOUT = {
     "pre_grad_custom_pass": "no pair is fused",
     "joint_custom_pre_pass": "scales other than batch norms' keep their layer's output",
-    "post_grad_custom_pre_pass": "nothing is folded, and masks are stored as Inductor does",
+    "post_grad_custom_pre_pass": "nothing is folded, and the rest is computed as Inductor does",
 }
 
 
