@@ -83,6 +83,7 @@ def test_one_that_is_computed_from_another_is_stored_if_it_is_slow_itself():
         pytest.param(norm, [t.bfloat16() for t in (maps(), *vectors(4))], id="bfloat16"),
         pytest.param(norm, [t.half() for t in (maps(), *vectors(4))], id="float16"),
         pytest.param(lambda x, r: x * r[:, None, None], [maps(), *vectors(1)], id="an input"),
+        pytest.param(norm, [t.to("meta") for t in (maps(), *vectors(4))], id="another device"),
         pytest.param(lambda x, y: x * torch.rsqrt(y), [maps(), maps().abs()], id="as large"),
         pytest.param(
             lambda x: x * torch.rsqrt(x.var((1, 2), keepdim=True) + 1e-5), [maps()], id="a sum"
