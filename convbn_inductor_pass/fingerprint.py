@@ -181,7 +181,10 @@ def sizes_of(tensors: Sequence[Tensor]) -> Any:
 
 
 def reader(tensor: Tensor) -> Callable[[], object]:
-    """A function that takes the tensor's fingerprint and nothing else, for timing."""
+    """A function that takes the tensor's fingerprint and nothing else, for timing.
+
+    What Python adds to ``fingerprints`` is once per network, and would count for each layer.
+    """
     function, keys = _library()
     data, out = ctypes.c_uint64(tensor.data_ptr()), ctypes.create_string_buffer(BYTES)
     pointers = ctypes.byref(data), sizes_of([tensor]), keys, out

@@ -11,8 +11,8 @@ goes for the gates of squeeze-and-excitation, one number per image and channel.
 ``python -m bench run --suite forward`` measures it: ``ours`` beside ``eval`` in inference
 with 8 images.
 
-Declines: other devices, whose pointwise kernels wait for memory; float16 and bfloat16, which would
-be rounded where Inductor does not; results too small or not used often enough to be worth a loop;
+Declines: other devices, where it was not measured; float16 and bfloat16, which would be rounded
+where Inductor does not; results too small or not used often enough to be worth a loop;
 what is made of sums, as in layer norms, which Inductor computes in the loop over their rows.
 """
 

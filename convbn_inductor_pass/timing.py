@@ -1,10 +1,10 @@
 """Time the ways to compute a layer and what follows it, once per kind of processor and shape.
 
 A way is a call of a library and a few generated kernels around it. The library's call is made
-here as compiled code makes it, memory formats included. For a generated kernel stands one
-pointwise call of eager mode that reads and writes the same tensors. On CPU the ways take turns,
-each beginning with its input and the program in the processor's caches and its weight out of them,
-as after the layers before it. On GPUs Inductor's own benchmark times them.
+here as compiled code makes it, memory formats included. For a generated kernel stand
+pointwise calls of eager mode on the same tensors, in place. On CPU the ways take turns, each
+beginning with its inputs and the program in the processor's caches and its weight out of them, as
+after the layers before it. On GPUs Inductor's own benchmark times them.
 
 Results are kept where Inductor keeps those of its own autotuning.
 """
@@ -261,7 +261,7 @@ class _Ways:
         return ops.linear_pointwise(self._input(), weight, bias, name, list(scalars), algorithm)
 
     def _input(self) -> Tensor:
-        """The input's rows: a view, or a copy if a convolution has a stride."""
+        """The input's rows: a view, or a copy where there is none, as with a stride."""
         if not self.workload.rest:
             return self.x
         return self._rows_of_x() if self._rows is None else self._rows
@@ -320,7 +320,7 @@ class _Ways:
         elif w.activation is not None:
             activation = epilogue.IN_PLACE[w.activation[0]]
             kernel.append(lambda: activation(out))
-        # Pointwise kernels compute here and wait for memory on GPUs, where one stands for all.
+        # What adds up was measured on CPU only. Elsewhere the last call stands for the kernel.
         for call in kernel if out.device.type == "cpu" else kernel[-1:]:
             call()
         return out

@@ -155,6 +155,28 @@ def test_same_bits(trains, autocast, dynamic, monkeypatch):
     assert counters["inductor"][name] == before
 
 
+def test_written_to_between_and_returned():
+    """What is stored is of before a write to what it is made of, and may itself be a result."""
+
+    def fn(x, var):
+        r = torch.rsqrt(var + 1e-5)[:, None, None]
+        before = x * r
+        var.mul_(4)
+        after = x * torch.rsqrt(var + 1e-5)[:, None, None]
+        return before, after, before - r, r, r.flatten()[2:]
+
+    x, (var,) = maps(), vectors(1)
+    expected_var = var.clone()
+    expected = fn(x, expected_var)
+    name = "efficient_conv_bn_eval_invariants"
+    before = counters["inductor"][name]
+    with testing.fresh_compile(), torch.no_grad():
+        out = torch.compile(fn)(x, var)
+    assert counters["inductor"][name] == before + 2
+    torch.testing.assert_close((*out, var), (*expected, expected_var))
+    assert [t.stride() for t in out] == [t.stride() for t in expected]
+
+
 def loops_around(text, code):
     """For each time that ``text`` stands in C++ code: how many loops are around it."""
     found, blocks, after_for = [], [], False
