@@ -1,7 +1,7 @@
 """The ways to compute a layer and what follows it, and which of them can take a given layer.
 
-To add one: its name and its condition here, what it emits in ``forward_rewrite``, and how it is
-timed in ``timing``.
+To add one: its name and its condition here, what it emits in ``forward_rewrite``, and the
+calls to time in ``ways``.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def test_each_call_that_is_timed_follows_one_with_other_tensors(monkeypatch):
     """Else programs would count that a network keeps in the caches, or weights would not."""
     made, called = [], []
 
-    class Ways(timing._Ways):
+    class Ways(timing.Ways):
         def __init__(self, workload):
             super().__init__(workload)
             made.append(self)
@@ -133,7 +133,7 @@ def test_each_call_that_is_timed_follows_one_with_other_tensors(monkeypatch):
             call = super().function(name)
             return lambda: (called.append((self, name)), call())
 
-    monkeypatch.setattr(timing, "_Ways", Ways)
+    monkeypatch.setattr(timing, "Ways", Ways)
     compiled(block(), torch.randn(2, 8, 4, 4))
     timed, other = made
     assert timed.weight.data_ptr() != other.weight.data_ptr()
@@ -148,9 +148,9 @@ def test_a_kernel_that_refuses_is_not_taken(monkeypatch):
     def refuse(self):
         raise RuntimeError("not supported")
 
-    monkeypatch.setattr(timing._Ways, "_onednn", refuse)
-    monkeypatch.setattr(timing._Ways, "_aten", refuse)
-    monkeypatch.setattr(timing._Ways, "_packed", refuse)
+    monkeypatch.setattr(timing.Ways, "_onednn", refuse)
+    monkeypatch.setattr(timing.Ways, "_aten", refuse)
+    monkeypatch.setattr(timing.Ways, "_packed", refuse)
     (record,) = compiled(block(), torch.randn(2, 8, 4, 4))
     assert record.code is ForwardCode.SLOWER
     assert record.seconds_folded == float("inf")
@@ -160,7 +160,7 @@ def test_without_memory_to_measure_in_bytes_are_counted(monkeypatch):
     def out_of_memory(*_):
         torch.empty(1 << 60, device="cpu")
 
-    monkeypatch.setattr(timing._Ways, "__init__", out_of_memory)
+    monkeypatch.setattr(timing.Ways, "__init__", out_of_memory)
     (record,) = compiled(block(), torch.randn(2, 8, 32, 32))
     assert record.code is ForwardCode.FOLDED
     assert record.seconds_exact is None
