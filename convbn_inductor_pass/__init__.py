@@ -15,16 +15,16 @@ that are no batch norm to PyTorch. ``forward`` is the other half: on request it 
 into layers in the forward and in inference. ``explain`` says what was done and what it saves.
 """
 
-from . import _compat
+from ._torch import compat
 
-_compat.check_torch_version()
+compat.check_torch_version()
 
 from .codes import Code, ForwardCode, ScaleCode  # noqa: E402
 from .config import Options, get_options, options, set_options  # noqa: E402
-from .eager import decisions, turn_off, turn_on  # noqa: E402
+from .eager.modes import decisions, turn_off, turn_on  # noqa: E402
 from .explain import Explanation, explain  # noqa: E402
-from .hook import PassFailedWarning, install, is_installed, uninstall  # noqa: E402
-from .report import (  # noqa: E402
+from .plugin import PassFailedWarning, install, is_installed, uninstall  # noqa: E402
+from .records import (  # noqa: E402
     ForwardRecord,
     Record,
     Records,

@@ -19,7 +19,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from . import __version__, _compat, demo
+from . import __version__
+from ._torch import compat
+from . import demo
 from .explain import explain
 
 __all__ = ["main"]
@@ -146,7 +148,7 @@ def _run_demo(arguments: argparse.Namespace) -> None:
 def _run_explain(arguments: argparse.Namespace) -> None:
     dtype = _DTYPES[arguments.dtype]
     model = _load_model(arguments.model).eval().to(dtype)
-    fake_mode = _compat.FakeTensorMode(allow_non_fake_inputs=True)
+    fake_mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
     with fake_mode:
         inputs = [torch.empty(shape, dtype=dtype) for shape in arguments.inputs]
     try:

@@ -20,7 +20,7 @@ Forward = Literal["exact", "fold", "auto"]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to fuse, beyond what is sound.
+    """What to rewrite, of what is legal.
 
     Attributes:
         objective: ``"memory"`` fuses every pair that saves bytes. ``"speed"`` leaves a pair
@@ -30,20 +30,15 @@ class Options:
         fuse_frozen_layers: also fuse where the layer's weight needs no gradient but the batch
             norm's does (BN-tuning). This keeps one activation per pair instead of two, for
             the price of a weight gradient that nobody asked for.
-        forward: what the kernel half does with a layer and the batch norm after it, in inference
-            and in the forward of training. ``"exact"`` keeps eval mode's bits: nothing.
-            ``"fold"`` scales the layer's weight in each call, wherever that is right.
-            ``"auto"`` does so, or computes a layer with another library's kernel, where that
-            is measured to be faster (estimated, where compiling must not measure). Outputs
-            then differ from eval mode's by rounding (and oneDNN's ReLU and clamp make a number
-            of a NaN).
-        keep_packed_weights: in inference with ``"auto"``, also consider to keep a layer's scaled
-            weight in the library's own layout, made anew when a call finds the weight changed.
-            That takes the memory of the weights once more, for each size of input compiled for.
+        forward: what forward folding does with a layer and the affine map after it, in inference and
+            in the forward of training. ``"exact"`` keeps eval mode's bits: nothing. ``"fold"``
+            scales the layer's weight each call, wherever that is legal. ``"auto"`` does so
+            where fewer bytes are moved by estimate. Outputs then differ from eval mode's by
+            rounding (and oneDNN's ReLU and clamp make a NaN a finite value).
         allow: shell-style patterns of module paths (``"backbone.*"``). If given, a layer is only
-            fused or folded with what follows it if one of the two matches one of them: the
+            rewritten together with what follows it if one of the two matches one of them: the
             layer's own path, or that of a batch norm or of other steps that would be taken in.
-        deny: the same, of what is never fused or folded; wins over ``allow``.
+        deny: the same, of what is never rewritten; wins over ``allow``.
 
     Without a graph, in eager mode, ``turn_on`` heeds ``fuse_frozen_layers`` alone: its own argument
     ``modules`` says where it is on.
@@ -55,7 +50,6 @@ class Options:
     objective: Objective = "memory"
     fuse_frozen_layers: bool = False
     forward: Forward = "exact"
-    keep_packed_weights: bool = True
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
 
@@ -64,9 +58,10 @@ class Options:
             if getattr(self, name) not in get_args(choices):
                 allowed = ", ".join(repr(o) for o in get_args(choices))
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("fuse_frozen_layers", "keep_packed_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.fuse_frozen_layers, bool):
+            raise ValueError(
+                f"fuse_frozen_layers must be True or False, got {self.fuse_frozen_layers!r}"
+            )
         for name in ("allow", "deny"):
             value = getattr(self, name)
             is_sequence = isinstance(value, (tuple, list))
@@ -77,8 +72,8 @@ class Options:
                 )
             object.__setattr__(self, name, tuple(value))
 
-    def permits(self, *module_paths: str) -> bool:
-        """Whether ``allow`` and ``deny`` let be joined what lives at these module paths."""
+    def allows(self, *module_paths: str) -> bool:
+        """Whether ``allow`` and ``deny`` let a rewrite join what is at these module paths."""
 
         def matches(patterns: tuple[str, ...]) -> bool:
             return any(fnmatch.fnmatchcase(m, p) for m in module_paths for p in patterns)

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from . import saved
+from . import saved_tensors
 from .explain import explain
 
 __all__ = ["Result", "SmallResNet", "run", "small_resnet"]

@@ -12,10 +12,13 @@ from rich.filesize import decimal
 from rich.table import Table
 from torch import fx
 
-from . import forward, pipeline, saved, tracing
+from .passes.forward_folding import decide
+# GONE import pipeline
+from . import saved_tensors
+from ._torch import tracing
 from .codes import Code
 from .config import get_options
-from .report import (
+from .records import (
     ForwardRecord,
     Record,
     ScaleRecord,
@@ -23,7 +26,7 @@ from .report import (
     make_records,
     make_scale_records,
 )
-from .saved import SavedForBackward
+from .saved_tensors import SavedForBackward
 
 __all__ = ["Explanation", "explain"]
 

@@ -28,11 +28,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from . import _compat, _inductor, pipeline, saved, tracing
+from ._torch import compat
+from ._torch import inductor
+# GONE import pipeline
+from . import saved_tensors
+from ._torch import tracing
 from .codes import Code
 from .config import get_options
 from .explain import explain
-from .report import Records, make_records
+from .records import Records, make_records
 
 __all__ = [
     "PassResult",
@@ -119,15 +123,15 @@ def post_grad_backend(
         # As Inductor does first: strides may become others than those that were traced.
         for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
             node.target = torch.ops.aten.reshape.default
-        for each in _inductor.custom_passes("post_grad_custom_pre_pass"):
+        for each in inductor.custom_passes("post_grad_custom_pre_pass"):
             each(gm.graph)
         gm.graph.lint()
         on_graph(gm.graph)
         gm.recompile()
-        return _compat.boxed(gm)
+        return compat.boxed(gm)
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        return _inductor.compile_with(run_eagerly, gm, example_inputs)
+        return inductor.compile_with(run_eagerly, gm, example_inputs)
 
     return backend
 
@@ -141,10 +145,10 @@ def fresh_compile(*, flag: bool = True) -> Iterator[None]:
     """
     torch._dynamo.reset()
     with (
-        _inductor.config.patch(
+        inductor.config.patch(
             efficient_conv_bn_eval_fx_passes=flag, fx_graph_cache=False, fx_graph_remote_cache=False
         ),
-        _compat.functorch_config.patch(enable_autograd_cache=False),
+        compat.functorch_config.patch(enable_autograd_cache=False),
     ):
         yield
     torch._dynamo.reset()

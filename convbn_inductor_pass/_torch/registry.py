@@ -1,0 +1,98 @@
+"""Inductor's hooks for passes of others: read, set, and hold in every thread.
+
+Loads Inductor's configuration and nothing of Inductor else. Private imports: ``config``, whose
+entries are context-local from torch 2.13 on, and ``CustomGraphPass``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.torch_version import TorchVersion
+
+__all__ = ["CustomGraphPass", "add_pass", "config", "is_enabled", "passes_added", "passes_of"]
+__all__ += ["remove_pass"]
+
+GraphPass = Callable[[fx.Graph], None]
+
+# Up to 2.12 a hook takes one pass, and a configuration is the whole process's.
+_one_pass_per_hook: bool = TorchVersion(torch.__version__) < "2.13.0a0"
+
+
+class _InOrder(CustomGraphPass):
+    """Several passes in a hook that takes one."""
+
+    def __init__(self, *passes: GraphPass) -> None:
+        self.passes = passes
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for each in self.passes:
+            each(graph)
+
+    def uuid(self) -> Any:
+        uuids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.passes]
+        return None if None in uuids else tuple(uuids)
+
+
+def is_enabled() -> bool:
+    """PyTorch's own flag, which is ours, too."""
+    return bool(config.efficient_conv_bn_eval_fx_passes)
+
+
+def passes_of(hook: str) -> tuple[GraphPass, ...]:
+    """The passes of a hook in this context, in whatever form they are configured."""
+    return _as_tuple(getattr(config, hook))
+
+
+def add_pass(hook: str, ours: GraphPass) -> None:
+    """Add a pass after those that are there, in this context and in every other thread's."""
+    if ours not in passes_of(hook):
+        setattr(config, hook, _as_value((*passes_of(hook), ours)))
+    default = _as_tuple(_entry(hook).default)
+    if ours not in default:
+        _set_default(hook, (*default, ours))
+
+
+def remove_pass(hook: str, ours: GraphPass) -> None:
+    """Undo :func:`add_pass`; the passes of others stay."""
+    if ours in passes_of(hook):
+        setattr(config, hook, _as_value(tuple(p for p in passes_of(hook) if p is not ours)))
+    default = _as_tuple(_entry(hook).default)
+    if ours in default:
+        _set_default(hook, tuple(p for p in default if p is not ours))
+
+
+@contextlib.contextmanager
+def passes_added(hook: str, *passes: GraphPass) -> Iterator[None]:
+    """Run further passes in a hook, after those that are there, in a ``with`` block."""
+    with config.patch({hook: _as_value((*passes_of(hook), *passes))}):
+        yield
+
+
+def _entry(hook: str) -> Any:
+    # What a thread that set nothing itself reads: there is no public way to set it.
+    return config._config[hook]  # type: ignore[attr-defined]
+
+
+def _set_default(hook: str, passes: tuple[GraphPass, ...]) -> None:
+    _entry(hook).default = _as_value(passes)
+
+
+def _as_tuple(value: Any) -> tuple[GraphPass, ...]:
+    if isinstance(value, _InOrder):
+        return value.passes
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _as_value(passes: tuple[GraphPass, ...]) -> Any:
+    if len(passes) < 2:
+        return passes[0] if passes else None
+    return _InOrder(*passes) if _one_pass_per_hook else list(passes)

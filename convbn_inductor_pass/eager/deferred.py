@@ -1,0 +1,268 @@
+"""A convolution that waits to see whether a batch norm comes next.
+
+In eager mode nobody knows the future: when ``conv(x)`` is called, the batch norm that might
+follow has not been called yet. So the call is written down as a :class:`LayerCall` and its
+result is a :class:`Deferred`, a tensor that knows its shape and dtype but has no numbers.
+
+* If an eval-mode batch norm takes it, and :func:`decide` finds that right, both run as one
+  folded convolution and the output of the convolution never exists.
+* If anything else touches it, the convolution runs then, as it was written: same function,
+  same arguments, under the grad mode, autocast and saved-tensor hooks of the call. From then
+  on the result stands for the ``Deferred`` wherever it is used.
+
+There is no third case. Python functions of torch are caught in ``__torch_function__``, what
+reaches the dispatcher past them in ``__torch_dispatch__``; a custom ``autograd.Function``
+that takes a ``Deferred`` finds a graph to send its gradient to. What can still go wrong is
+that arguments are modified before the convolution runs. The interception (``region``) runs
+it before such a modification; one that it cannot see (made in an ``autograd.Function``, or
+by other code than torch's) shows in version counters and raises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .._torch import compat
+from ..functional.conv_bn import conv_bn_eval, linear_bn_eval
+from .calls import BATCH_NORMS, BatchNormCall, Context, LayerCall, is_plain
+from ..codes import Code
+from ..config import get_options
+from ..functional.folded import ConvBNFoldedEager
+
+__all__ = ["Deferred", "decide", "fuse", "live"]
+
+
+def decide(c: Any, bn: BatchNormCall) -> tuple[Code, str]:
+    """Whether a batch norm is to be run as one with the layer that gave it ``c``, and why not.
+
+    The rows are the pass's (``decide``), read off tensors instead of a graph, with one
+    difference: in eager mode a batch norm with a frozen weight keeps its input, too, and is
+    fused.
+    """
+    if bn.training:
+        return Code.BATCH_STATISTICS, ""
+    if bn.running_mean is None or bn.running_var is None:
+        return Code.NO_RUNNING_STATISTICS, ""
+    if not isinstance(c, Deferred):
+        return Code.NOT_AFTER_LAYER, ""
+    if c.is_used:
+        return c.used_as, ""
+    call = c.call
+    named = {
+        "running_mean": bn.running_mean,
+        "running_var": bn.running_var,
+        "weight": bn.weight,
+        "bias": bn.bias,
+    }
+    tensors = {name: t for name, t in named.items() if t is not None}
+    for name, tensor in tensors.items():
+        if not is_plain(tensor) or tensor.device != call.input.device:
+            return Code.UNSUPPORTED_TENSOR, f"{name} of the batch norm"
+        mixed = call.dtype in (torch.float16, torch.bfloat16) and tensor.dtype == torch.float32
+        if tensor.dtype != call.dtype and not mixed:
+            return Code.UNSUPPORTED_DTYPE, f"{name} is {tensor.dtype}, the layer's {call.dtype}"
+    if call.geometry is None and len(call.shape) != 2:
+        return Code.UNBATCHED, f"{len(call.shape)} dimensions with channels last"
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != (call.shape[1],):
+            return Code.UNSUPPORTED_SHAPE, f"{name} has shape {tuple(tensor.shape)}"
+    if Context.now(call.device_type) != call.context:
+        return Code.REGION, ""
+    if bn.running_mean.requires_grad or bn.running_var.requires_grad:
+        return Code.STATISTICS_REQUIRE_GRAD, ""
+    frozen = not call.weight.requires_grad and bn.weight is not None and bn.weight.requires_grad
+    if frozen and call.context.grad_enabled and not get_options().fuse_frozen_layers:
+        return Code.LAYER_FROZEN, ""
+    return Code.FUSED, ""
+
+
+def fuse(call: LayerCall, bn: BatchNormCall) -> Tensor:
+    """Run layer and batch norm, found fit by :func:`decide`, as one."""
+    call.check_unmodified()
+    if bn.running_mean is None or bn.running_var is None:
+        raise ValueError("a batch norm without running statistics cannot be folded")
+    statistics = (bn.running_mean, bn.running_var, bn.eps)
+    tensors = (call.input, call.weight, call.bias, bn.weight, bn.bias, *statistics)
+    with compat.torch_functions_off():
+        if call.geometry is None:
+            return linear_bn_eval(*tensors, function=ConvBNFoldedEager)
+        return conv_bn_eval(*tensors, *call.geometry, function=ConvBNFoldedEager)
+
+
+class _Defer(torch.autograd.Function):
+    """Gives a :class:`Deferred` a place in the graph, for functions that torch does not show us."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: LayerCall
+    ) -> Tensor:
+        ctx.call = call
+        return Deferred.empty(call)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        call: LayerCall = ctx.call
+        call.check_unmodified()
+        # Aliases, because the input may depend on the weight: through a layer that shares it.
+        with compat.torch_functions_off(), torch.enable_grad():
+            operands = [None if t is None else t.view_as(t) for t in call.operands]
+        x, weight, bias = operands
+        again: dict[str, Any] = {"input": x, "weight": weight, "bias": bias}
+        out = dataclasses.replace(call, **again).run()
+        needed = [
+            t for t, n in zip(operands, ctx.needs_input_grad, strict=False) if n and t is not None
+        ]
+        found = iter(torch.autograd.grad(out, needed, dy, create_graph=torch.is_grad_enabled()))
+        return (*(next(found) if n else None for n in ctx.needs_input_grad[:3]), None)
+
+
+class _Reveal(torch.autograd.Function):
+    """The numbers of a :class:`Deferred` whose own graph goes on (see ``Deferred.result``)."""
+
+    @staticmethod
+    def forward(ctx: Any, deferred: Deferred) -> Tensor:
+        return deferred.numbers().clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy
+
+
+class Deferred(Tensor):
+    """The output of a layer that has not run. Looks like a tensor; see the module's docstring."""
+
+    call: LayerCall
+    used_as: Code
+    _result: Tensor | None
+    _numbers: Tensor | None
+    _graph: Any
+
+    @staticmethod
+    def empty(call: LayerCall) -> Deferred:
+        new: Deferred = Tensor._make_wrapper_subclass(
+            Deferred, call.shape, dtype=call.dtype, device=call.input.device
+        )
+        new.call, new.used_as = call, Code.LAYER_OUTPUT_USED
+        new._result = new._numbers = new._graph = None
+        return new
+
+    @staticmethod
+    def of(call: LayerCall) -> Deferred:
+        """A new deferred output, in the graph if the layer's would be."""
+        with compat.torch_functions_off():
+            if call.needs_grad:
+                new = _Defer.apply(*call.operands, call)
+                new._graph = new.grad_fn
+            else:
+                new = Deferred.empty(call)
+        call.live.append(weakref.ref(new))
+        return new
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything but a batch norm has seen the output."""
+        return self._result is not None or self._numbers is not None
+
+    def result(self, why: Code = Code.LAYER_OUTPUT_USED) -> Tensor:
+        """The layer's output, from now on. Above autograd only."""
+        with compat.torch_functions_off():
+            if self.grad_fn is not self._graph or self._version:
+                # An conv_bn.Function wrote into it: its graph is this tensor's, not the layer's.
+                return _Reveal.apply(self)
+            if self._result is None:
+                self.used_as = why
+                self._result = self.call.run()
+                self.call.on_use(why)
+            return self._result
+
+    def numbers(self) -> Tensor:
+        """The same without a graph."""
+        with compat.torch_functions_off(), torch.no_grad():
+            if self._result is not None:
+                return self._result.detach()
+            if self._numbers is None:
+                self._numbers = self.call.run_below_autograd()
+                self.call.on_use(self.used_as)
+            return self._numbers
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with compat.torch_functions_off():
+                return func(*args, **kwargs)
+        if func in BATCH_NORMS:
+            bn = BatchNormCall.read(func, args, kwargs)
+            if bn is not None and decide(bn.input, bn)[0].fused:
+                return fuse(bn.input.call, bn)
+        if func in _SHAPE_LIKE and len(args) == 2 and not isinstance(args[0], Deferred):
+            return _SHAPE_LIKE[func](args[0], args[1].shape)
+        if func in _VIEWS and (rows := _as_rows(func, args, kwargs)) is not None:
+            return rows
+
+        def reveal(value: Any) -> Any:
+            return value.result() if isinstance(value, Deferred) else value
+
+        return func(*pytree.tree_map(reveal, args), **pytree.tree_map(reveal, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def reveal(value: Any) -> Any:
+            return value.numbers() if isinstance(value, Deferred) else value
+
+        return func(*pytree.tree_map(reveal, args), **pytree.tree_map(reveal, kwargs or {}))
+
+
+# Questions that a tensor without numbers can answer.
+_METADATA = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda")
+    ),
+    *(
+        getattr(Tensor, name)
+        for name in ("size", "dim", "ndimension", "numel", "nelement", "element_size")
+    ),
+    *(Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex),
+    *(Tensor.__len__, torch.numel),
+}
+# ``y.reshape_as(c)`` asks for the shape of ``c``.
+_SHAPE_LIKE: dict[Any, Callable[..., Tensor]] = {
+    Tensor.reshape_as: Tensor.reshape,
+    Tensor.view_as: Tensor.view,
+    Tensor.expand_as: Tensor.expand,
+}
+_VIEWS = {Tensor.flatten, torch.flatten, Tensor.reshape, torch.reshape, Tensor.view}
+
+
+def _as_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deferred | None:
+    """``linear(x)`` [..., C] viewed as [rows, C] is ``linear`` of the rows of ``x``."""
+    c = args[0] if args else None
+    if not isinstance(c, Deferred) or c.is_used or c.call.geometry is not None:
+        return None
+    call = c.call
+    if len(call.shape) < 3 or Context.now(call.device_type) != call.context:
+        return None
+    with compat.torch_functions_off():
+        on_meta = torch.empty(call.shape, device="meta")
+        shape = func(on_meta, *args[1:], **kwargs).shape
+        if len(shape) != 2 or shape[1] != call.shape[-1]:
+            return None
+        rows = call.input.reshape(-1, call.input.shape[-1])
+        # Views as Tensor.view makes them exist for any layer output, which is contiguous.
+        return Deferred.of(dataclasses.replace(call, input=rows, shape=tuple(shape)))
+
+
+def live(references: list[weakref.ref[Deferred]]) -> Iterator[Deferred]:
+    """Deferred outputs that somebody still holds and that have not run."""
+    for reference in references:
+        deferred = reference()
+        if deferred is not None and deferred._result is None:
+            yield deferred

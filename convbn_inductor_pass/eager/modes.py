@@ -1,0 +1,238 @@
+"""``turn_on`` and ``turn_off``: the four modes of conv-BN blocks, without ``torch.compile``.
+
+    ======  ====================  =================================  =========================
+    mode    statistics            parameters that are trained        kept for backward
+    ======  ====================  =================================  =========================
+    train   of the batch          conv and batch norm                conv's input and output
+    eval    running               conv and batch norm                conv's input and output
+    tune    running               conv and batch norm                conv's input
+    deploy  merged in, once       the merged conv                    conv's input
+    ======  ====================  =================================  =========================
+
+Tune computes what eval computes, and its gradients, at about the price of deploy. Deploy is for
+inference: training it is unstable, because a weight scaled by k has a gradient scaled by 1/k.
+
+Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.11624.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .._torch import compat
+from . import deploy
+from ..codes import Code
+from .intercept import Enter, Exit, Resume, Suspend
+from .region import Event, Ledger
+from ..records import Record
+
+__all__ = ["decisions", "turn_off", "turn_on"]
+
+Mode = Literal["train", "eval", "tune", "deploy"]
+_HOOKS = (Enter, Exit, Suspend, Resume, deploy.CountCalls, deploy.MergeAfterForward)
+_ATTRIBUTE = "_convbn_mode"
+
+
+@dataclasses.dataclass
+class _State:
+    """Kept on the model: what is needed to undo :func:`turn_on`. Holds paths, not modules."""
+
+    mode: Mode
+    training: dict[str, bool]
+    ledger: Ledger
+    merged: list[deploy.Merged] = dataclasses.field(default_factory=list)
+
+
+def turn_on(
+    model: nn.Module,
+    mode: Mode = "tune",
+    *,
+    modules: Sequence[str] | None = None,
+    example_inputs: tuple[Any, ...] | None = None,
+) -> nn.Module:
+    """Put the conv-BN blocks of a model in one of four modes, in place.
+
+    Blocks are found while the model runs, from what it computes: modules may be nested,
+    wrapped, reused or called as functions. In ``"tune"`` mode a pair that cannot be shown to
+    be safe runs as written (see :func:`decisions`): where the convolution's output is used
+    elsewhere, where the batch norm is back in training mode or has no running statistics, ...
+    Parameters, buffers and ``state_dict`` stay as they are.
+
+    ``model.train()`` puts batch norms in training mode as ever; call ``turn_on`` again after
+    it. Under ``torch.compile`` this steps aside, and the compiled pass does the work.
+
+    Args:
+        model: the model. Copies and pickles of it keep the mode.
+        mode: ``"train"``, ``"eval"``: the batch norms' own modes. ``"tune"``: eval mode with
+            one convolution per block. ``"deploy"``: the blocks become plain convolutions with
+            new parameters, each batch norm an empty ``nn.Sequential``.
+        modules: paths of submodules (``["backbone"]``) to restrict this to.
+        example_inputs: for ``"deploy"``, inputs of one forward, under ``no_grad`` and in
+            evaluation mode, in which the blocks are found. Without, they are merged after the
+            first forward in which they run; parameters change then, so make the optimizer later.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: unknown mode or module path, or no layer and batch norm to pair there;
+            the model is then as before.
+    """
+    if mode not in get_args(Mode):
+        allowed = ", ".join(repr(m) for m in get_args(Mode))
+        raise ValueError(f"mode must be one of {allowed}, got {mode!r}")
+    if example_inputs is not None and mode != "deploy":
+        raise ValueError(f"example_inputs are for mode 'deploy', not {mode!r}")
+    scopes = _scopes(model, modules)
+    before = getattr(model, _ATTRIBUTE, None)
+    _check_pairs_possible(scopes)
+    if before is not None:
+        turn_off(model)
+        scopes = _scopes(model, modules)
+    state = _State(mode, {}, Ledger())
+    norms = {m for scope in scopes.values() for m in scope.modules() if isinstance(m, _BatchNorm)}
+    for path, module in model.named_modules():
+        if module in norms:
+            state.training[path] = module.training
+            module.train(mode == "train")
+    object.__setattr__(model, _ATTRIBUTE, state)
+    if mode in ("tune", "deploy"):
+        for scope in scopes.values():
+            _add_hooks(scope, state.ledger)
+    if mode == "deploy":
+        deploy.count_calls(model)
+        warnings.warn(
+            "deploy mode is for inference: training merged convolutions is unstable. Use "
+            "mode='tune' to train at the same cost",
+            stacklevel=2,
+        )
+        if example_inputs is not None:
+            deploy.run_once(model, example_inputs)
+            _finish_merge(model, state)
+        else:
+            model.register_forward_hook(deploy.MergeAfterForward(_finish_after_forward))
+    return model
+
+
+def turn_off(model: nn.Module) -> nn.Module:
+    """Undo :func:`turn_on`: hooks, training flags of batch norms, parameters merged by deploy.
+
+    What was trained in deploy mode is lost. A model that was never turned on is left alone.
+    Returns ``model``.
+    """
+    state: _State | None = getattr(model, _ATTRIBUTE, None)
+    if state is None:
+        return model
+    _remove_hooks(model)
+    for merged in reversed(state.merged):
+        deploy.undo(model, merged)
+    norms = dict(model.named_modules(remove_duplicate=False))
+    for path, training in state.training.items():
+        norm = norms.get(path)
+        # One that is not as turn_on left it was changed by somebody else.
+        if norm is not None and norm.training == (state.mode == "train"):
+            norm.train(training)
+    delattr(model, _ATTRIBUTE)
+    return model
+
+
+def decisions(model: nn.Module) -> tuple[Record, ...]:
+    """What tune mode did with each batch norm in the last forward, and why.
+
+    One record per call of a batch norm; codes and records are those of the compiled pass. Empty
+    if tune mode is off or no forward has run.
+    """
+    state: _State | None = getattr(model, _ATTRIBUTE, None)
+    if state is None:
+        return ()
+    names = deploy.tensor_paths(model)
+    found: dict[tuple[int, int], Event] = {}
+    for events in list(state.ledger.forwards.values()):
+        for key, e in events.items():
+            if e.code is not None:
+                found.setdefault(key, e)
+    records = []
+    for e in found.values():
+        layer, norm = (names.get(id(r()), "") if r is not None else "" for r in (e.weight, e.key))
+        shape, dtype = e.call if e.call is not None else ((), None)
+        size = 0 if dtype is None else dtype.itemsize
+        for n in shape:
+            size *= n
+        code = Code.FUSED if e.code is None else e.code
+        records.append(Record(code, e.detail, layer, norm, "", tuple(shape), size))
+    return tuple(records)
+
+
+def _scopes(model: nn.Module, modules: Sequence[str] | None) -> dict[str, nn.Module]:
+    if modules is None:
+        return {"": model}
+    if isinstance(modules, str):
+        raise ValueError(f"modules must be a list of module paths such as [{modules!r}]")
+    paths = dict(model.named_modules(remove_duplicate=False))
+    unknown = [m for m in modules if m not in paths]
+    if unknown or not modules:
+        children = ", ".join(repr(n) for n, _ in model.named_children())
+        raise ValueError(
+            f"no module at {', '.join(map(repr, unknown)) or '[]'}; modules are given by path, "
+            f"the first parts here are: {children}"
+        )
+    return {m: paths[m] for m in modules}
+
+
+def _check_pairs_possible(scopes: dict[str, nn.Module]) -> None:
+    inside = [m for scope in scopes.values() for m in scope.modules()]
+    parameters: list[Tensor] = [p for scope in scopes.values() for p in scope.parameters()]
+    layers = sum(p.ndim >= 2 for p in parameters)
+    norms = sum(isinstance(m, (_BatchNorm, deploy.MergedBatchNorm)) for m in inside)
+    if not layers or not norms:
+        where = ", ".join(repr(s) for s in scopes if s) or "the model"
+        raise ValueError(
+            f"nothing to pair in {where}: a convolution or linear layer and a batch norm are "
+            f"needed, there are {layers} weights of layers and {norms} batch norms"
+        )
+
+
+def _hooked(scope: nn.Module) -> Iterator[nn.Module]:
+    """Modules with a batch norm inside them."""
+    for module in scope.modules():
+        inside = any(isinstance(m, _BatchNorm) for m in module.modules() if m is not module)
+        if inside and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            yield module
+
+
+def _add_hooks(scope: nn.Module, ledger: Ledger) -> None:
+    for module in _hooked(scope):
+        if isinstance(module, compat.OptimizedModule):
+            module.register_forward_pre_hook(Suspend())
+            module.register_forward_hook(Resume(), always_call=True)
+        elif not any(isinstance(h, Enter) for h in module._forward_pre_hooks.values()):
+            module.register_forward_pre_hook(Enter(ledger))
+            # First, so that other hooks see tensors; after errors too.
+            module.register_forward_hook(Exit(), prepend=True, always_call=True)
+
+
+def _remove_hooks(model: nn.Module) -> None:
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, h in hooks.items() if isinstance(h, _HOOKS)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+def _finish_merge(model: nn.Module, state: _State) -> None:
+    calls = deploy.take_counts(model)
+    _remove_hooks(model)
+    events = [e for f in list(state.ledger.forwards.values()) for e in f.values()]
+    state.merged = deploy.merge_pairs(model, events, calls)
+
+
+def _finish_after_forward(model: nn.Module) -> None:
+    state: _State | None = getattr(model, _ATTRIBUTE, None)
+    if state is not None and not state.merged:
+        _finish_merge(model, state)

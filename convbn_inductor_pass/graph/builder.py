@@ -1,0 +1,92 @@
+"""Add calls to a graph in aten IR, each computation once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .._torch import compat
+from .layers import tensor_of
+
+__all__ = ["Builder", "erase_unused"]
+
+
+class Builder:
+    """Adds calls to a graph, with metadata, and each computation once.
+
+    Calls go to the graph's insertion point, which may only move forwards: a call that was
+    made before with the same inputs is used again. Inputs are the same if they were computed
+    in the same way; with ``share`` False, for graphs that write to tensors midway, nothing is.
+    """
+
+    def __init__(self, graph: fx.Graph, *, share: bool = True) -> None:
+        self.graph, self.share = graph, share
+        self.meta: dict[str, Any] = {}  # metadata of the calls to come, beside "val"
+        self._made: dict[Any, fx.Node] = {}
+        self._replaced: dict[fx.Node, fx.Node] = {}
+        self._numbers: dict[fx.Node, Any] = {}
+        self._interned: dict[Any, int] = {}
+        for node in graph.nodes if share else ():
+            self._numbers[node] = self._number(node)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Call ``target`` at the insertion point, unless that was done."""
+        args, kwargs = fx.map_arg((args, kwargs), self.current)
+        key = self._key(target, args, kwargs)
+        if key in self._made:
+            return self._made[key]
+        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        value = target(*values[0], **values[1])
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta = {**self.meta, "val": value}
+        if self.share:
+            self._made[key] = node
+            self._numbers[node] = self._number(node)
+        return node
+
+    def current(self, node: fx.Node) -> fx.Node:
+        """``node``, or what has replaced it."""
+        return self._replaced.get(node, node)
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let ``new`` be used for ``old``, also where later calls are given ``old``."""
+        old.replace_all_uses_with(new)
+        self._replaced[old] = new
+
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """``node`` in ``dtype``."""
+        tensor = tensor_of(node)
+        if tensor is not None and tensor.dtype == dtype:
+            return node
+        return self.call(torch.ops.prims.convert_element_type.default, node, dtype)
+
+    def _key(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if not self.share:
+            return object()
+        # Not the bare number, which a constant might equal.
+        parts = fx.map_arg((args, kwargs), lambda n: f"%{self._numbers.get(n, n)}")
+        return (target, repr(parts))
+
+    def _number(self, node: fx.Node) -> Any:
+        """Equal for two nodes that are the same pure function of the same inputs."""
+        pure = node.op == "call_function" and compat.is_pure(node.target)
+        key = self._key(node.target, node.args, node.kwargs) if pure else node
+        return self._interned.setdefault(key, len(self._interned))
+
+
+def erase_unused(node: fx.Node) -> None:
+    """Erase ``node`` and what only it used; placeholders stay."""
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if (
+            node._erased
+            or node.users
+            or node.op == "placeholder"
+            or compat.is_mutable(node.target)
+        ):
+            continue
+        pending += node.all_input_nodes
+        node.graph.erase_node(node)

@@ -1,0 +1,325 @@
+"""What the kernel half knows of aten IR: layers, per-channel operands, and steps of an affine map.
+
+The graphs are those that Inductor's post-grad passes get: functional, decomposed, with
+``meta["val"]`` on every node. Everything here reads; nothing is judged or changed. To add
+an operator that is affine per channel, add a branch to :func:`read_step`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from .._torch import compat
+from .layout import Layout
+
+__all__ = [
+    "CHANNELS_LAST",
+    "Layer",
+    "Operand",
+    "Step",
+    "is_cast",
+    "is_quantised",
+    "known_equal",
+    "layer_of",
+    "operand_per_channel",
+    "read_step",
+    "same_sizes",
+    "tensor_of",
+    "without_casts",
+]
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The memory format of that name, by number of dimensions."""
+
+_CASTS = (prims.convert_element_type.default, aten._to_copy.default)
+# Calls that place the numbers of a tensor in other dimensions and leave their order.
+_RESHAPES = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.alias.default,
+)
+_MATMULS = (aten.mm.default, aten.addmm.default)
+Number = int | float
+
+
+def tensor_of(node: Any) -> Tensor | None:
+    """The fake tensor that a node stands for, if it stands for one."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def known_equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for every input; a size that is only a hint is not."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return compat.surely(a == b)
+
+
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are equal for every input.
+
+    Comparing them with ``==`` would make a guard of symbolic sizes, with which Dynamo compiles
+    anew, and raises where a size depends on data.
+    """
+    return len(a) == len(b) and all(map(known_equal, a, b))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A convolution or matrix product: ``out = x * W (+ bias)``.
+
+    Attributes:
+        node: the call.
+        input, weight, bias: its tensors. A matrix product's weight is the right-hand matrix
+            [C_in, C_out], whatever made it.
+        layout: where the output channels lie in ``weight``.
+        dim: the dimension of the output that they are.
+        channels: how many there are.
+        is_conv: whether it is a convolution.
+    """
+
+    node: fx.Node
+    input: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    layout: Layout
+    dim: int
+    channels: int
+    is_conv: bool
+
+    @property
+    def out(self) -> Tensor:
+        """The layer's output."""
+        out = tensor_of(self.node)
+        if out is None:
+            raise AssertionError(f"{self.node} has no metadata")
+        return out
+
+
+def layer_of(node: fx.Node) -> Layer | None:
+    """The layer that ``node`` calls; None for anything else, an unbatched convolution included."""
+    out = tensor_of(node)
+    if node.op != "call_function" or out is None:
+        return None
+    if node.target is aten.convolution.default:
+        x, weight, bias = node.args[:3]
+        transposed, groups = node.args[6], node.args[8]
+        known = all(tensor_of(n) is not None for n in (x, weight))
+        if not known or not isinstance(groups, int) or node.kwargs:
+            return None
+        x_ndim, channels = tensor_of(x).ndim, out.shape[1]  # type: ignore[union-attr]
+        if not x_ndim == out.ndim == tensor_of(weight).ndim or not isinstance(channels, int):  # type: ignore[union-attr]
+            return None
+        layout = Layout(bool(transposed), groups)
+        return Layer(node, x, weight, bias, layout, 1, channels, True)  # type: ignore[arg-type]
+    if node.target in _MATMULS:
+        bias, x, weight = node.args if len(node.args) == 3 else (None, *node.args)
+        if any(v != 1 for v in node.kwargs.values()) or not isinstance(out.shape[1], int):
+            return None
+        if bias is not None and operand_per_channel(bias, out.shape, 1) is None:
+            return None
+        # Laid out as a transposed convolution's weight without kernel: [C_in, C_out].
+        return Layer(node, x, weight, bias, Layout(transposed=True), 1, out.shape[1], False)  # type: ignore[arg-type]
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """What a step adds or multiplies: a number, or one number (or one per channel) in a tensor.
+
+    ``node`` is the tensor, of ``numel`` 1 or C numbers in order, in any shape; else ``number``
+    holds.
+    """
+
+    node: fx.Node | None = None
+    number: Number = 0
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        tensor = tensor_of(self.node)
+        return None if tensor is None else tensor.dtype
+
+
+def operand_per_channel(value: Any, shape: Sequence[Any], dim: int) -> Operand | None:
+    """``value`` as an operand for a tensor of ``shape``, if it varies along ``dim`` at most.
+
+    An operand that has the shape of an activation only because it was expanded counts too.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return Operand(number=value)
+    tensor = tensor_of(value)
+    if tensor is None:
+        return None
+    node, axis = value, dim - len(shape) + tensor.ndim  # where broadcasting puts the channels
+    if tensor.ndim > len(shape):
+        return None
+    while node.target is aten.expand.default:
+        node, inner = node.args[0], tensor_of(node.args[0])
+        if inner is None:
+            return None
+        axis += inner.ndim - tensor.ndim
+        tensor = inner
+    others = [size for i, size in enumerate(tensor.shape) if i != axis]
+    if not all(isinstance(size, int) and size == 1 for size in others):
+        return None
+    along = tensor.shape[axis] if axis >= 0 else 1
+    if not isinstance(along, int) or along not in (1, shape[dim]):
+        return None
+    return Operand(node=_before_reshapes(node))
+
+
+def _before_reshapes(node: fx.Node) -> fx.Node:
+    """The tensor that ``node`` is a reshape of: the same numbers in the same order."""
+    while node.target in _RESHAPES and tensor_of(node.args[0]) is not None:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def without_casts(node: fx.Node) -> fx.Node:
+    """The widest tensor that ``node`` was cast down from, as autocast does with parameters."""
+    result = node
+    while result.target in _CASTS:
+        source = result.args[0]
+        before, after = tensor_of(source), tensor_of(result)
+        if before is None or after is None or not before.dtype.is_floating_point:
+            break
+        if before.dtype == torch.float64 or before.dtype.itemsize < after.dtype.itemsize:
+            break
+        result = source  # type: ignore[assignment]
+    return result
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether ``node`` gives the numbers of another tensor in another floating-point dtype."""
+    if node.target is aten._to_copy.default and set(node.kwargs) - {"dtype"}:
+        return False
+    tensor = tensor_of(node)
+    return node.target in _CASTS and tensor is not None and tensor.dtype.is_floating_point
+
+
+def is_quantised(node: fx.Node) -> bool:
+    """Whether a tensor is made of integers, or of numbers of 8 bits, of as many as it has."""
+    value, seen, pending = tensor_of(node), {node}, [node]
+    while value is not None and pending:
+        node = pending.pop()
+        tensor = tensor_of(node)
+        if tensor is None or not known_equal(tensor.numel(), value.numel()):
+            continue
+        if tensor.dtype.itemsize == 1 or not (tensor.is_floating_point() or tensor.is_complex()):
+            return True
+        pending += [n for n in node.all_input_nodes if n not in seen]
+        seen.update(node.all_input_nodes)
+    return False
+
+
+Kind = Literal["scale", "divide", "shift", "subtract_from", "negate", "cast", "move"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One call of a chain ``y = step(x)`` that is affine per channel.
+
+    Attributes:
+        node: the call; its output is ``y``.
+        kind: ``x * o``, ``x / o``, ``x + factor * o``, ``o - factor * x``, ``-x``, a cast, or
+            a call that moves channels elsewhere and leaves the numbers.
+        operand: ``o``.
+        factor: a constant, see above.
+        dim: the dimension of ``y`` that is the channels.
+    """
+
+    node: fx.Node
+    kind: Kind
+    dim: int
+    operand: Operand | None = None
+    factor: Number = 1
+
+    @property
+    def reads_a_tensor(self) -> bool:
+        """Whether the operand is more than a number."""
+        return self.operand is not None and self.operand.node is not None
+
+
+def read_step(node: fx.Node, of: fx.Node, dim: int) -> Sequence[Step] | None:
+    """The steps of ``node``, whose input ``of`` has its channels in ``dim``.
+
+    None if it is not affine per channel, or uses ``of`` twice.
+    """
+    before, after = tensor_of(of), tensor_of(node)
+    if node.op != "call_function" or before is None or after is None:
+        return None
+    target, args, kwargs = node.target, node.args, node.kwargs
+    if sum(a is of for a in (*args, *kwargs.values())) != 1:
+        return None
+    if target in _CASTS:
+        return [Step(node, "cast", dim)] if is_cast(node) else None
+    moved = _moved(node, before, after, dim)
+    if moved is not None:
+        return [Step(node, "move", moved)]
+    if not after.dtype.is_floating_point or not same_sizes(after.shape, before.shape):
+        return None
+
+    def other(*values: Any) -> Operand | None:
+        (value,) = (v for v in values if v is not of)
+        return operand_per_channel(value, before.shape, dim)
+
+    if target is aten.neg.default:
+        return [Step(node, "negate", dim)]
+    if target in (aten.mul.Tensor, aten.mul.Scalar) and (o := other(*args)):
+        return [Step(node, "scale", dim, o)]
+    if target in (aten.div.Tensor, aten.div.Scalar) and not kwargs and args[0] is of:
+        return [Step(node, "divide", dim, o)] if (o := other(*args)) else None
+    alpha = kwargs.get("alpha", 1)
+    if not isinstance(alpha, (int, float)):
+        return None
+    if target in (aten.add.Tensor, aten.add.Scalar) and (o := other(*args[:2])):
+        if args[0] is of:
+            return [Step(node, "shift", dim, o, alpha)]
+        return [Step(node, "scale", dim, Operand(number=alpha)), Step(node, "shift", dim, o)]
+    if target in (aten.sub.Tensor, aten.sub.Scalar) and (o := other(*args[:2])):
+        if args[0] is of:
+            return [Step(node, "shift", dim, o, -alpha)]
+        return [Step(node, "subtract_from", dim, o, alpha)]
+    if target is aten.addcmul.default:
+        value = kwargs.get("value", 1)
+        if args[0] is not of and isinstance(value, (int, float)):
+            by = other(*args[1:3])
+            shift = operand_per_channel(args[0], before.shape, dim)
+            if by and shift:
+                return [
+                    Step(node, "scale", dim, by),
+                    Step(node, "scale", dim, Operand(number=value)),
+                    Step(node, "shift", dim, shift),
+                ]
+    return None
+
+
+def _moved(node: fx.Node, before: Tensor, after: Tensor, dim: int) -> int | None:
+    """Where a view's channels are that were in ``dim`` of its input; None if they got mixed."""
+    if node.target is aten.permute.default:
+        dims: Any = node.args[1]
+        return [d % before.ndim for d in dims].index(dim)
+    if node.target is aten.clone.default:
+        return dim
+    if node.target not in _RESHAPES:
+        return None
+
+    # What is left and right of the channels may be split and joined, the channels may not.
+    left, right = dim + 1, before.ndim - dim  # sizes up to the channels, and from them on
+    if same_sizes(before.shape[:left], after.shape[:left]):
+        return dim
+    if after.ndim >= right and same_sizes(before.shape[dim:], after.shape[after.ndim - right :]):
+        return after.ndim - right
+    return None

@@ -1,0 +1,63 @@
+"""Where the strides of a layer's result show, which another kernel may choose in another way."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from .._torch import compat
+from .._torch import inductor
+from . import layers
+from .layers import tensor_of
+
+__all__ = ["part_is_returned", "strides_are_used", "views_of"]
+
+
+def part_is_returned(node: fx.Node, parts_of_subclasses: set[fx.Node]) -> bool:
+    """Whether the graph returns a part of ``node``, or of what is generated from it.
+
+    Inductor restores the strides of an output that is dense. A slice gets those of the memory
+    that it is cut from. A library's kernel may choose others for that than a generated one, and
+    generated code lays its results out as its inputs are.
+
+    Nor does Inductor restore the strides of all the tensors that a subclass is made of. With
+    another rank they do not depend on how images are laid out.
+    """
+    pending, seen = [node], {node}
+    result = tensor_of(node)
+    rank = None if result is None else result.ndim
+    while pending:
+        node = pending.pop()
+        whole, views = tensor_of(node), views_of(node)
+        for returned in (node, *views):
+            part = tensor_of(returned)
+            is_part = (
+                part is None
+                or whole is None
+                or not layers.known_equal(part.numel(), whole.numel())
+            )
+            if is_part and any(u.op == "output" for u in returned.users):
+                return True
+            if returned in parts_of_subclasses and part is not None and part.ndim == rank:
+                return True
+        made = {u for n in (node, *views) for u in n.users if inductor.is_generated(u.target)}
+        pending += made - seen
+        seen |= made
+    return False
+
+
+def strides_are_used(node: fx.Node) -> bool:
+    """Whether something may read the memory of ``node`` by its strides.
+
+    A library's kernel may lay its result out in another way than the graph says. Inductor knows
+    that for aten, but for ``as_strided`` and for what others have written.
+    """
+    users = {u for n in (node, *views_of(node)) for u in n.users if u.op == "call_function"}
+    return any(compat.reads_strides(u.target) for u in users)
+
+
+def views_of(node: fx.Node) -> list[fx.Node]:
+    """All views of ``node``, and views of those."""
+    found = [u for u in node.users if compat.is_view(u.target)]
+    for view in found:
+        found += [u for u in view.users if compat.is_view(u.target) and u not in found]
+    return found

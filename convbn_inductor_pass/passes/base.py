@@ -1,0 +1,114 @@
+"""What every pass shares: the flag, the cache key, the guard, the log, the records, the counter."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import pathlib
+import warnings
+from typing import Any, ClassVar
+
+from torch import fx
+
+from .. import records
+from .._torch import registry
+from ..config import get_options
+from ..records import Record
+
+__all__ = ["Outcome", "Pass", "PassFailedWarning", "sources_hash"]
+
+
+class PassFailedWarning(UserWarning):
+    """A pass did not run as it should; the compilation went on without it.
+
+    Turn it into an error in tests: ``warnings.simplefilter("error", PassFailedWarning)``.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a pass did to one graph: the number of rewrites, and a record per decision."""
+
+    rewritten: int
+    records: tuple[Record, ...] = ()
+
+
+class Pass(registry.CustomGraphPass):
+    """A graph pass of this package; does nothing while PyTorch's flag is False.
+
+    A subclass has a ``name``, the hook of Inductor's that calls it, and :meth:`run`. To add a
+    pass: a folder or file here, its class in ``passes.PASSES``.
+    """
+
+    name: ClassVar[str]
+    hook: ClassVar[str]
+
+    def run(self, graph: fx.Graph) -> Outcome:
+        """Rewrite ``graph`` in place. If it raises, what is done so far has to be right."""
+        raise NotImplementedError
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if not registry.is_enabled():
+            return
+        debug = records.log.isEnabledFor(logging.DEBUG)
+        before = _code(graph) if debug else ""
+        try:
+            outcome = self.run(graph)
+        except Exception as error:
+            # A user's compilation must not fail because of an optimization.
+            warnings.warn(
+                f"convbn_inductor_pass.{self.name} failed and was skipped: "
+                f"{type(error).__name__}: {error}",
+                PassFailedWarning,
+                stacklevel=2,
+            )
+            records.log.warning("%s failed and was skipped", self.name, exc_info=True)
+            return
+        if debug and outcome.rewritten:
+            records.log.debug("before %s\n%s", self.name, before)
+            records.log.debug("after %s\n%s", self.name, _code(graph))
+        self.report(outcome)
+
+    def report(self, outcome: Outcome) -> None:
+        """Count, and publish the records."""
+        from torch._dynamo.utils import counters
+
+        if outcome.rewritten:
+            counters["inductor"][f"convbn_inductor_pass_{self.name}"] += outcome.rewritten
+        records.publish(outcome.records)
+
+    def uuid(self) -> Any:
+        """In Inductor's cache keys: the sources of all of the package, and the options."""
+        if not registry.is_enabled():
+            return f"convbn_inductor_pass.{self.name}, off"
+        options = hashlib.sha256(repr(get_options()).encode()).hexdigest()
+        return f"convbn_inductor_pass.{self.name} {sources_hash()} {options}"
+
+    def __deepcopy__(self, memo: Any) -> Pass:
+        return self  # Inductor's configuration copies what a thread reads for the first time
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # torch 2.11 pickles the pass into cache keys, where only the uuid may count.
+        return _unpickle, (type(self), self.uuid())
+
+
+def _unpickle(kind: type[Pass], _uuid: str) -> Pass:
+    from . import PASSES
+
+    return next(p for p in PASSES if type(p) is kind)
+
+
+def _code(graph: fx.Graph) -> str:
+    return graph.python_code("self", verbose=True).src
+
+
+@functools.cache
+def sources_hash(root: pathlib.Path = pathlib.Path(__file__).parent.parent) -> str:
+    """Hash of the Python files under ``root``, this package's, by relative name and content."""
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()

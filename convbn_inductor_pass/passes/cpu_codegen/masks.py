@@ -1,0 +1,131 @@
+"""Store and load the masks that are kept for backward in another way than Inductor's on CPU.
+
+Forward, before:   mask = le(y, 0)
+Forward, after:    mask = as_mask(convert(where(le(y, 0), 1.0, 0.0), uint8))
+
+Backward, before:  where(mask, 0, dy)
+Backward, after:   where(ne(convert(as_bytes(mask), float32), 0), 0, dy)
+
+Once a convolution's output is no longer kept, the cheapest thing for the partitioner to keep of
+a ReLU is often its mask, one byte per element. Inductor's vectorised code stores and loads masks
+with ``VecMask::store`` and ``VecMask::from``, whose loops GCC does not vectorise with the flag
+``-fno-tree-loop-vectorize`` that Inductor gives it: measured with AVX-512, 7 nanoseconds per
+element stored and 2 per element loaded, where conversions of floats to and from bytes take 0.1.
+``ops.as_mask`` and ``ops.as_bytes`` copy bytes that are 0 or 1 from one dtype to the other as they
+are. What is kept, and every bit of it, stays the same.
+
+Declines: other devices, masks so small that a call costs more than it gains, masks that are no
+result of pointwise operations (nothing generated stores them), and generated C++ wrappers,
+which would have to call back into Python.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from ..._torch import compat
+from ..._torch import inductor
+from ..forward_folding import operators
+
+__all__ = ["rewrite_masks"]
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+_LEAST_ELEMENTS = 1 << 14  # about 0.1 ms as Inductor stores it, ten times what a call costs
+
+
+def rewrite_masks(graph: fx.Graph) -> int:
+    """Rewrite how masks leave ``graph``, a forward on aten IR, or enter it, a backward.
+
+    Returns how many.
+    """
+    output = next(iter(graph.find_nodes(op="output")), None)
+    if output is None or not inductor.for_python():
+        return 0
+    inputs = graph.find_nodes(op="placeholder")
+    if any(n.name.startswith("tangents_") for n in inputs):
+        return _rewrite_loads(graph, [n for n in inputs if _is_large_mask(n)])
+    masks = [n for n in output.all_input_nodes if _is_large_mask(n) and _is_computed(n)]
+    return _rewrite_stores(graph, masks, output)
+
+
+def _rewrite_loads(graph: fx.Graph, masks: list[fx.Node]) -> int:
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    rewritten = 0
+    for mask in masks:
+        users = [n for n in mask.users if compat.is_pointwise(n.target)]
+        if not users:
+            continue
+        value = mask.meta["val"]
+        with graph.inserting_before(min(users, key=order.__getitem__)):
+            stored = graph.call_function(operators.as_bytes, (mask,))
+            numbers = graph.call_function(
+                prims.convert_element_type.default, (stored, torch.float32)
+            )
+            loaded = graph.call_function(aten.ne.Scalar, (numbers, 0))
+        with compat.fake_mode_of(value):
+            stored.meta["val"] = torch.empty_like(value, dtype=torch.uint8)
+            numbers.meta["val"] = torch.empty_like(value, dtype=torch.float32)
+            loaded.meta["val"] = torch.empty_like(value)
+        for user in users:
+            user.replace_input_with(mask, loaded)
+        rewritten += 1
+    return rewritten
+
+
+def _rewrite_stores(graph: fx.Graph, masks: list[fx.Node], output: fx.Node) -> int:
+    for mask in masks:
+        value = mask.meta["val"]
+        _hoist(mask)
+        with graph.inserting_before(mask.next):
+            ones, zeros = (
+                graph.call_function(
+                    aten.full.default,
+                    ([], number),
+                    {"dtype": torch.float32, "device": value.device, "pin_memory": False},
+                )
+                for number in (1, 0)
+            )
+            numbers = graph.call_function(aten.where.self, (mask, ones, zeros))
+            stored = graph.call_function(prims.convert_element_type.default, (numbers, torch.uint8))
+            kept = graph.call_function(operators.as_mask, (stored,))
+        with compat.fake_mode_of(value):
+            for scalar in (ones, zeros):
+                scalar.meta["val"] = torch.empty((), device=value.device)
+            numbers.meta["val"] = torch.empty_like(value, dtype=torch.float32)
+            stored.meta["val"] = torch.empty_like(value, dtype=torch.uint8)
+        kept.meta = dict(mask.meta)
+        output.replace_input_with(mask, kept)
+    return len(masks)
+
+
+def _hoist(mask: fx.Node) -> None:
+    """Move a mask to right after what it is computed from.
+
+    Inductor stores what comes before the last convolution channels-last. The partitioner puts
+    masks at the end of the graph, where only what uses a channels-last tensor directly is.
+    """
+    for source in mask.all_input_nodes:
+        if _is_mask(source) and _is_computed(source):
+            _hoist(source)
+    last = max(mask.all_input_nodes)  # by where they are now: sources may just have been moved
+    if last.op == "call_function":
+        last.append(mask)
+
+
+def _is_mask(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype == torch.bool
+
+
+def _is_large_mask(node: fx.Node) -> bool:
+    if not _is_mask(node):
+        return False
+    value: Tensor = node.meta["val"]
+    return value.device.type == "cpu" and compat.size_hint(value.numel()) >= _LEAST_ELEMENTS
+
+
+def _is_computed(node: fx.Node) -> bool:
+    return node.op == "call_function" and compat.is_pointwise(node.target)

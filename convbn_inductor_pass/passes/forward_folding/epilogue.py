@@ -1,0 +1,228 @@
+"""What follows a folded layer and can be computed by the layer's own kernel: its epilogue.
+
+An activation is recognised by what it decomposes to: its functional form is traced once with
+Inductor's decompositions of the running version of PyTorch, and the nodes that follow a layer
+are held against that, so that no spelling is written down here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ..._torch import compat
+from ..._torch import inductor
+from ...graph.layers import same_sizes, tensor_of
+
+__all__ = ["IN_PLACE", "Activation", "Residual", "activation_after", "residual_after"]
+
+aten = torch.ops.aten
+_MAX_NODES = 16  # of an activation; tanh's GELU in bfloat16 has 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """An activation function and the nodes that compute it.
+
+    ``name``, ``scalars`` and ``algorithm`` are what oneDNN's convolution takes; ``last`` is the
+    node of the result.
+    """
+
+    name: str
+    scalars: tuple[float, ...]
+    algorithm: str
+    last: fx.Node
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """``layer + other``, and the ReLU after it, if there is one."""
+
+    other: fx.Node
+    last: fx.Node
+    relu: bool
+
+
+def activation_after(node: fx.Node, dtype: torch.dtype) -> Activation | None:
+    """The longest activation that is computed from ``node``, which nothing else uses.
+
+    Its result is in ``dtype``. If ``node`` is not, as where it has not been rounded to the
+    layer's dtype yet, the activation ends with the cast.
+    """
+    tensor = tensor_of(node)
+    if tensor is None or tensor.dtype not in _TABLED:
+        return None
+    table = _table(tensor.dtype)
+    region, found = [node], None
+    while len(region) <= _MAX_NODES:
+        outside = {u for n in region for u in n.users if u not in region}
+        user = min(outside, default=None)
+        if user is None or not _is_pointwise_of(user, region, tensor):
+            break
+        region.append(user)
+        if all(u in region for n in region[:-1] for u in n.users):
+            result = user if tensor.dtype == dtype else _before_cast(user, dtype)
+            if result is None:
+                continue
+            template, constants = _expression(result, node)
+            for entry in table.get(template, ()):
+                scalars = entry.match(constants)
+                if scalars is not None:
+                    found = Activation(entry.name, scalars, entry.algorithm, user)
+    return found
+
+
+def residual_after(node: fx.Node) -> Residual | None:
+    """The addition of another tensor of the same shape and dtype to ``node``, with its ReLU."""
+    if len(node.users) != 1:
+        return None
+    (add,) = node.users
+    if add.target is not aten.add.Tensor or add.kwargs.get("alpha", 1) != 1:
+        return None
+    others = [a for a in add.args if a is not node]
+    if len(others) != 1:
+        return None
+    mine, other = tensor_of(node), tensor_of(others[0])
+    if mine is None or other is None or mine.dtype != other.dtype:
+        return None
+    if not same_sizes(mine.shape, other.shape):
+        return None
+    last, relu = add, False
+    if len(add.users) == 1 and next(iter(add.users)).target is aten.relu.default:
+        last, relu = next(iter(add.users)), True
+    return Residual(others[0], last, relu)  # type: ignore[arg-type]
+
+
+def _is_pointwise_of(node: fx.Node, region: list[fx.Node], like: Tensor) -> bool:
+    """Whether ``node`` is computed number by number from nodes of ``region`` alone."""
+    value = tensor_of(node)
+    return (
+        node.op == "call_function"
+        and value is not None
+        and same_sizes(value.shape, like.shape)
+        and all(n in region for n in node.all_input_nodes)
+        and (compat.is_pointwise(node.target))
+    )
+
+
+def _before_cast(node: fx.Node, dtype: torch.dtype) -> fx.Node | None:
+    """What ``node`` casts to ``dtype``; None if it is no such cast."""
+    value = tensor_of(node)
+    if node.target is not _CAST or value is None or value.dtype != dtype:
+        return None
+    return node.args[0] if isinstance(node.args[0], fx.Node) else None
+
+
+_CAST = torch.ops.prims.convert_element_type.default
+
+
+def _is_idle_cast(node: fx.Node) -> bool:
+    before, after = tensor_of(node.args[0] if node.args else None), tensor_of(node)
+    if node.target is not _CAST or before is None or after is None:
+        return False
+    return before.dtype == after.dtype
+
+
+def _expression(node: fx.Node, x: fx.Node) -> tuple[str, tuple[float, ...]]:
+    """``node`` as an expression of ``x``: text with a # for each number, and the numbers."""
+    if node is x:
+        return "x", ()
+    if _is_idle_cast(node) and isinstance(node.args[0], fx.Node):
+        return _expression(node.args[0], x)
+    constants: list[float] = []
+
+    def text(value: Any) -> str:
+        if isinstance(value, fx.Node):
+            inner, numbers = _expression(value, x)
+            constants.extend(numbers)
+            return inner
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            constants.append(value)
+            return "#"
+        return str(value)
+
+    arguments = [text(a) for a in node.args]
+    arguments += [f"{k}={text(v)}" for k, v in sorted(node.kwargs.items())]
+    return f"{node.target}({', '.join(arguments)})", tuple(constants)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One spelling of an activation: the numbers in it, of which some are its parameters."""
+
+    name: str
+    algorithm: str
+    constants: tuple[float, ...]
+    parameters: tuple[int, ...]
+
+    def match(self, constants: tuple[float, ...]) -> tuple[float, ...] | None:
+        """The activation's parameters, if the numbers are those of this spelling."""
+        if len(constants) != len(self.constants):
+            return None
+        pairs = zip(constants, self.constants, strict=True)
+        if any(a != b for i, (a, b) in enumerate(pairs) if i not in self.parameters):
+            return None
+        parameters = tuple(float(constants[i]) for i in self.parameters)
+        if self.name == "hardtanh" and not parameters[0] <= parameters[1]:
+            return None  # well defined as written; oneDNN refuses it
+        return parameters
+
+
+_TABLED = (torch.float32, torch.bfloat16)
+# Numbers that no spelling contains by itself, to see where parameters end up.
+_A, _B = -0.71828, 0.31416
+_ACTIVATIONS: tuple[tuple[str, str, tuple[float, ...], Callable[[Tensor], Tensor]], ...] = (
+    ("relu", "", (), F.relu),
+    ("relu", "", (), lambda x: x.clamp(min=0)),
+    ("sigmoid", "", (), torch.sigmoid),
+    ("tanh", "", (), torch.tanh),
+    ("swish", "", (), F.silu),
+    ("swish", "", (), lambda x: x * torch.sigmoid(x)),
+    ("hardswish", "", (), F.hardswish),
+    ("hardswish", "", (), lambda x: x * F.relu6(x + 3) / 6),
+    ("hardsigmoid", "", (), F.hardsigmoid),
+    ("hardsigmoid", "", (), lambda x: F.relu6(x + 3) / 6),
+    ("gelu", "none", (), F.gelu),
+    ("gelu", "tanh", (), lambda x: F.gelu(x, approximate="tanh")),
+    ("leaky_relu", "", (_A,), lambda x: F.leaky_relu(x, _A)),
+    ("hardtanh", "", (_A, _B), lambda x: F.hardtanh(x, _A, _B)),
+    ("hardtanh", "", (_A, _B), lambda x: x.clamp(_A, _B)),
+)
+
+
+# One function for each activation by name, for timing: generated kernels work in place.
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": aten.relu_,
+    "sigmoid": aten.sigmoid_,
+    "tanh": aten.tanh_,
+    "swish": aten.silu_,
+    "hardswish": aten.hardswish_,
+    "hardsigmoid": aten.hardsigmoid_,
+    "gelu": aten.gelu_,
+    "leaky_relu": aten.leaky_relu_,
+    "hardtanh": aten.hardtanh_,
+}
+
+
+@functools.cache
+def _table(dtype: torch.dtype) -> dict[str, list[_Entry]]:
+    """Spellings of the activations for tensors of ``dtype``, by their text."""
+    table: dict[str, list[_Entry]] = {}
+    for name, algorithm, parameters, function in _ACTIVATIONS:
+        graph = inductor.trace_decomposed(function, torch.empty(2, dtype=dtype))
+        (x,) = (n for n in graph.nodes if n.op == "placeholder")
+        result = next(n for n in graph.nodes if n.op == "output").args[0]
+        template, constants = _expression(result, x)
+        if len(parameters) != sum(c in parameters for c in constants):
+            continue  # a spelling in which a parameter stands twice
+        where = tuple(constants.index(p) for p in parameters)
+        entry = _Entry(name, algorithm, constants, where)
+        if entry not in table.setdefault(template, []):
+            table[template].append(entry)
+    return table

@@ -1,0 +1,87 @@
+"""Keeps Inductor's own folding of constants right under ``freezing=True``.
+
+Freezing turns weights into constants and folds what is added to or multiplied with a layer's
+output into them (``torch._inductor.fx_passes.binary_folding``). On torch 2.11 to 2.15 it takes a
+weight's first dimension for the output channels and an operand's dimension 1 for the
+channels, whatever the layer and the ranks are, so that some graphs come out wrong or do not
+compile. Its check is made stricter here; what it then leaves is computed as written.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .._torch import inductor
+from ..graph import layers
+from ..graph.layers import tensor_of
+
+__all__ = ["fold_what_is_right", "why_wrong"]
+
+aten = torch.ops.aten
+_log = logging.getLogger("convbn_inductor_pass")
+_LAYERS = (aten.convolution.default, aten.mm.default, aten.addmm.default)
+
+
+def fold_what_is_right(builtin_apply: Callable[[Any], int], graph: Any) -> int:
+    """Run Inductor's binary folding on ``graph`` where :func:`why_wrong` has no objection."""
+    every = [e for found in inductor.binary_folding_pass().patterns.values() for e in found]
+    checks = [(entry, entry.extra_check) for entry in {id(e): e for e in every}.values()]
+    try:
+        for entry, check in checks:
+            entry.extra_check = lambda match, check=check: _is_right(match) and check(match)
+        return builtin_apply(graph)
+    finally:
+        for entry, check in checks:
+            entry.extra_check = check
+
+
+def _is_right(match: Any) -> bool:
+    node = match.output_node()
+    reason = why_wrong(node)
+    if reason:
+        _log.debug("freezing leaves %s as written: %s", node, reason)
+    return not reason
+
+
+def why_wrong(binary: torch.fx.Node) -> str:
+    """Why Inductor must not fold ``binary``, a call on a layer's output; "" if it may.
+
+    What is not such a call is none of our business, and left to Inductor's own check.
+    """
+    result, other = binary.args[:2]
+    node: Any = result
+    if isinstance(node, torch.fx.Node) and node.target is aten.reshape.default:
+        node = node.args[0]
+    shaped = tensor_of(result)
+    if not isinstance(node, torch.fx.Node) or node.target not in _LAYERS:
+        return ""
+    if shaped is None:
+        return "no metadata"
+    if binary.kwargs:
+        return "alpha is dropped"  # the pattern ignores keywords
+    is_conv = node.target is aten.convolution.default
+    if is_conv and node.args[6]:
+        return "a transposed convolution's output channels are not its weight's first dimension"
+    dim = 1 if is_conv else shaped.ndim - 1
+    if isinstance(other, torch.fx.Node):
+        # None, too, where the operand is what gives the result its shape.
+        if layers.operand_per_channel(other, shaped.shape, dim) is None:
+            return "the operand does not vary along the channels alone"
+        return ""
+    weight = tensor_of(node.args[2 if node.target is aten.addmm.default else 1])
+    if weight is not None and isinstance(other, float) and _rounds(other, weight.dtype):
+        return "the number does not fit the weight's dtype"
+    # Every number is stored under this one name: a second overwrites the first. It is gone,
+    # and the second's turn comes, after the next round of constant folding.
+    if any(n.op == "get_attr" and n.target == "other_tensor" for n in binary.graph.nodes):
+        return "another number is being folded"
+    return ""
+
+
+def _rounds(number: float, dtype: torch.dtype) -> bool:
+    """Whether a number loses more than float32's rounding in ``dtype``."""
+    return dtype.itemsize < 4 and torch.tensor(number, dtype=dtype).item() != number

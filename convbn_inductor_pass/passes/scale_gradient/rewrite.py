@@ -1,0 +1,203 @@
+"""Rewrite the joint graph as :mod:`scales` has decided; the formulas stand there."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..._torch import compat
+from ..._torch import inductor
+from ...graph import affine
+from ...graph.layers import Step, same_sizes, tensor_of
+from ...graph.builder import Builder, erase_unused
+from ...graph.layout import Layout, views_onto_output_axis
+from .decide import ScaleDecision
+
+__all__ = ["apply"]
+
+aten = torch.ops.aten
+
+
+# What new calls say about where they come from: that of the call which makes the weight gradient.
+_KEPT = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "partitioner_tag")
+
+
+def apply(decisions: list[ScaleDecision], graph: fx.Graph) -> int:
+    """Rewrite the graph as decided; returns the number of layers whose output is not summed over.
+
+    New calls stand before what they replace, and the graph is sorted in the end. No cycle can
+    arise: what is replaced depends on a ``g`` each, and all else that is read depends on no
+    gradient.
+    """
+    wanted = [d for d in decisions if d.code.rewritten]
+    if not wanted:
+        return 0
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    wanted.sort(key=lambda d: order[d.gradient.node])  # type: ignore[union-attr]
+    build = Builder(graph)
+    unused: list[fx.Node] = []
+    try:
+        for decision in wanted:
+            places = [decision.gradient.node, *(r.node for r in decision.reductions)]  # type: ignore[union-attr]
+            before = min(places, key=order.__getitem__)
+            with (
+                graph.inserting_before(before),
+                compat.fake_mode_of(decision.layer.out),
+                compat.plain_dispatch(),
+            ):
+                build.meta = {k: v for k, v in places[0].meta.items() if k in _KEPT}
+                unused += _Rewriting(decision, build).replace()
+    finally:
+        # If one fails, too: what was replaced so far is right, but may use what stands later.
+        for node in unused:
+            erase_unused(node)
+        inductor.sort_graph(graph)
+    return len(wanted)
+
+
+class _Rewriting:
+    """The new calls for one decision."""
+
+    def __init__(self, decision: ScaleDecision, build: Builder) -> None:
+        if decision.gradient is None or decision.g is None:
+            raise AssertionError(f"nothing to rewrite for {decision.layer.node}")
+        self.decision, self.build = decision, build
+        self.layer, self.gradient = decision.layer, decision.gradient
+        self.g = decision.g
+        self.replaced: list[fx.Node] = []
+        self.wide = affine.wide_dtype(self.layer)
+        self.scale = affine.emit_scale(self.layer, decision.scaling.steps, build)
+        dims = [d for d in range(_tensor(self.g).ndim) if d != decision.g_dim]
+        self.sum_g = lambda: build.call(aten.sum.dim_IntList, self.g, dims, False, dtype=self.wide)
+
+    def replace(self) -> list[fx.Node]:
+        """Put the new calls in the place of the old ones, and return those."""
+        compute = self._convolution if self.layer.is_conv else self._matmul
+        weight_gradient = compute()
+        inner = self._inner_product(weight_gradient)
+        for reduction, path in zip(self.decision.reductions, self.decision.scalings, strict=True):
+            value = self._times(
+                inner, affine.emit_scale(self.layer, reduction.affine.steps, self.build)
+            )
+            shift = affine.emit_shift(self.layer, reduction.affine.steps, self.build)
+            if shift is not None:
+                value = self._call(aten.add.Tensor, value, self._times(self.sum_g(), shift))
+            value = self._times(value, affine.emit_scale(self.layer, path.steps, self.build))
+            if reduction.total:
+                value = self._call(aten.sum.dim_IntList, value, [0], False)
+            self._replace(reduction.node, value)
+        return self.replaced
+
+    def _convolution(self) -> fx.Node:
+        """Replace the results of ``convolution_backward``; returns the gradient for ``g``."""
+        node = self.gradient.node
+        args: Any = node.args
+        need_dx, _, need_db = args[10]
+        weight = (
+            self._scaled(self.layer.weight, self.scale, self.layer.layout) if need_dx else args[2]
+        )
+        new = self._call(
+            aten.convolution_backward.default,
+            *(self._arranged_g(), args[1], weight, None),
+            *(*args[4:10], [need_dx, True, False]),
+        )
+        dw = self._call(operator.getitem, new, 1)
+        for user in list(node.users):
+            index = user.args[1]
+            if index == 0 and need_dx:
+                self._replace(user, self._call(operator.getitem, new, 0))
+            elif index == 1 and args[10][1]:
+                self._replace(user, self._scaled(dw, self.scale, self.layer.layout))
+            elif index == 2 and need_db:
+                self._replace(user, self._times(self.sum_g(), self.scale))
+            else:
+                self.replaced.append(user)  # of a result that is not computed
+        return dw
+
+    def _matmul(self) -> fx.Node:
+        """Replace products with ``dc``; returns the weight gradient [C_out, C_in] for ``g``."""
+        g, x = self._arranged_g(), self.layer.input
+        transposed = self._call(aten.permute.default, g, [1, 0])
+        dw = self._call(aten.mm.default, transposed, x)
+        scaled = self._scaled(dw, self.scale, Layout())
+        if not self.gradient.dc_first:
+            scaled = self._call(aten.permute.default, scaled, [1, 0])
+        self._replace(self.gradient.node, scaled)
+        size = _tensor(self.layer.weight).shape
+        for user in list(self.gradient.dc.users):
+            # One without users was replaced for another layer with this ``dc``.
+            is_product = user.target is aten.mm.default and user.args[0] is self.gradient.dc
+            if is_product and user.users:
+                by: Any = user.args[1]
+                if same_sizes(_tensor(by).shape, (size[1], size[0])):
+                    by = self._scaled(by, self.scale, Layout())
+                    self._replace(user, self._call(aten.mm.default, g, by))
+        return dw
+
+    def _arranged_g(self) -> fx.Node:
+        """``g`` with its numbers where ``dc`` has them, and in its dtype."""
+        node = self.build.cast(self.build.current(self.g), _tensor(self.gradient.dc).dtype)
+        for step in self.decision.scaling.steps:
+            if step.kind == "move":
+                node = self._move(step, node)
+        return node
+
+    def _move(self, step: Step, node: fx.Node) -> fx.Node:
+        target = step.node.target
+        # The product with a scale may have lain in memory in another way than ``g`` does.
+        is_view = target in (aten.view.default, aten._unsafe_view.default)
+        if is_view and not _tensor(node).is_contiguous():
+            node = self._call(aten.clone.default, node, memory_format=torch.contiguous_format)
+        return self._call(target, node, *step.node.args[1:], **step.node.kwargs)
+
+    def _inner_product(self, weight_gradient: fx.Node) -> fx.Node:
+        """``<dWg, W>`` per output channel [C], in the wide dtype."""
+        weight = self.layer.weight
+        layout: Layout = self.layer.layout
+        if not self.layer.is_conv:
+            weight, layout = self._call(aten.permute.default, weight, [1, 0]), Layout()
+        a, b = (self.build.cast(n, self.wide) for n in (weight_gradient, weight))
+        product = self._call(aten.mul.Tensor, a, b)
+        shape = _tensor(product).shape
+        if not layout.transposed:
+            return self._call(aten.sum.dim_IntList, product, [*range(1, len(shape))], False)
+        rows, columns, *kernel = shape
+        sizes = [layout.groups, rows // layout.groups, columns, *kernel]
+        by_group = self._call(aten.reshape.default, product, sizes)
+        inner = self._call(aten.sum.dim_IntList, by_group, [1, *range(3, len(sizes))], False)
+        return self._call(aten.reshape.default, inner, [layout.groups * columns])
+
+    def _scaled(self, weight: fx.Node, scale: fx.Node | None, layout: Layout) -> fx.Node:
+        """``scale * weight`` along its output channels, computed wide, in the weight's dtype."""
+        if scale is None:
+            return self.build.current(weight)
+        tensor = _tensor(weight)
+        for view, sizes in views_onto_output_axis(tensor.shape, layout):
+            scale = self._call(getattr(aten, view).default, scale, sizes)
+        product = self._call(aten.mul.Tensor, self.build.cast(weight, self.wide), scale)
+        return self.build.cast(product, tensor.dtype)
+
+    def _times(self, value: fx.Node, scale: fx.Node | None) -> fx.Node:
+        return value if scale is None else self._call(aten.mul.Tensor, value, scale)
+
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.build.call(target, *args, **kwargs)
+
+    def _replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let ``new`` be used for ``old``, in its shape and dtype."""
+        tensor = _tensor(old)
+        if not same_sizes(_tensor(new).shape, tensor.shape):
+            new = self._call(aten.reshape.default, new, list(tensor.shape))
+        new = self.build.cast(new, tensor.dtype)
+        self.build.replace(old, new)
+        self.replaced.append(old)
+
+
+def _tensor(node: Any) -> torch.Tensor:
+    tensor = tensor_of(node)
+    if tensor is None:
+        raise AssertionError(f"{node} has no metadata")
+    return tensor

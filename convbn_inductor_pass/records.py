@@ -1,0 +1,109 @@
+"""What was decided, for people: records, logs, and the trace artifact.
+
+A record is made when a pass runs on a graph, and holds no tensor and no node.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from .codes import Code
+
+__all__ = ["Record", "clear_records", "publish", "records", "summary"]
+
+log = logging.getLogger("convbn_inductor_pass")
+
+Kind = Literal["batch norm", "scale", "layer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The decision about one batch norm, one other scale, or one layer (forward folding).
+
+    Attributes:
+        pass_name: "scale_gradient", "forward_folding", or "eager" (``turn_on``).
+        kind: "batch norm" for each call of one; "scale" for a layer whose output backward would sum
+            over for the gradient of other scales; "layer" in forward folding.
+        code: what was decided.
+        detail: the nodes that it was about, "" if there is nothing to add.
+        layer: module path of the convolution or linear layer, or its node's name; "" if none.
+        batch_norm: module path of the batch norm, or its node's name; "" for other kinds.
+        source: file and line of the user's call, "" if unknown.
+        output_shape: shape of the layer's output, symbolic sizes as strings.
+        output_bytes: its size in bytes; hints for symbolic sizes.
+        bytes_saved: bytes not saved for backward because of this decision; 0 if not rewritten.
+            While compiling, the size of the layer's output, whatever the partitioner saves
+            instead; from ``explain``, what the partitioner really saves less.
+        epilogue: forward folding: what the layer's kernel also computes, as "relu" or "add+relu".
+        kernel: forward folding: what computes the layer if it is folded, by its name in
+            ``passes.forward_folding.kernels``.
+        bytes_exact, bytes_folded: forward folding: bytes moved as written and folded, besides the
+            layer's own input and output, by estimate.
+    """
+
+    pass_name: str
+    kind: Kind
+    code: Code
+    detail: str = ""
+    layer: str = ""
+    batch_norm: str = ""
+    source: str = ""
+    output_shape: tuple[int | str, ...] = ()
+    output_bytes: int = 0
+    bytes_saved: int = 0
+    epilogue: str = ""
+    kernel: str = ""
+    bytes_exact: int = 0
+    bytes_folded: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, ready for JSON."""
+        return {**dataclasses.asdict(self), "code": self.code.name, "reason": self.code.value}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Record:
+        """The record that :meth:`to_dict` was called of.
+
+        Raises:
+            KeyError, TypeError: ``data`` is no such dictionary, or of another version.
+        """
+        fields = {k: v for k, v in data.items() if k != "reason"}
+        fields["code"] = Code[fields["code"]]
+        fields["output_shape"] = tuple(fields["output_shape"])
+        return cls(**fields)
+
+
+def summary(found: Iterable[Record]) -> str:
+    """How many batch norms are in tune mode, and how often each other code was given."""
+    norms = [r for r in found if r.kind == "batch norm"]
+    fused = sum(r.code is Code.FUSED for r in norms)
+    lines = [f"{fused} of {len(norms)} batch norms in tune mode"]
+    left = collections.Counter(r.code for r in norms if r.code is not Code.FUSED)
+    lines += [f"  {n} x {code.name}: {code.value}" for code, n in left.most_common()]
+    return "\n".join(lines)
+
+
+# The newest records of this process. Bounded: a long-running process compiles many.
+_history: collections.deque[Record] = collections.deque(maxlen=1 << 16)
+
+
+def records() -> list[Record]:
+    """Decisions of the compilations of this process, newest last (65,536 at most)."""
+    return list(_history)
+
+
+def clear_records() -> None:
+    """Forget the records so far."""
+    _history.clear()
+
+
+def publish(made: Iterable[Record]) -> None:
+    """Keep records for :func:`records`, and log them: a line each at debug level."""
+    for r in made:
+        _history.append(r)
+        name = f"{r.layer or '-'} -> {r.batch_norm}" if r.kind == "batch norm" else r.layer
+        log.debug("%s: %s %s %s (%s)", r.pass_name, name, r.code.name, r.detail, r.source)

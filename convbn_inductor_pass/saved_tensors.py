@@ -1,0 +1,237 @@
+"""Bytes that a compiled model keeps for backward, exactly, and without running it.
+
+The model is traced by Dynamo on fake tensors and goes through Inductor up to where code would
+be generated: pre-grad passes, AOTAutograd, joint passes, the min-cut partitioner. What the
+partitioned forward hands to the backward is then read off the graph. No input is allocated,
+so that a batch may be explained that would not fit this machine.
+
+*New* bytes are those that exist only because of backward: parameters, buffers, inputs of the
+graph and views of them are alive anyway and count nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from ._torch import compat
+from ._torch import inductor
+from . import plugin
+# GONE import pipeline
+from .passes.scale_gradient import decide
+from .passes.scale_gradient import rewrite
+from .config import Options, get_options
+from .passes.scale_gradient.decide import ScaleDecision
+from ._torch.tracing import copy_graph_module, graph_modules, trace
+
+__all__ = ["Mode", "SavedForBackward", "SavedTensor", "saved_by_graph", "saved_for_backward"]
+
+Mode = Literal["eval", "builtin", "tune", "deploy"]
+MODES: tuple[Mode, ...] = ("eval", "builtin", "tune", "deploy")
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedTensor:
+    """One tensor kept for backward.
+
+    ``name`` is the node of the forward graph that makes it, ``shape`` may hold symbolic sizes
+    as strings, ``nbytes`` is its size in bytes (hints for symbolic sizes), ``kind`` is
+    "activation", "weight" (computed from parameters and buffers alone) or "mask" (bool, uint8).
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    nbytes: int
+    kind: Literal["activation", "weight", "mask"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedForBackward:
+    """New tensors that one or several compiled graphs keep for backward, each storage once."""
+
+    tensors: tuple[SavedTensor, ...]
+
+    @property
+    def new_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    def bytes_of(self, kind: str) -> int:
+        """Bytes of one kind: "activation", "weight" or "mask"."""
+        return sum(t.nbytes for t in self.tensors if t.kind == kind)
+
+    def __add__(self, other: SavedForBackward) -> SavedForBackward:
+        return SavedForBackward(self.tensors + other.tensors)
+
+
+def saved_for_backward(
+    fn: Callable[..., Any], *inputs: Any, mode: Mode = "tune", dynamic: bool | None = None
+) -> SavedForBackward:
+    """New bytes that ``torch.compile(fn)(*inputs)`` keeps for backward in one mode.
+
+    Args:
+        fn: a module or function. It is not run; its parameters are neither read nor changed.
+        inputs: its inputs; tensors may be real or fake.
+        mode: "eval" without any pass, "builtin" with PyTorch's own, "tune" with ours,
+            "deploy" with every sound pair merged into one layer with trainable weight and bias.
+        dynamic: as in ``torch.compile``.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    total = SavedForBackward(())
+
+    def on_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> None:
+        nonlocal total
+        total = total + saved_by_graph(gm, example_inputs, mode)
+
+    trace(fn, inputs, on_graph, dynamic=dynamic)
+    return total
+
+
+def saved_by_graph(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    mode: Mode,
+    on_forward: Callable[[fx.Graph], None] = lambda graph: None,
+    on_scales: Callable[[list[ScaleDecision]], None] = lambda decisions: None,
+) -> SavedForBackward:
+    """What one Dynamo graph keeps for backward in ``mode``; ``gm`` is left as it is.
+
+    ``on_forward`` gets the graph, in aten IR, of the forward or of inference; ``on_scales`` in mode
+    "tune" what was decided about scales, before it is done.
+
+    To be called inside a Dynamo backend, whose tracing context it needs.
+    """
+    graphs: dict[bool, fx.GraphModule] = {}
+    static_inputs: set[int] = set()
+
+    def stop_before_codegen(inner: fx.GraphModule, _inputs: Any, **kwargs: Any) -> Any:
+        is_backward = bool(kwargs.get("is_backward"))
+        graphs[is_backward] = inner
+        if not is_backward:
+            static_inputs.update(kwargs.get("static_input_idxs") or ())
+        return inner
+
+    gm = copy_graph_module(gm)
+    if mode in ("tune", "deploy"):
+        for module in graph_modules(gm):
+            (_fuse if mode == "tune" else _merge)(module.graph)
+            module.recompile()
+
+    def rewrite_scales(graph: fx.Graph) -> None:
+        decisions = decide.analyze(graph, get_options())
+        on_scales(decisions)
+        rewrite.apply(decisions, graph)
+
+    with (
+        _only_builtin_pass() if mode == "builtin" else _no_pass(),
+        plugin.passes_added("joint_custom_pre_pass", *([rewrite_scales] if mode == "tune" else [])),
+        inductor.config.patch(fx_graph_cache=False, freezing=False),
+        compat.functorch_config.patch(
+            enable_autograd_cache=False, force_non_lazy_backward_lowering=True
+        ),
+        compat.tracing(copy.copy(compat.TracingContext.get())),
+    ):
+        inductor.compile_with(stop_before_codegen, gm, example_inputs)
+        if False in graphs:
+            on_forward(graphs[False].graph)  # with what is known of the inputs while compiling
+    if True not in graphs:  # nothing requires a gradient
+        return SavedForBackward(())
+    forward, backward = graphs[False].graph, graphs[True].graph
+    return SavedForBackward(tuple(_new_tensors(forward, backward, static_inputs)))
+
+
+def _no_pass() -> contextlib.AbstractContextManager[None]:
+    return inductor.config.patch(efficient_conv_bn_eval_fx_passes=False)
+
+
+@contextlib.contextmanager
+def _only_builtin_pass() -> Iterator[None]:
+    """PyTorch's own pass on, ours not there."""
+    with (
+        plugin.installation(False),
+        inductor.config.patch(efficient_conv_bn_eval_fx_passes=True),
+    ):
+        yield
+
+
+def _fuse(graph: fx.Graph) -> None:
+    pipeline.apply(pipeline.analyze(graph, get_options()))
+
+
+def _merge(graph: fx.Graph) -> None:
+    """Make every sound pair one layer, as deploy mode does before training starts.
+
+    Shapes are all that counts here: the merged weight has the layer's shape, and the merged
+    bias that of the batch norm's.
+    """
+    for decision in reversed(pipeline.analyze(graph, Options())):
+        if not decision.sound:
+            continue
+        layer, bn = decision.pair
+        merged_bias = bn.bias if bn.bias is not None else bn.running_mean
+        if not isinstance(layer.weight, fx.Node) or not isinstance(merged_bias, fx.Node):
+            continue  # a module call: not in graphs that Dynamo makes
+        node = layer.node
+        if layer.bias is None:
+            rest = {k: v for k, v in node.kwargs.items() if k not in ("input", "weight", "bias")}
+            node.args = (layer.input, layer.weight, merged_bias, *node.args[3:])
+            node.kwargs = rest
+        bn.output.replace_all_uses_with(bn.input)
+        graph.erase_node(bn.output)
+
+
+_BOOLS = (torch.bool, torch.uint8)
+
+
+def _new_tensors(
+    forward: fx.Graph, backward: fx.Graph, static_inputs: set[int]
+) -> Iterator[SavedTensor]:
+    """Tensors that the backward graph takes from the forward and that are not its inputs."""
+    made_by = {node.name: node for node in forward.nodes}
+    inputs = [n for n in forward.nodes if n.op == "placeholder"]
+    seen = {compat.storage_key(n.meta.get("val")) for n in inputs}
+    from_weights = _computed_from_parameters(forward, static_inputs)
+    for taken in backward.nodes:
+        if taken.op != "placeholder" or taken.name.startswith(("tangents_", "primals_")):
+            continue
+        value = taken.meta.get("val")
+        node = made_by.get(taken.name)
+        if not isinstance(value, Tensor) or node is None:
+            continue
+        key = compat.storage_key(node.meta.get("val"))
+        if key is not None and key in seen:
+            continue
+        seen.add(key)
+        kind: Literal["activation", "weight", "mask"] = "activation"
+        if value.dtype in _BOOLS:
+            kind = "mask"
+        elif node in from_weights:
+            kind = "weight"
+        yield SavedTensor(
+            node.name,
+            tuple(s if isinstance(s, int) else str(s) for s in value.shape),
+            str(value.dtype).removeprefix("torch."),
+            compat.size_hint(value.numel()) * value.element_size(),
+            kind,
+        )
+
+
+def _computed_from_parameters(graph: fx.Graph, static_inputs: set[int]) -> set[fx.Node]:
+    """Nodes of a partitioned forward that depend on parameters and buffers only."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    result = {n for i, n in enumerate(inputs) if i in static_inputs}
+    for node in graph.nodes:
+        sources = node.all_input_nodes if node.op == "call_function" else []
+        if sources and all(n in result for n in sources):
+            result.add(node)
+    return result
