@@ -1,68 +1,84 @@
 """Tune mode for convolutions with eval-mode batch norm, under ``torch.compile``.
 
     import torch, convbn_inductor_pass
-    torch._inductor.config.efficient_conv_bn_eval_fx_passes = True
+    convbn_inductor_pass.enable()
     model = torch.compile(model.eval())
 
-Fine-tuning a convnet with its batch norms in eval mode then keeps one activation per
+Fine-tuning a convnet with its batch norms in eval mode then saves one activation per
 conv-BN pair for backward instead of two. The forward is computed as written, and the gradients are
-eval mode's up to rounding.
-Without a compiler, ``convbn_inductor_pass.turn_on(model)`` does the same in eager mode.
+eval mode's up to rounding. PyTorch's flag
+``torch._inductor.config.efficient_conv_bn_eval_fx_passes = True`` does the same as ``enable()``.
+Without a compiler, ``convbn_inductor_pass.turn_on(model)`` does it in eager mode.
 
-The story in the order of the code: ``hook`` (how Inductor calls us) -> ``pipeline`` (find,
-decide, rewrite, record) -> ``autograd`` (the gradient). ``scales`` does the same for trained scales
-that are no batch norm to PyTorch. ``forward`` is the other half: on request it folds batch norms
-into layers in the forward and in inference. ``explain`` says what was done and what it saves.
+The story in the order of the code: ``plugin`` (how Inductor calls us) -> ``passes.base`` (what every
+pass shares) -> ``passes.scale_gradient`` (find, decide, rewrite). ``explain`` says what was done and
+what it saves. Importing this package loads no compiler: what needs one is loaded when it is used.
 """
 
-from ._torch import compat
+import importlib
+from typing import TYPE_CHECKING, Any
 
-compat.check_torch_version()
+from ._torch import version
 
-from .codes import Code, ForwardCode, ScaleCode  # noqa: E402
+version.check()
+
+from . import plugin  # noqa: E402
+from .codes import Code  # noqa: E402
 from .config import Options, get_options, options, set_options  # noqa: E402
-from .eager.modes import decisions, turn_off, turn_on  # noqa: E402
-from .explain import Explanation, explain  # noqa: E402
-from .plugin import PassFailedWarning, install, is_installed, uninstall  # noqa: E402
-from .records import (  # noqa: E402
-    ForwardRecord,
-    Record,
-    Records,
-    ScaleRecord,
-    clear_records,
-    forward_records,
-    records,
-    scale_records,
-)
+from .plugin import disable, enable, install, is_installed, uninstall  # noqa: E402
+from .records import Record, clear_records, records, summary  # noqa: E402
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .eager import decisions, turn_off, turn_on
+    from .explain import Explanation, explain
+    from .passes import PassFailedWarning
+
+__version__ = "0.2.0"
 
 __all__ = [
     "Code",
     "Explanation",
-    "ForwardCode",
-    "ForwardRecord",
     "Options",
     "PassFailedWarning",
     "Record",
-    "Records",
-    "ScaleCode",
-    "ScaleRecord",
     "__version__",
     "clear_records",
     "decisions",
+    "disable",
+    "enable",
     "explain",
-    "forward_records",
     "get_options",
     "install",
     "is_installed",
     "options",
     "records",
-    "scale_records",
     "set_options",
+    "summary",
     "turn_off",
     "turn_on",
     "uninstall",
 ]
 
-install()
+_LAZY = {
+    "Explanation": "explain",
+    "PassFailedWarning": "passes",
+    "decisions": "eager",
+    "explain": "explain",
+    "turn_off": "eager",
+    "turn_on": "eager",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+plugin.install()

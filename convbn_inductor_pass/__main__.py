@@ -19,9 +19,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from . import __version__
+from . import __version__, demo
 from ._torch import compat
-from . import demo
 from .explain import explain
 
 __all__ = ["main"]

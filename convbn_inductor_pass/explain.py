@@ -12,12 +12,12 @@ from rich.filesize import decimal
 from rich.table import Table
 from torch import fx
 
-from .passes.forward_folding import decide
 # GONE import pipeline
 from . import saved_tensors
 from ._torch import tracing
 from .codes import Code
 from .config import get_options
+from .passes.forward_folding import decide
 from .records import (
     ForwardRecord,
     Record,

@@ -20,15 +20,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from ._torch import compat
-from ._torch import inductor
 from . import plugin
-# GONE import pipeline
-from .passes.scale_gradient import decide
-from .passes.scale_gradient import rewrite
-from .config import Options, get_options
-from .passes.scale_gradient.decide import ScaleDecision
+from ._torch import compat, inductor
 from ._torch.tracing import copy_graph_module, graph_modules, trace
+from .config import Options, get_options
+
+# GONE import pipeline
+from .passes.scale_gradient import decide, rewrite
+from .passes.scale_gradient.decide import ScaleDecision
 
 __all__ = ["Mode", "SavedForBackward", "SavedTensor", "saved_by_graph", "saved_for_backward"]
 

@@ -28,11 +28,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ._torch import compat
-from ._torch import inductor
 # GONE import pipeline
 from . import saved_tensors
-from ._torch import tracing
+from ._torch import compat, inductor, tracing
 from .codes import Code
 from .config import get_options
 from .explain import explain

@@ -1,0 +1,1 @@
+"""Every private import from torch, and every branch on its version."""

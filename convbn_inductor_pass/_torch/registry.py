@@ -10,19 +10,28 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import fx
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.torch_version import TorchVersion
 
-__all__ = ["CustomGraphPass", "add_pass", "config", "is_enabled", "passes_added", "passes_of"]
-__all__ += ["remove_pass"]
+from .version import version
+
+__all__ = [
+    "CustomGraphPass",
+    "add_pass",
+    "config",
+    "hooks_restored",
+    "is_enabled",
+    "passes_added",
+    "passes_of",
+    "remove_pass",
+    "set_everywhere",
+]
 
 GraphPass = Callable[[fx.Graph], None]
 
 # Up to 2.12 a hook takes one pass, and a configuration is the whole process's.
-_one_pass_per_hook: bool = TorchVersion(torch.__version__) < "2.13.0a0"
+_one_pass_per_hook: bool = version < "2.13.0a0"
 
 
 class _InOrder(CustomGraphPass):
@@ -73,6 +82,24 @@ def passes_added(hook: str, *passes: GraphPass) -> Iterator[None]:
     """Run further passes in a hook, after those that are there, in a ``with`` block."""
     with config.patch({hook: _as_value((*passes_of(hook), *passes))}):
         yield
+
+
+@contextlib.contextmanager
+def hooks_restored(hooks: set[str]) -> Iterator[None]:
+    """At the end of a ``with`` block, have hooks as they are now, in this context and elsewhere."""
+    defaults = {hook: _entry(hook).default for hook in hooks}
+    with config.patch({hook: getattr(config, hook) for hook in hooks}):
+        try:
+            yield
+        finally:
+            for hook, value in defaults.items():
+                _entry(hook).default = value
+
+
+def set_everywhere(name: str, value: Any) -> None:
+    """Set an entry of the configuration in this context, and for threads that set nothing."""
+    setattr(config, name, value)
+    _entry(name).default = value
 
 
 def _entry(hook: str) -> Any:

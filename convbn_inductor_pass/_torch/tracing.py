@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.utils import _pytree as pytree
-
-from . import compat
 
 __all__ = ["copy_graph_module", "graph_modules", "trace"]
 
@@ -41,21 +44,21 @@ def trace(
         call.__code__.replace(co_name="explained"), call.__globals__, "explained"
     )
     fake_mode = next(
-        (t.fake_mode for t in pytree.tree_leaves(inputs) if isinstance(t, compat.FakeTensor)),
+        (t.fake_mode for t in pytree.tree_leaves(inputs) if isinstance(t, FakeTensor)),
         None,
-    ) or compat.FakeTensorMode(allow_non_fake_inputs=True)
+    ) or FakeTensorMode(allow_non_fake_inputs=True)
     fake_mode.allow_non_fake_inputs = True
     fakes = pytree.tree_map(
         lambda v: (
             fake_mode.from_tensor(v, static_shapes=True)
-            if isinstance(v, Tensor) and not isinstance(v, compat.FakeTensor)
+            if isinstance(v, Tensor) and not isinstance(v, FakeTensor)
             else v
         ),
         inputs,
     )
     # Sizes that differ from an earlier trace's are no sign that they vary in the user's model.
     static = {} if dynamic is not None else {"automatic_dynamic_shapes": False}
-    with fake_mode, compat.counters_kept(), compat.dynamo_config.patch(static):
+    with fake_mode, _counters_kept(), dynamo_config.patch(static):
         return torch.compile(fresh, backend=backend, dynamic=dynamic)(fn, fakes)
 
 
@@ -66,12 +69,12 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     copies: dict[fx.Node, fx.Node] = {}
     output: Any = graph.graph_copy(gm.graph, copies, return_output_node=True)
     for node, node_copy in copies.items():
-        compat.copy_dynamo_source(node, node_copy)
+        _copy_dynamo_source(node, node_copy)
     if output is not None:
         value, old_node = output
         graph.output(value).meta = dict(old_node.meta)
-    new = compat.lazy_graph_module(gm, graph)
-    compat.copy_dynamo_source(gm, new)
+    new = _lazy_graph_module(gm, graph)
+    _copy_dynamo_source(gm, new)
     new.meta = dict(gm.meta)
     for name, child in gm.named_children():
         if isinstance(child, fx.GraphModule):
@@ -83,3 +86,34 @@ def graph_modules(gm: fx.GraphModule) -> list[fx.GraphModule]:
     """The graph module and those inside it (bodies of higher-order operators), inner ones first."""
     inside = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
     return inside[::-1]
+
+
+def _lazy_graph_module(root: torch.nn.Module, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """A graph module as Dynamo makes it: its code is not compiled before it is called.
+
+    PyTorch's own efficient_conv_bn_eval needs that: it puts a builtin function among a node's
+    arguments, which does not print as Python.
+    """
+    with _use_lazy_graph_module(True):
+        return _make_graph_module(root, graph)
+
+
+def _copy_dynamo_source(old: Any, new: Any) -> None:
+    """Copy what tells AOTAutograd that a graph is Dynamo's and which inputs are parameters.
+
+    Without it parameters count as activations, and the partitioner's choice differs.
+    """
+    for name in ("_dynamo_source", "_param_name_to_source"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+
+
+@contextlib.contextmanager
+def _counters_kept() -> Iterator[None]:
+    """Leave Dynamo's and Inductor's counters as they were."""
+    before = {name: counter.copy() for name, counter in counters.items()}
+    try:
+        yield
+    finally:
+        counters.clear()
+        counters.update(before)

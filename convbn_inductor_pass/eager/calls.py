@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._torch import compat
+from .._torch import eager as torch_eager
 from ..codes import Code
 from .geometry import Geometry
 
@@ -81,7 +81,7 @@ class Context(NamedTuple):
                 torch.is_autocast_enabled(device_type),
                 torch.get_autocast_dtype(device_type),
             )
-        return cls(torch.is_grad_enabled(), *autocast, compat.saved_tensors_hooks())
+        return cls(torch.is_grad_enabled(), *autocast, torch_eager.saved_tensors_hooks())
 
     @contextlib.contextmanager
     def restored(self, device_type: str) -> Iterator[None]:
@@ -165,7 +165,7 @@ class LayerCall:
                 args += [g.output_padding, g.groups, g.dilation]
             else:
                 args += [g.dilation, g.groups]
-        with compat.torch_functions_off(), self.context.restored(self.device_type):
+        with torch_eager.torch_functions_off(), self.context.restored(self.device_type):
             return self.function(*args)
 
     def run_below_autograd(self) -> Tensor:

@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._torch import compat
-from ..functional.conv_bn import conv_bn_eval, linear_bn_eval
-from .calls import BATCH_NORMS, BatchNormCall, Context, LayerCall, is_plain
+from .._torch import eager as torch_eager
 from ..codes import Code
 from ..config import get_options
+from ..functional.conv_bn import conv_bn_eval, linear_bn_eval
 from ..functional.folded import ConvBNFoldedEager
+from .calls import BATCH_NORMS, BatchNormCall, Context, LayerCall, is_plain
 
 __all__ = ["Deferred", "decide", "fuse", "live"]
 
@@ -90,7 +90,7 @@ def fuse(call: LayerCall, bn: BatchNormCall) -> Tensor:
         raise ValueError("a batch norm without running statistics cannot be folded")
     statistics = (bn.running_mean, bn.running_var, bn.eps)
     tensors = (call.input, call.weight, call.bias, bn.weight, bn.bias, *statistics)
-    with compat.torch_functions_off():
+    with torch_eager.torch_functions_off():
         if call.geometry is None:
             return linear_bn_eval(*tensors, function=ConvBNFoldedEager)
         return conv_bn_eval(*tensors, *call.geometry, function=ConvBNFoldedEager)
@@ -111,7 +111,7 @@ class _Defer(torch.autograd.Function):
         call: LayerCall = ctx.call
         call.check_unmodified()
         # Aliases, because the input may depend on the weight: through a layer that shares it.
-        with compat.torch_functions_off(), torch.enable_grad():
+        with torch_eager.torch_functions_off(), torch.enable_grad():
             operands = [None if t is None else t.view_as(t) for t in call.operands]
         x, weight, bias = operands
         again: dict[str, Any] = {"input": x, "weight": weight, "bias": bias}
@@ -156,7 +156,7 @@ class Deferred(Tensor):
     @staticmethod
     def of(call: LayerCall) -> Deferred:
         """A new deferred output, in the graph if the layer's would be."""
-        with compat.torch_functions_off():
+        with torch_eager.torch_functions_off():
             if call.needs_grad:
                 new = _Defer.apply(*call.operands, call)
                 new._graph = new.grad_fn
@@ -172,7 +172,7 @@ class Deferred(Tensor):
 
     def result(self, why: Code = Code.LAYER_OUTPUT_USED) -> Tensor:
         """The layer's output, from now on. Above autograd only."""
-        with compat.torch_functions_off():
+        with torch_eager.torch_functions_off():
             if self.grad_fn is not self._graph or self._version:
                 # An conv_bn.Function wrote into it: its graph is this tensor's, not the layer's.
                 return _Reveal.apply(self)
@@ -184,7 +184,7 @@ class Deferred(Tensor):
 
     def numbers(self) -> Tensor:
         """The same without a graph."""
-        with compat.torch_functions_off(), torch.no_grad():
+        with torch_eager.torch_functions_off(), torch.no_grad():
             if self._result is not None:
                 return self._result.detach()
             if self._numbers is None:
@@ -196,7 +196,7 @@ class Deferred(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
         if func in _METADATA:
-            with compat.torch_functions_off():
+            with torch_eager.torch_functions_off():
                 return func(*args, **kwargs)
         if func in BATCH_NORMS:
             bn = BatchNormCall.read(func, args, kwargs)
@@ -250,7 +250,7 @@ def _as_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deferr
     call = c.call
     if len(call.shape) < 3 or Context.now(call.device_type) != call.context:
         return None
-    with compat.torch_functions_off():
+    with torch_eager.torch_functions_off():
         on_meta = torch.empty(call.shape, device="meta")
         shape = func(on_meta, *args[1:], **kwargs).shape
         if len(shape) != 2 or shape[1] != call.shape[-1]:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from ..graph import layout
 from ..codes import Code
 from ..functional.folded import fold_affine
+from ..graph.layout import Layout
 from .region import Event
 
 __all__ = [
@@ -91,7 +91,7 @@ def take_counts(model: nn.Module) -> dict[nn.Module, int]:
     for module in model.modules():
         hooks = module._forward_pre_hooks
         for key, hook in [(k, h) for k, h in hooks.items() if isinstance(h, CountCalls)]:
-            counts[module] = plugin.calls
+            counts[module] = hook.calls
             del hooks[key]
     return counts
 
@@ -187,7 +187,7 @@ def _is_timm_norm_act(module: nn.Module) -> bool:
 def _merge(modules: dict[str, nn.Module], layer_path: str, norm: nn.Module, eps: float) -> Merged:
     layer: Any = modules[layer_path]
     transposed = isinstance(layer, _ConvTransposeNd)
-    layout = layout.Layout(transposed, getattr(layer, "groups", 1))
+    layout = Layout(transposed, getattr(layer, "groups", 1))
     bn: Any = norm
     with torch.no_grad():
         weight, bias = fold_affine(

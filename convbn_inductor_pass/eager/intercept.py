@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._torch import compat
+from .._torch import eager as torch_eager
 from .region import Ledger, Region, reveal
 
 __all__ = ["Enter", "Exit", "Resume", "Suspend"]
@@ -55,7 +55,7 @@ class _Stack(threading.local):
         for _, region in reversed(self.entries[start:]):
             if region is not None:
                 # One that is not the innermost stays, without effect.
-                compat.remove_function_mode(region)
+                torch_eager.remove_function_mode(region)
                 region.end()
         del self.entries[start:]
 
@@ -78,7 +78,7 @@ class Enter:
             return
         outer = _stack.region()
         region = None
-        if outer is None or outer.hooks != compat.saved_tensors_hooks():
+        if outer is None or outer.hooks != torch_eager.saved_tensors_hooks():
             if outer is not None:
                 outer.run_live()
             region = Region(self.ledger, module, sys._getframe(1))
@@ -101,7 +101,7 @@ class Suspend:
 
     def __call__(self, module: nn.Module, args: Any) -> Any:
         region = None if _aside() else _stack.region()
-        if region is None or not compat.remove_function_mode(region):
+        if region is None or not torch_eager.remove_function_mode(region):
             return None
         region.run_live()
         _stack.push(module, None)

@@ -25,12 +25,12 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .._torch import compat
-from . import deploy
+from .._torch import eager as torch_eager
 from ..codes import Code
+from ..records import Record
+from . import deploy
 from .intercept import Enter, Exit, Resume, Suspend
 from .region import Event, Ledger
-from ..records import Record
 
 __all__ = ["decisions", "turn_off", "turn_on"]
 
@@ -208,7 +208,7 @@ def _hooked(scope: nn.Module) -> Iterator[nn.Module]:
 
 def _add_hooks(scope: nn.Module, ledger: Ledger) -> None:
     for module in _hooked(scope):
-        if isinstance(module, compat.OptimizedModule):
+        if torch_eager.is_compiled_module(module):
             module.register_forward_pre_hook(Suspend())
             module.register_forward_hook(Resume(), always_call=True)
         elif not any(isinstance(h, Enter) for h in module._forward_pre_hooks.values()):

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .._torch import compat
+from .._torch import eager as torch_eager
+from ..codes import Code
 from . import deferred
 from .calls import BATCH_NORMS, LAYERS, BatchNormCall, LayerCall
-from ..codes import Code
 from .deferred import Deferred
 
 __all__ = ["Event", "Ledger", "Region", "reveal"]
@@ -60,8 +60,8 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.forwards: Any = compat.WeakIdKeyDictionary()
-        self.plain: Any = compat.WeakIdKeyDictionary()
+        self.forwards: Any = torch_eager.WeakIdKeyDictionary()
+        self.plain: Any = torch_eager.WeakIdKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
         return Ledger()
@@ -79,7 +79,7 @@ class Region(TorchFunctionMode):
         self.events: dict[tuple[int, int], Event] = {}
         ledger.forwards[module] = self.events
         self.frame: FrameType | None = frame
-        self.hooks = compat.saved_tensors_hooks()
+        self.hooks = torch_eager.saved_tensors_hooks()
         self.live: list[weakref.ref[Deferred]] = []
         self.uses: dict[int, int] = {}
 
@@ -96,9 +96,9 @@ class Region(TorchFunctionMode):
     @property
     def steps_aside(self) -> bool:
         return (
-            compat.saved_tensors_hooks() != self.hooks
+            torch_eager.saved_tensors_hooks() != self.hooks
             or torch.is_inference_mode_enabled()
-            or compat.in_functional_transform()
+            or torch_eager.in_functional_transform()
             or torch.jit.is_tracing()
             or not self.alive
         )
@@ -165,12 +165,12 @@ class Region(TorchFunctionMode):
     def _run_before_write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run deferred layers that read what a call is about to write."""
         written = {
-            compat.storage_key(t)
+            torch_eager.storage_key(t)
             for t in pytree.tree_leaves((args, kwargs))
             if isinstance(t, Tensor) and not isinstance(t, Deferred)
         } - {None}
         for d in deferred.live(self.live):
-            if any(compat.storage_key(t) in written for t in d.call.operands):
+            if any(torch_eager.storage_key(t) in written for t in d.call.operands):
                 d.result(Code.INPUT_MUTATED)
 
     def run_live(self) -> None:

@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..graph import layout
+from ..graph.layout import Layout, channel_inner_product, scale_weight
 
 __all__ = ["conv_bn_eval", "linear_bn_eval"]
 
@@ -160,7 +160,7 @@ class ConvBNEval(torch.autograd.Function):
         x, weight, bias, bn_weight, running_mean, running_var = ctx.saved_tensors
         need_dx, need_dw, need_db, need_dgamma, need_dbeta = ctx.needs_input_grad[:5]
         conv: Conv | None = ctx.conv
-        layout = layout.Layout() if conv is None else layout.Layout(conv.transposed, conv.groups)
+        layout = Layout() if conv is None else Layout(conv.transposed, conv.groups)
         dx: Any = None
         dw = db = dgamma = dbeta = dfolded = sum_dy = dx
         with autocast_off(x.device.type):
@@ -180,10 +180,10 @@ class ConvBNEval(torch.autograd.Function):
             if need_dx or need_dw or need_dgamma:
                 folded = weight.to(x.dtype)  # for its shape and layout, unless dx is wanted
                 if need_dx:
-                    folded = layout.scale_weight(used_weight, on_weight, layout).to(x.dtype)
+                    folded = scale_weight(used_weight, on_weight, layout).to(x.dtype)
                 dx, dfolded = _layer_backward(dy, x, folded, conv, need_dx, need_dw or need_dgamma)
             if need_dw:
-                dw = layout.scale_weight(dfolded.to(acc), on_weight, layout).to(weight.dtype)
+                dw = scale_weight(dfolded.to(acc), on_weight, layout).to(weight.dtype)
             if need_db:
                 db = (scale * sum_dy).to(bias.dtype)
             if need_dgamma:
@@ -191,7 +191,7 @@ class ConvBNEval(torch.autograd.Function):
                 if bias is not None:
                     # First, because bias and mean may be large and nearly equal.
                     shift = bias.to(x.dtype).to(acc) + shift
-                inner = layout.channel_inner_product(dfolded.to(acc), used_weight, layout)
+                inner = channel_inner_product(dfolded.to(acc), used_weight, layout)
                 offset = shift * sum_dy
                 dgamma = inner + invstd * offset if is_narrow else invstd * (inner + offset)
                 dgamma = dgamma.to(bn_weight.dtype)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graph import layout
+from ..graph.layout import Layout, scale_weight
 from .conv_bn import Conv, ConvBNEval, accumulation_dtype, apply_layer, autocast_off
 
 __all__ = ["ConvBNFolded", "ConvBNFoldedEager", "fold_affine"]
@@ -35,7 +35,7 @@ def fold_affine(
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
-    layout: layout.Layout,
+    layout: Layout,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias [C_out], in ``dtype``, of the layer that does what layer and norm do."""
@@ -48,7 +48,7 @@ def fold_affine(
     shift = scale * shift
     if bn_bias is not None:
         shift = shift + bn_bias.to(acc)
-    return layout.scale_weight(weight.to(acc), scale, layout).to(dtype), shift.to(dtype)
+    return scale_weight(weight.to(acc), scale, layout).to(dtype), shift.to(dtype)
 
 
 class ConvBNFolded(ConvBNEval):
@@ -66,7 +66,7 @@ class ConvBNFolded(ConvBNEval):
         eps: float,
         conv: Conv | None,
     ) -> Tensor:
-        layout = layout.Layout() if conv is None else layout.Layout(conv.transposed, conv.groups)
+        layout = Layout() if conv is None else Layout(conv.transposed, conv.groups)
         with autocast_off(x.device.type):
             folded, shift = fold_affine(
                 weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, layout, x.dtype

@@ -18,8 +18,8 @@ import torch
 from torch import fx
 
 from . import layers
-from .layers import Layer, Operand, Step, tensor_of
 from .builder import Builder
+from .layers import Layer, Operand, Step, tensor_of
 from .layout import views_onto_output_axis
 
 __all__ = [

@@ -81,12 +81,7 @@ def erase_unused(node: fx.Node) -> None:
     pending = [node]
     while pending:
         node = pending.pop()
-        if (
-            node._erased
-            or node.users
-            or node.op == "placeholder"
-            or compat.is_mutable(node.target)
-        ):
+        if node._erased or node.users or node.op == "placeholder" or compat.is_mutable(node.target):
             continue
         pending += node.all_input_nodes
         node.graph.erase_node(node)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from .._torch import compat
-from .._torch import inductor
+from .._torch import compat, inductor
 from . import layers
 from .layers import tensor_of
 
@@ -31,9 +30,7 @@ def part_is_returned(node: fx.Node, parts_of_subclasses: set[fx.Node]) -> bool:
         for returned in (node, *views):
             part = tensor_of(returned)
             is_part = (
-                part is None
-                or whole is None
-                or not layers.known_equal(part.numel(), whole.numel())
+                part is None or whole is None or not layers.known_equal(part.numel(), whole.numel())
             )
             if is_part and any(u.op == "output" for u in returned.users):
                 return True

@@ -23,8 +23,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from ..._torch import compat
-from ..._torch import inductor
+from ..._torch import compat, inductor
 from ...graph.layers import tensor_of
 
 __all__ = ["store_invariants"]

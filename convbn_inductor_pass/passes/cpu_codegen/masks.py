@@ -24,8 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from ..._torch import compat
-from ..._torch import inductor
+from ..._torch import compat, inductor
 from ..forward_folding import operators
 
 __all__ = ["rewrite_masks"]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+from GONE.branches import Branches
 from torch import fx
 
-from ..._torch import compat
-from ..._torch import inductor
-from . import kernels
-from ...graph.affine import AffineChain
-from GONE.branches import Branches
+from ..._torch import compat, inductor
 from ...codes import ForwardCode
 from ...config import Options
+from ...graph.affine import AffineChain
+from . import kernels
 from .epilogue import Activation, Residual
 
 __all__ = ["ForwardDecision", "Surroundings"]

@@ -16,27 +16,25 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
+from GONE.forward_branches import with_merged
 from torch import fx
 
-from ..._torch import compat
-from ..._torch import inductor
-from ...graph import affine
-from ...graph import layers
-# GONE import choice
-from . import epilogue
-# GONE import kept
-from . import kernels
-from ...graph.affine import AffineChain
-from ...graph.layers import tensor_of
-from ...graph.builder import Builder
+from ..._torch import compat, inductor
 from ...codes import ForwardCode
 from ...config import Options
-from .epilogue import Activation
-from GONE.forward_branches import with_merged
-from .candidate import ForwardDecision, Surroundings
-from .rewrite import compute_as_linear, fold_forward, merge_branches
+from ...graph import affine, layers
+from ...graph.affine import AffineChain
+from ...graph.builder import Builder
+from ...graph.layers import tensor_of
 from ...graph.provenance import layer_path, module_path
 from ...graph.strides import part_is_returned, strides_are_used
+
+# GONE import choice
+# GONE import kept
+from . import epilogue, kernels
+from .candidate import ForwardDecision, Surroundings
+from .epilogue import Activation
+from .rewrite import compute_as_linear, fold_forward, merge_branches
 
 __all__ = ["analyze", "apply"]
 

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..._torch import compat
-from ..._torch import inductor
+from ..._torch import compat, inductor
 from ...graph.layers import same_sizes, tensor_of
 
 __all__ = ["IN_PLACE", "Activation", "Residual", "activation_after", "residual_after"]

@@ -7,16 +7,15 @@ calls to time in ``ways``.
 from __future__ import annotations
 
 import torch
+from GONE.branches import Branches
+from GONE.kept import is_parameter, made_of_parameters
 from torch import fx
 
-from ..._torch import compat
-from ..._torch import inductor
+from ..._torch import compat, inductor
 from ...graph import layers
 from ...graph.affine import AffineChain
 from ...graph.layers import CHANNELS_LAST, Layer, tensor_of
-from GONE.branches import Branches
 from .epilogue import Activation, Residual
-from GONE.kept import is_parameter, made_of_parameters
 
 __all__ = [
     "ADDING",

@@ -11,20 +11,17 @@ import sys
 from typing import Any
 
 import torch
+from GONE.branches import Branches, emit_weight_and_bias
 from torch import fx
 
-from ..._torch import compat
-from ..._torch import inductor
-from ...graph import affine
-from ...graph import layers
-from . import kernels
-from . import operators
+from ..._torch import compat, inductor
+from ...graph import affine, layers
 from ...graph.affine import AffineChain
-from ...graph.layers import CHANNELS_LAST, Layer, tensor_of
-from GONE.branches import Branches, emit_weight_and_bias
 from ...graph.builder import Builder, erase_unused
-from .epilogue import Activation, Residual
+from ...graph.layers import CHANNELS_LAST, Layer, tensor_of
 from ...graph.strides import views_of
+from . import kernels, operators
+from .epilogue import Activation, Residual
 
 __all__ = ["compute_as_linear", "fold_forward", "merge_branches"]
 

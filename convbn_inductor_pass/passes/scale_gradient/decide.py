@@ -32,16 +32,15 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
+from GONE.decide import WEIGHT_PASSES
 from torch import fx
 
 from ..._torch import compat
-from ...graph import affine
-from ...graph import layers
-from ...graph.affine import AffineChain
-from ...graph.layers import Layer, tensor_of
 from ...codes import ScaleCode
 from ...config import Options
-from GONE.decide import WEIGHT_PASSES
+from ...graph import affine, layers
+from ...graph.affine import AffineChain
+from ...graph.layers import Layer, tensor_of
 from ...graph.provenance import layer_path, module_path
 from .find import (
     Path,

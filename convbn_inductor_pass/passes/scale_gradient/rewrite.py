@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..._torch import compat
-from ..._torch import inductor
+from ..._torch import compat, inductor
 from ...graph import affine
-from ...graph.layers import Step, same_sizes, tensor_of
 from ...graph.builder import Builder, erase_unused
+from ...graph.layers import Step, same_sizes, tensor_of
 from ...graph.layout import Layout, views_onto_output_axis
 from .decide import ScaleDecision
 

@@ -1,0 +1,74 @@
+"""Private imports of eager mode: nothing here loads a compiler."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
+from torch.utils.weak import WeakIdKeyDictionary
+
+__all__ = [
+    "WeakIdKeyDictionary",
+    "in_functional_transform",
+    "is_compiled_module",
+    "is_functorch_tensor",
+    "remove_function_mode",
+    "saved_tensors_hooks",
+    "storage_key",
+    "torch_functions_off",
+]
+
+
+def storage_key(value: Any) -> int | None:
+    """Identity of the storage behind a tensor; None if it has none that can be compared.
+
+    Two tensors can alias only if their keys are equal. Fake tensors keep the aliasing of the
+    tensors that they stand for, graph inputs included.
+    """
+    if not isinstance(value, Tensor) or is_functorch_tensor(value):
+        return None
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors and wrapper subclasses
+        return None
+
+
+def is_functorch_tensor(value: Tensor) -> bool:
+    """Whether ``value`` belongs to a level of torch.func (vmap, grad, jvp)."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def in_functional_transform() -> bool:
+    """Whether torch.func or forward-mode automatic differentiation is at work here."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
+
+
+def saved_tensors_hooks() -> tuple[Any, Any] | None:
+    """The innermost ``torch.autograd.graph.saved_tensors_hooks``; checkpoint uses them, too."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def torch_functions_off() -> contextlib.AbstractContextManager[None]:
+    """Call torch with no ``__torch_function__``, of a mode or of a subclass, in between."""
+    return torch._C.DisableTorchFunction()
+
+
+def remove_function_mode(mode: TorchFunctionMode) -> bool:
+    """Leave ``mode`` without its ``__exit__``, if it is the innermost; whether it was."""
+    if _get_current_function_mode() is not mode:
+        return False
+    _pop_mode()
+    return True
+
+
+def is_compiled_module(module: torch.nn.Module) -> bool:
+    """Whether ``module`` is what ``torch.compile`` makes of a module."""
+    return type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith(
+        "torch._dynamo."
+    )
