@@ -18,4 +18,8 @@ class ForwardFoldingPass(Pass):
     hook = "post_grad_custom_pre_pass"
 
     def run(self, graph: fx.Graph) -> Outcome:
-        raise NotImplementedError
+        return Outcome(0)
+
+
+def make_records(graph: fx.Graph, options: Any) -> list[Any]:
+    return []
