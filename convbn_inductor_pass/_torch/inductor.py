@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
-from torch._functorch._aot_autograd.descriptors import SubclassGetAttrAOTOutput
+from torch._functorch._aot_autograd.descriptors import (
+    GradAOTOutput,
+    SubclassGetAttrAOTInput,
+    SubclassGetAttrAOTOutput,
+)
 from torch._functorch.aot_autograd import make_boxed_func as boxed
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
@@ -35,12 +39,14 @@ __all__ = [
     "has_onednn_epilogues",
     "in_subgraph",
     "is_generated",
+    "is_outermost",
     "library_settings",
     "makes_channels_last",
     "parts_of_subclasses",
     "sort_graph",
     "trace_decomposed",
     "tracing",
+    "trained_inputs",
     "update_metadata",
 ]
 
@@ -175,6 +181,28 @@ def is_generated(target: Any) -> bool:
     # Pooling reads each number several times, and has its input computed first.
     is_pooling = "_pool" in target._schema.name
     return target not in (*libraries, *lowering.fallbacks) and not is_pooling
+
+
+def is_outermost(graph: torch.fx.Graph) -> bool:
+    """Whether AOTAutograd made ``graph`` for a whole one of Dynamo's: it describes the inputs."""
+    return any("desc" in n.meta for n in graph.nodes if n.op in ("placeholder", "output"))
+
+
+def trained_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """Inputs of a joint graph whose gradient it returns; all of them where it does not say."""
+    inputs, (output,) = graph.find_nodes(op="placeholder"), graph.find_nodes(op="output")
+    if not output.meta.get("desc"):
+        return set(inputs)
+    described = map(_whole, output.meta["desc"])
+    wanted = {d.grad_of for d in described if isinstance(d, GradAOTOutput)}
+    return {n for n in inputs if _whole(n.meta.get("desc")) in wanted}
+
+
+def _whole(description: Any) -> Any:
+    """What describes the tensor subclass that a described tensor is a part of."""
+    while isinstance(description, (SubclassGetAttrAOTInput, SubclassGetAttrAOTOutput)):
+        description = description.base
+    return description
 
 
 def compile_with(inner: Callable[..., Any], gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
