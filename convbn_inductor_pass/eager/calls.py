@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .._torch import eager as torch_eager
 from ..codes import Code
-from .geometry import Geometry
+from ..functional import Conv
+from .geometry import output_shape, pad_unevenly, read_conv
 
 if TYPE_CHECKING:
     import weakref
@@ -106,7 +107,7 @@ def _version(tensor: Tensor | None) -> int:
 class LayerCall:
     """A call of a convolution or linear layer, and all that is needed to make it later.
 
-    ``geometry`` is None for a linear layer; ``shape`` and ``dtype`` are the result's. ``live``
+    ``conv`` is None for a linear layer; ``shape`` and ``dtype`` are the output's. ``live``
     collects references to the :class:`Deferred` made of it; ``on_use`` is told why the
     convolution had to run after all; ``event`` is the interception's note about the call.
     """
@@ -115,7 +116,7 @@ class LayerCall:
     input: Tensor
     weight: Tensor
     bias: Tensor | None
-    geometry: Geometry | None
+    conv: Conv | None
     shape: tuple[int, ...]
     dtype: torch.dtype
     context: Context
@@ -151,7 +152,7 @@ class LayerCall:
             raise RuntimeError(
                 "the input, weight or bias of a convolution was modified in place between the "
                 "convolution and the first use of its output, in a way that tune mode does not "
-                "see (an conv_bn.Function, or other code than PyTorch's). Turn tune mode on "
+                "see (an autograd.Function, or other code than PyTorch's). Turn tune mode on "
                 "for other parts of the model only: turn_on(model, modules=[...])"
             )
 
@@ -159,17 +160,17 @@ class LayerCall:
         """Make the call as it was written."""
         self.check_unmodified()
         args: list[Any] = [self.input, self.weight, self.bias]
-        if (g := self.geometry) is not None:
-            args += [g.stride, g.padding]
-            if g.transposed:
-                args += [g.output_padding, g.groups, g.dilation]
+        if (c := self.conv) is not None:
+            args += [c.stride, c.padding]
+            if c.transposed:
+                args += [c.output_padding, c.groups, c.dilation]
             else:
-                args += [g.dilation, g.groups]
+                args += [c.dilation, c.groups]
         with torch_eager.torch_functions_off(), self.context.restored(self.device_type):
             return self.function(*args)
 
     def run_below_autograd(self) -> Tensor:
-        """The same numbers, where the casts of autocast are no longer made for us."""
+        """The same output, where autocast no longer makes its casts for us."""
         detached = [None if t is None else t.detach().to(self.dtype) for t in self.operands]
         self.check_unmodified()
         x, weight, bias = detached
@@ -199,19 +200,24 @@ class LayerCall:
         if spatial == 0:
             if x.ndim < 2 or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
                 return None
-            geometry, shape = None, (*x.shape[:-1], weight.shape[0])
+            conv, shape = None, (*x.shape[:-1], weight.shape[0])
         else:
-            geometry = Geometry.read(bound, spatial, transposed)
-            if geometry is None or x.ndim != spatial + 2 or weight.ndim != spatial + 2:
+            if x.ndim != spatial + 2 or weight.ndim != spatial + 2:
                 return None
-            found = geometry.output_shape(x, weight)
+            conv = read_conv(bound, spatial, transposed)
+            if conv is None:
+                return None
+            if bound.get("padding") == "same":
+                with torch_eager.torch_functions_off():
+                    x = pad_unevenly(x, weight, conv.dilation)
+            found = output_shape(conv, x, weight)
             if found is None:
                 return None
             shape = found
         channels = shape[1] if spatial else shape[-1]
         if bias is not None and tuple(bias.shape) != (channels,):
             return None
-        return cls(function, x, weight, bias, geometry, shape, dtype, context)
+        return cls(function, x, weight, bias, conv, shape, dtype, context)
 
 
 def is_plain(value: Any) -> bool:
@@ -228,8 +234,8 @@ class BatchNormCall(NamedTuple):
     """Arguments of a batch norm by name; ``training`` as PyTorch understands it."""
 
     input: Any
-    running_mean: Tensor | None
-    running_var: Tensor | None
+    running_mean: Any
+    running_var: Any
     weight: Tensor | None
     bias: Tensor | None
     training: bool

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from ..codes import Code
-from ..functional.folded import fold_affine
+from ..functional import BatchNorm, fold_affine
 from ..graph.layout import Layout
 from .region import Event
 
@@ -190,10 +190,9 @@ def _merge(modules: dict[str, nn.Module], layer_path: str, norm: nn.Module, eps:
     layout = Layout(transposed, getattr(layer, "groups", 1))
     bn: Any = norm
     with torch.no_grad():
-        weight, bias = fold_affine(
-            *(layer.weight, layer.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var),
-            *(eps, layout, layer.weight.dtype),
-        )
+        tensors = BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, eps)
+        dtype = layer.weight.dtype
+        weight, bias = fold_affine(layer.weight, layer.bias, tensors, layout, dtype)
     norm_paths = [path for path, module in modules.items() if module is norm]
     merged = Merged(layer_path, layer.weight, layer.bias, norm_paths, norm)
     layer.weight, layer.bias = (

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from .._torch import eager as torch_eager
-from .region import Ledger, Region, reveal
+from .deferred import materialized
+from .region import Ledger, Region
 
 __all__ = ["Enter", "Exit", "Resume", "Suspend"]
 
@@ -93,7 +94,7 @@ class Exit:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if _aside() or not _stack.pop(module) or _stack.region() is not None:
             return None
-        return reveal(output)
+        return materialized(output)
 
 
 class Suspend:
@@ -105,7 +106,7 @@ class Suspend:
             return None
         region.run_live()
         _stack.push(module, None)
-        return reveal(args)
+        return materialized(args)
 
 
 class Resume:

@@ -1,7 +1,7 @@
 """``turn_on`` and ``turn_off``: the four modes of conv-BN blocks, without ``torch.compile``.
 
     ======  ====================  =================================  =========================
-    mode    statistics            parameters that are trained        kept for backward
+    mode    statistics            parameters that are trained        saved for backward
     ======  ====================  =================================  =========================
     train   of the batch          conv and batch norm                conv's input and output
     eval    running               conv and batch norm                conv's input and output
@@ -41,7 +41,7 @@ _ATTRIBUTE = "_convbn_mode"
 
 @dataclasses.dataclass
 class _State:
-    """Kept on the model: what is needed to undo :func:`turn_on`. Holds paths, not modules."""
+    """Stands on the model: what is needed to undo :func:`turn_on`. Holds paths, not modules."""
 
     mode: Mode
     training: dict[str, bool]
@@ -165,7 +165,19 @@ def decisions(model: nn.Module) -> tuple[Record, ...]:
         for n in shape:
             size *= n
         code = Code.FUSED if e.code is None else e.code
-        records.append(Record(code, e.detail, layer, norm, "", tuple(shape), size))
+        records.append(
+            Record(
+                pass_name="eager",
+                kind="batch norm",
+                code=code,
+                detail=e.detail,
+                layer=layer,
+                batch_norm=norm,
+                output_shape=tuple(shape),
+                output_bytes=size,
+                bytes_saved=size if code is Code.FUSED else 0,
+            )
+        )
     return tuple(records)
 
 

@@ -31,9 +31,9 @@ from .._torch import eager as torch_eager
 from ..codes import Code
 from . import deferred
 from .calls import BATCH_NORMS, LAYERS, BatchNormCall, LayerCall
-from .deferred import Deferred
+from .deferred import Deferred, materialized
 
-__all__ = ["Event", "Ledger", "Region", "reveal"]
+__all__ = ["Event", "Ledger", "Region"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,7 +49,7 @@ class Event:
 
 
 class Ledger:
-    """What one model's hooks know together. Copies start empty.
+    """What the hooks of one model share. Copies start empty.
 
     Attributes:
         forwards: by module that opened a region, the events of its last forward. An event's
@@ -123,7 +123,7 @@ class Region(TorchFunctionMode):
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(args[0] if args else kwargs.get("input"), Deferred):
-            args, kwargs = reveal((args, kwargs))  # no batch norm came between two layers
+            args, kwargs = materialized((args, kwargs))  # no batch norm came between two layers
         call = None if self.steps_aside else LayerCall.read(func, args, kwargs)
         if call is None:
             return func(*args, **kwargs)
@@ -158,7 +158,7 @@ class Region(TorchFunctionMode):
             event = self.events.setdefault(self._count(identity), Event(None))
         event.code, event.detail, event.eps = code, detail, bn.eps
         event.key = None if identity is None else weakref.ref(identity)
-        if code.fused:
+        if code is Code.FUSED:
             return deferred.fuse(bn.input.call, bn)
         return func(*args, **kwargs)
 
@@ -171,12 +171,12 @@ class Region(TorchFunctionMode):
         } - {None}
         for d in deferred.live(self.live):
             if any(torch_eager.storage_key(t) in written for t in d.call.operands):
-                d.result(Code.INPUT_MUTATED)
+                d.materialize(Code.INPUT_MUTATED)
 
     def run_live(self) -> None:
         for d in deferred.live(self.live):
             if not d.call.is_modified:  # else its use, if there is any, is an error
-                d.result()
+                d.materialize()
 
     def end(self) -> None:
         self.frame = None
@@ -204,10 +204,3 @@ def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         or any(a is True for a in args)  # F.relu(x, True)
         or isinstance(func, torch._ops.OpOverloadPacket)
     )
-
-
-def reveal(value: Any) -> Any:
-    """``value`` with the tensors that deferred outputs in it stand for."""
-    if not any(isinstance(v, Deferred) for v in pytree.tree_leaves(value)):
-        return value
-    return pytree.tree_map(lambda v: v.result() if isinstance(v, Deferred) else v, value)

@@ -4,7 +4,7 @@ Before:  ``dx, dW' = convolution_backward(g, x, A * W)``;              ``dW = A 
 After:   ``dx, dW' = convolution_backward(t * g, x, (A / t) * W)``;    ``dW = (A / t) * dW'``
          ``<dW', W>`` in the formula of dgamma becomes ``<dW', W> / t``
 
-with ``A = gamma * invstd``, ``g`` the gradient of the batch norm's output, and a power of two ``t``,
+with ``A = gamma * invstd``, ``g`` the gradient of the batch norm's output and ``t`` a power of two,
 all per channel. ``norm`` is the square root of the sum of squares over all but channels:
 
     ``log2(t) = clamp(max(-2 - ceil(log2(norm(g))), ceil(log2(abs(A))) - 8), -24, 15)``
@@ -20,7 +20,8 @@ does not, and it underflows where the gradient is small.
 * First term: ``norm(t * g)`` is in (1/8, 1/4]. By Cauchy-Schwarz ``abs(dW') <= norm(x) / 4``,
   whatever the loss scale: it fits if the root mean square of ``x`` is below 256 at a million
   positions. The largest ``abs(g)`` would not do: it bounds no sum over many positions.
-* Second term: ``abs(A / t) <= 256``, so that the scaled weight fits if ``abs(W) < 255``. Where this
+* Second term: ``abs(A / t) <= 256``, so that the scaled weight fits if ``abs(W) < 255``
+  (and ``abs(A) <= 2 ** 23``). Where this
   term is the larger one, ``t * g`` is at most 1/128 of the gradient that eval mode rounds to
   float16 there, and ``dW'`` at most 1/128 of eval mode's dW.
 * The clamp lets ``t`` fit float16, where multiplying with it is exact down to 2 ** -14.
