@@ -44,8 +44,7 @@ _LOG2_SMALLEST, _LOG2_LARGEST = -24.0, 15.0
 def gradient_scale(g: Tensor, scale: Tensor) -> Tensor:
     """``t`` [C], float32, for a float16 gradient ``g`` [N, C, ...] and ``scale`` [C], float32.
 
-    A constant to autograd: the gradient does not depend on ``t``. It is 1 where ``g`` is all zero
-    or has a NaN.
+    No graph is recorded: rounding up has no gradient, and no gradient depends on ``t``.
     """
     with torch.no_grad():
         positions = [d for d in range(g.ndim) if d != 1]
