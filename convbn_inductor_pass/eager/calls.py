@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["BATCH_NORMS", "LAYERS", "BatchNormCall", "Context", "LayerCall", "is_plain"]
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED = (
-    *("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
-)
+_TRANSPOSED = (*_CONV[:5], "output_padding", "groups", "dilation")
 # Function -> names of its arguments, spatial dimensions (0: linear), whether it is transposed.
 LAYERS: dict[Any, tuple[tuple[str, ...], int, bool]] = {
     torch.conv1d: (_CONV, 1, False),
@@ -41,15 +39,11 @@ LAYERS: dict[Any, tuple[tuple[str, ...], int, bool]] = {
     torch.conv_transpose3d: (_TRANSPOSED, 3, True),
     F.linear: (("input", "weight", "bias"), 0, False),
 }
+_AFFINE, _STATISTICS = ("weight", "bias"), ("running_mean", "running_var")
+_MODE = ("training", "momentum", "eps")
 BATCH_NORMS: dict[Any, tuple[str, ...]] = {
-    F.batch_norm: (
-        *("input", "running_mean", "running_var", "weight", "bias"),
-        *("training", "momentum", "eps"),
-    ),
-    torch.batch_norm: (
-        *("input", "weight", "bias", "running_mean", "running_var"),
-        *("training", "momentum", "eps", "cudnn_enabled"),
-    ),
+    F.batch_norm: ("input", *_STATISTICS, *_AFFINE, *_MODE),
+    torch.batch_norm: ("input", *_AFFINE, *_STATISTICS, *_MODE, "cudnn_enabled"),
 }
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -75,14 +69,12 @@ class Context(NamedTuple):
 
     @classmethod
     def now(cls, device_type: str) -> Context:
-        autocast: tuple[bool, torch.dtype] = False, torch.float32
+        on, dtype = False, torch.float32
         # The meta device, for one, knows no autocast and raises when asked for it.
         if torch.amp.is_autocast_available(device_type):
-            autocast = (
-                torch.is_autocast_enabled(device_type),
-                torch.get_autocast_dtype(device_type),
-            )
-        return cls(torch.is_grad_enabled(), *autocast, torch_eager.saved_tensors_hooks())
+            on = torch.is_autocast_enabled(device_type)
+            dtype = torch.get_autocast_dtype(device_type)
+        return cls(torch.is_grad_enabled(), on, dtype, torch_eager.saved_tensors_hooks())
 
     @contextlib.contextmanager
     def restored(self, device_type: str) -> Iterator[None]:
@@ -97,10 +89,6 @@ class Context(NamedTuple):
                 pack, unpack = self.hooks or (lambda t: t, lambda t: t)
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
             yield
-
-
-def _version(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor._version
 
 
 @dataclasses.dataclass(eq=False)
@@ -126,7 +114,10 @@ class LayerCall:
     versions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        self.versions = tuple(_version(t) for t in self.operands)
+        self.versions = self._versions()
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(0 if t is None else t._version for t in self.operands)
 
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
@@ -145,7 +136,7 @@ class LayerCall:
     @property
     def is_modified(self) -> bool:
         """Whether an operand was written to since the call."""
-        return self.versions != tuple(_version(t) for t in self.operands)
+        return self.versions != self._versions()
 
     def check_unmodified(self) -> None:
         if self.is_modified:
@@ -171,9 +162,8 @@ class LayerCall:
 
     def run_below_autograd(self) -> Tensor:
         """The same output, where autocast no longer makes its casts for us."""
-        detached = [None if t is None else t.detach().to(self.dtype) for t in self.operands]
         self.check_unmodified()
-        x, weight, bias = detached
+        x, weight, bias = (None if t is None else t.detach().to(self.dtype) for t in self.operands)
         context = Context(False, False, self.context.autocast_dtype, None)
         operands: dict[str, Any] = {"input": x, "weight": weight, "bias": bias}
         return dataclasses.replace(self, **operands, context=context).run()
@@ -231,15 +221,15 @@ def is_plain(value: Any) -> bool:
 
 
 class BatchNormCall(NamedTuple):
-    """Arguments of a batch norm by name; ``training`` as PyTorch understands it."""
+    """Arguments of a batch norm by name."""
 
     input: Any
     running_mean: Any
     running_var: Any
-    weight: Tensor | None
-    bias: Tensor | None
-    training: bool
-    eps: float
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    eps: float = 1e-5
 
     @classmethod
     def read(
@@ -248,12 +238,4 @@ class BatchNormCall(NamedTuple):
         bound = _bind(BATCH_NORMS[function], args, kwargs)
         if bound is None or not {"input", "running_mean", "running_var"} <= bound.keys():
             return None
-        return cls(
-            bound["input"],
-            bound["running_mean"],
-            bound["running_var"],
-            bound.get("weight"),
-            bound.get("bias"),
-            bool(bound.get("training", False)),
-            bound.get("eps", 1e-5),
-        )
+        return cls(**{name: bound[name] for name in cls._fields if name in bound})

@@ -1,21 +1,19 @@
 """A convolution that waits to see whether a batch norm comes next.
 
-In eager mode nobody knows the future: when ``conv(x)`` is called, the batch norm that might
-follow has not been called yet. So the call is written down as a :class:`LayerCall` and its
-output is a :class:`Deferred`, a tensor that knows its shape and dtype but has no elements.
+Eager mode cannot look ahead: when ``conv(x)`` is called, the batch norm that might follow has not
+been called yet. So the call is written down as a :class:`LayerCall` and its output is a
+:class:`Deferred`, a tensor that knows its shape and dtype but has no elements.
 
-* If an eval-mode batch norm takes it, and :func:`decide` finds that legal, both run as one
-  folded convolution and the output of the convolution never exists.
-* If anything else touches it, it is materialized: the convolution runs then, as it was written,
-  with the same function and arguments, under the grad mode, autocast and saved-tensor hooks of
-  the call. From then on its output stands for the ``Deferred`` wherever it is used.
+* If an eval-mode batch norm takes it, and :func:`decide` finds that legal, both run as one folded
+  convolution and the output of the convolution never exists.
+* If anything else touches it, it is materialized: the convolution runs then, as written, under the
+  grad mode, autocast and saved-tensor hooks of the call, and its output stands for it from then on.
 
-There is no third case. Python functions of torch are caught in ``__torch_function__``, what
-reaches the dispatcher past them in ``__torch_dispatch__``; a custom ``autograd.Function``
-that takes a ``Deferred`` finds a graph to send its gradient to. What can still go wrong is
-that arguments are modified before the convolution runs. The interception (``region``) runs
-it before such a modification; one that it cannot see (made in an ``autograd.Function``, or
-by other code than torch's) shows in version counters and raises.
+There is no third case. Python functions of torch are caught in ``__torch_function__``, what gets
+past them to the dispatcher in ``__torch_dispatch__``; a custom ``autograd.Function`` that takes a
+``Deferred`` finds a graph to send its gradient to. Before arguments of the call are written to,
+``region`` materializes it; a write that it cannot see (in an ``autograd.Function``, or by other
+code than torch's) shows in version counters and raises.
 """
 
 from __future__ import annotations
@@ -50,13 +48,8 @@ def decide(c: Any, bn: BatchNormCall) -> tuple[Code, str]:
     if c.is_used:
         return c.used_as, ""
     call = c.call
-    named = {
-        "running_mean": bn.running_mean,
-        "running_var": bn.running_var,
-        "weight": bn.weight,
-        "bias": bn.bias,
-    }
-    tensors = {name: t for name, t in named.items() if t is not None}
+    names = ("running_mean", "running_var", "weight", "bias")
+    tensors = {name: t for name in names if (t := getattr(bn, name)) is not None}
     for name, tensor in tensors.items():
         if not is_plain(tensor) or tensor.device != call.input.device:
             return Code.UNSUPPORTED_TENSOR, f"{name} of the batch norm"

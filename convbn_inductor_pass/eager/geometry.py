@@ -16,7 +16,7 @@ __all__ = ["output_shape", "pad_unevenly", "read_conv"]
 
 
 def read_conv(bound: dict[str, Any], spatial: int, transposed: bool) -> Conv | None:
-    """From the arguments of a call by name; one number stands for all dimensions.
+    """From the arguments of a call by name; one integer stands for all dimensions.
 
     ``padding="same"`` is half of what it adds, rounded down: see :func:`pad_unevenly`.
     """

@@ -1,10 +1,10 @@
 """Forward hooks that open a region where a model runs, whatever its code looks like.
 
 ``Enter`` and ``Exit`` are forward hooks on every module that contains a batch norm. The
-outermost one that is called opens a :class:`~convbn_inductor_pass.region.Region` that is active
-until its forward ends, in this thread. Hooks hold no module, so that models with them can be
-copied, pickled and replicated. A module *called* under ``torch.utils.checkpoint`` opens a region
-of its own, in the forward and when it is recomputed.
+outermost one that is called opens a :class:`Region` that is active until its forward ends, in this
+thread. Hooks hold no module, so that models with them can be copied, pickled and replicated. A
+module *called* under ``torch.utils.checkpoint`` opens a region of its own, in the forward and when
+it is recomputed.
 """
 
 from __future__ import annotations

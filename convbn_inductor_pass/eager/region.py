@@ -63,9 +63,6 @@ class Ledger:
         self.forwards: Any = torch_eager.WeakIdKeyDictionary()
         self.plain: Any = torch_eager.WeakIdKeyDictionary()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
-        return Ledger()
-
     def __reduce__(self) -> tuple[type[Ledger], tuple[()]]:
         return Ledger, ()
 

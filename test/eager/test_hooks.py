@@ -16,19 +16,19 @@ from convbn_inductor_pass import Code, turn_on
 
 def test_hooks_see_tensors_and_gradients():
     model, x = Residual(), torch.randn(2, 3, 8, 8)
-    kept = {}
+    stored = {}
 
-    def keep(module, args, output):
+    def store(module, args, output):
         output.retain_grad()
-        kept["conv"] = output
-        output.register_hook(lambda g: kept.update(grad=g))
+        stored["conv"] = output
+        output.register_hook(lambda g: stored.update(grad=g))
 
     def observe():
-        kept.clear()
+        stored.clear()
         model(x).sum().backward()
-        return kept["conv"].detach().clone(), kept["conv"].grad, kept["grad"]
+        return stored["conv"].detach().clone(), stored["conv"].grad, stored["grad"]
 
-    model.convs[1].register_forward_hook(keep)
+    model.convs[1].register_forward_hook(store)
     model.bns[0].register_forward_hook(lambda m, a, out: out * 2)
     expected = observe()
     turn_on(model)
@@ -75,17 +75,17 @@ def test_hooks_of_a_batch_norm(kind):
 
 def test_feature_extractor_that_holds_a_convolution_output():
     model, x = Residual(), torch.randn(2, 3, 8, 8)
-    kept = []
-    model.stem.register_forward_hook(lambda m, a, out: kept.append(out))
+    stored = []
+    model.stem.register_forward_hook(lambda m, a, out: stored.append(out))
     model(x)
     turn_on(model)
     for _ in range(2):
         model(x)
     with torch.no_grad():
         model.stem.weight.zero_()  # too late for what was computed before
-    for c in kept[1:]:
-        assert torch.equal(c + 0, kept[0])
-    torch.save(kept, io.BytesIO())
+    for c in stored[1:]:
+        assert torch.equal(c + 0, stored[0])
+    torch.save(stored, io.BytesIO())
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -137,3 +137,20 @@ def test_model_under_functorch():
     for a, b in zip(everything(), expected, strict=True):
         assert torch.equal(a, b)
     assert torch.func.functional_call(model, parameters, (x,)).shape == model(x).shape
+
+
+@pytest.mark.parametrize("transform", ["vmap", "jvp", "grad"])
+def test_batch_norm_inside_a_transform(transform):
+    """The layer runs outside it, so that the batch norm is found with a deferred input."""
+
+    def forward(m, x):
+        c, one = m.conv(x), torch.ones(2)
+        if transform == "vmap":
+            return torch.vmap(lambda z: m.bn(c) * z)(one)
+        if transform == "jvp":
+            return torch.func.jvp(lambda z: m.bn(c) * z[0], (one,), (one,))[1]
+        return torch.func.grad(lambda z: (m.bn(c) * z[0]).sum())(one)
+
+    model, x = Fn(forward), torch.randn(2, 4, 6, 6)
+    expected = model(x)
+    assert torch.equal(turn_on(model)(x), expected)
