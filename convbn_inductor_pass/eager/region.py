@@ -11,7 +11,7 @@ A region steps aside
 * where the saved-tensor hooks change within it, because ``torch.utils.checkpoint`` counts what
   is saved and would not find the region again when it recomputes.
 
-At its end, outputs still deferred are run, so that none outlives the forward that made it.
+At its end, outputs still deferred are materialized, so that none outlives its forward.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class Region(TorchFunctionMode):
         self.events: dict[tuple[int, int], Event] = {}
         ledger.forwards[module] = self.events
         self.frame: FrameType | None = frame
+        self.handled = sys.exc_info()[1]
         self.hooks = torch_eager.saved_tensors_hooks()
         self.live: list[weakref.ref[Deferred]] = []
         self.uses: dict[int, int] = {}
@@ -177,7 +178,9 @@ class Region(TorchFunctionMode):
 
     def end(self) -> None:
         self.frame = None
-        self.run_live()
+        # Not after an error: checkpoint stops recomputing by one, and counts what is saved.
+        if sys.exc_info()[1] is self.handled:
+            self.run_live()
         self.live.clear()
 
 

@@ -36,10 +36,6 @@ from torch import Tensor
 
 __all__ = ["gradient_scale"]
 
-_LOG2_NORM = -2.0
-_LOG2_WEIGHT_SCALE = 8.0
-_LOG2_SMALLEST, _LOG2_LARGEST = -24.0, 15.0
-
 
 def gradient_scale(g: Tensor, scale: Tensor) -> Tensor:
     """``t`` [C], float32, for a float16 gradient ``g`` [N, C, ...] and ``scale`` [C], float32.
@@ -48,8 +44,11 @@ def gradient_scale(g: Tensor, scale: Tensor) -> Tensor:
     """
     with torch.no_grad():
         positions = [d for d in range(g.ndim) if d != 1]
-        norm = torch.linalg.vector_norm(g, 2, positions, dtype=torch.float32)
-        by_gradient = _LOG2_NORM - norm.log2().ceil()
-        by_scale = scale.abs().log2().ceil() - _LOG2_WEIGHT_SCALE
-        exponent = torch.maximum(by_gradient, by_scale).clamp(_LOG2_SMALLEST, _LOG2_LARGEST)
+        if g.device.type == "cpu":  # where vector_norm is slow in float16
+            norm = g.float().square_().sum(positions).sqrt()
+        else:
+            norm = torch.linalg.vector_norm(g, 2, positions, dtype=torch.float32)
+        by_gradient = -2 - norm.log2().ceil()
+        by_scale = scale.abs().log2().ceil() - 8
+        exponent = torch.maximum(by_gradient, by_scale).clamp(-24, 15)
         return torch.where((norm > 0) & exponent.isfinite(), exponent, 0.0).exp2()

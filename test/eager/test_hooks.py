@@ -89,12 +89,12 @@ def test_feature_extractor_that_holds_a_convolution_output():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("how", ["module", "closure", "part", "norm_only"])
+@pytest.mark.parametrize("how", ["module", "pair", "closure", "part", "norm_only"])
 def test_checkpoint(reentrant, how):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.block = conv_bn(4, 4, 3)
+            self.block, self.pair = conv_bn(4, 4, 3), conv_bn(4, 4, 3, act=None)
             self.conv, self.tail = nn.Conv2d(4, 4, 3), conv_bn(4, 4)
             self.norm = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
 
@@ -107,7 +107,7 @@ def test_checkpoint(reentrant, how):
                     self.block[1](checkpoint(self.block[0], x, use_reentrant=reentrant))
                 )
             else:
-                block = self.block if how == "module" else closure
+                block = {"module": self.block, "pair": self.pair}.get(how, closure)
                 x = checkpoint(block, x, use_reentrant=reentrant)
             x = self.conv(x)
             if how == "norm_only":
