@@ -194,8 +194,7 @@ class LayerCall:
         else:
             if x.ndim != spatial + 2 or weight.ndim != spatial + 2:
                 return None
-            conv = read_conv(bound, spatial, transposed)
-            if conv is None:
+            if (conv := read_conv(bound, spatial, transposed)) is None:
                 return None
             if bound.get("padding") == "same":
                 with torch_eager.torch_functions_off():

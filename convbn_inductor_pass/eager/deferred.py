@@ -97,8 +97,7 @@ class _Defer(torch.autograd.Function):
         # Aliases, because the input may depend on the weight: through a layer that shares it.
         with torch_eager.torch_functions_off(), torch.enable_grad():
             operands = [None if t is None else t.view_as(t) for t in call.operands]
-        x, weight, bias = operands
-        again: dict[str, Any] = {"input": x, "weight": weight, "bias": bias}
+        again: dict[str, Any] = dict(zip(("input", "weight", "bias"), operands, strict=True))
         out = dataclasses.replace(call, **again).run()
         needed = [
             t for t, n in zip(operands, ctx.needs_input_grad, strict=False) if n and t is not None

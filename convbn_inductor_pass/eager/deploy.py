@@ -162,13 +162,11 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _merge(modules: dict[str, nn.Module], layer_path: str, norm: nn.Module, eps: float) -> Merged:
     layer: Any = modules[layer_path]
-    transposed = isinstance(layer, _ConvTransposeNd)
-    layout = Layout(transposed, getattr(layer, "groups", 1))
+    layout = Layout(isinstance(layer, _ConvTransposeNd), getattr(layer, "groups", 1))
     bn: Any = norm
     with torch.no_grad():
         tensors = BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, eps)
-        dtype = layer.weight.dtype
-        weight, bias = fold_affine(layer.weight, layer.bias, tensors, layout, dtype)
+        weight, bias = fold_affine(layer.weight, layer.bias, tensors, layout, layer.weight.dtype)
     norm_paths = [path for path, module in modules.items() if module is norm]
     merged = Merged(layer_path, layer.weight, layer.bias, norm_paths, norm)
     layer.weight, layer.bias = (
