@@ -6,7 +6,7 @@ In float16, ``g`` is first brought into the middle of the range by a power of tw
     sum(g * c) = <dWg', W> / t + b * sum(g)
 
 ``dWg`` is ``dW / S``: where S is small it leaves float16's range though eval mode's ``dW`` does
-not. :func:`_power_of_two` says how t is chosen.
+not. :mod:`convbn_inductor_pass.functional.half` says how t is chosen.
 """
 
 from __future__ import annotations
@@ -112,18 +112,25 @@ class _Rewriting:
         return self._call(aten.sum.dim_IntList, self.g, self.dims, False, dtype=self.wide)
 
     def _power_of_two(self) -> fx.Node:
-        """t [C]: the power of two for which ``max(abs(t * g))`` of a channel is in (2**-5, 2**-4].
+        """t [C], as :func:`~convbn_inductor_pass.functional.half.gradient_scale` has it.
 
-        There the sums of ``layer_backward`` neither overflow nor lose bits to denormals. Finite
-        where a channel of ``g`` is all zero.
+        That is ``log2(t) = clamp(max(-2 - ceil(log2(norm(g))), ceil(log2(abs(S))) - 8), -24, 15)``.
         """
-        magnitude = self._call(aten.abs.default, self.build.cast(self.g, self.wide))
-        largest = self._call(aten.amax.default, magnitude, self.dims)
-        exponent = self._call(
-            aten.log2.default, self._call(aten.clamp_min.default, largest, 2.0**-100)
+        g = self.build.cast(self.g, self.wide)
+        squares = self._call(aten.sum.dim_IntList, self._call(aten.mul.Tensor, g, g), self.dims)
+        exponent = self._ceil_log2(self._call(aten.sqrt.default, squares))
+        exponent = self._call(aten.add.Tensor, self._call(aten.neg.default, exponent), -2)
+        if self.scale is not None:
+            of_scale = self._ceil_log2(self._call(aten.abs.default, self.scale))
+            least = self._call(aten.add.Tensor, of_scale, -8)
+            exponent = self._call(aten.maximum.default, exponent, least)
+        exponent = self._call(aten.clamp_min.default, exponent, -24.0)
+        return self._call(
+            aten.exp2.default, self._call(aten.clamp_max.default, exponent, 15.0)
         )
-        exponent = self._call(aten.add.Tensor, self._call(aten.neg.default, exponent), -4)
-        return self._call(aten.exp2.default, self._call(aten.floor.default, exponent))
+
+    def _ceil_log2(self, value: fx.Node) -> fx.Node:
+        return self._call(aten.ceil.default, self._call(aten.log2.default, value))
 
     def _convolution(self) -> fx.Node:
         """Replace the results of ``convolution_backward``; returns the gradient for ``g``."""
