@@ -43,7 +43,7 @@ def apply(decisions: list[Decision], graph: fx.Graph) -> int:
     order = {node: i for i, node in enumerate(graph.nodes)}
     wanted = [(_place(d.match, order), d, d.match) for d in decisions if d.match is not None]
     wanted.sort(key=lambda w: order[w[0]])
-    build = Builder(graph)
+    build = Builder(graph, structural=False)
     unused: list[fx.Node] = []
     try:
         for place, decision, match in wanted:
@@ -57,6 +57,7 @@ def apply(decisions: list[Decision], graph: fx.Graph) -> int:
                 unused += _Rewriting(decision, match, build).replace()
     finally:
         # If one fails, too: what was replaced so far is right, but may use what stands later.
+        build.finish()
         for node in unused:
             erase_unused(node)
         if wanted:
@@ -109,6 +110,9 @@ class _Rewriting:
         return self.replaced
 
     def _sum_g(self) -> fx.Node:
+        if _tensor(self.g).dtype == self.wide:
+            # As a batch norm's shift has it, so that the partitioner makes the two one.
+            return self._call(aten.sum.dim_IntList, self.g, self.dims)
         return self._call(aten.sum.dim_IntList, self.g, self.dims, False, dtype=self.wide)
 
     def _power_of_two(self) -> fx.Node:
@@ -169,9 +173,9 @@ class _Rewriting:
         self._replace(self.gradient.node, scaled)
         size = _tensor(self.layer.weight).shape
         for user in list(self.gradient.dc.users):
-            # One without users was replaced for another layer with this ``dc``.
+            # It may have been replaced for another layer with this ``dc``.
             is_product = user.target is aten.mm.default and user.args[0] is self.gradient.dc
-            if is_product and user.users:
+            if is_product and user not in self.build.replaced:
                 by: Any = user.args[1]
                 if same_sizes(_tensor(by).shape, (size[1], size[0])):
                     by = self._scaled(by, self.on_weight, Layout())
