@@ -19,6 +19,7 @@ __all__ = [
     "is_view",
     "plain_dispatch",
     "reads_strides",
+    "shape_of",
     "size_hint",
     "surely",
 ]
@@ -35,6 +36,11 @@ def size_hint(value: int | torch.SymInt) -> int:
         return int(value.node.hint)
     expression = value.node.expr
     return int(expression.subs(dict.fromkeys(expression.free_symbols, _UNBACKED)))
+
+
+def shape_of(tensor: Tensor) -> tuple[int | str, ...]:
+    """The shape of a tensor, symbolic sizes as strings."""
+    return tuple(s if isinstance(s, int) else str(s) for s in tensor.shape)
 
 
 def is_pointwise(target: Any) -> bool:

@@ -33,7 +33,8 @@ __all__ = [
     "functorch_config",
     "has_cudnn_epilogues",
     "has_onednn_epilogues",
-    "in_subgraph",
+    "inside_higher_order_op",
+    "is_backward",
     "is_generated",
     "library_settings",
     "makes_channels_last",
@@ -83,7 +84,7 @@ def update_metadata(graph: torch.fx.Graph) -> Iterator[None]:
 
 
 def library_settings() -> tuple[bool, ...]:
-    """What the user has said about the libraries that the functions below ask for."""
+    """The user's settings of the libraries that the functions below ask for."""
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     return bool(cudnn.enabled), bool(cudnn.deterministic), bool(mkldnn.enabled)
 
@@ -113,14 +114,16 @@ def has_cudnn_epilogues(device: torch.device) -> bool:
     return not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
 
 
-def makes_channels_last(graph: torch.fx.Graph, *, is_inference: bool) -> bool:
+def makes_channels_last(graph: torch.fx.Graph) -> bool:
     """Whether Inductor makes what goes through the convolutions of ``graph`` channels-last."""
     from torch._inductor.graph import GraphLowering
 
     module = graph.owning_module
-    return module is not None and bool(
-        GraphLowering.decide_layout_opt(module, is_inference=is_inference)
-    )
+    if module is None:
+        return False
+    inputs = graph.find_nodes(op="placeholder")
+    is_inference = not any(node.name.startswith("primals_") for node in inputs)
+    return bool(GraphLowering.decide_layout_opt(module, is_inference=is_inference))
 
 
 def for_python() -> bool:
@@ -131,7 +134,7 @@ def for_python() -> bool:
 
 
 def parts_of_subclasses(graph: torch.fx.Graph) -> set[torch.fx.Node]:
-    """What ``graph`` returns to make a tensor subclass of it, which takes several tensors."""
+    """Nodes that ``graph`` returns as one of the several tensors inside a tensor subclass."""
     (output,) = graph.find_nodes(op="output")
     returned: Any = output.args[0]
     kinds = output.meta.get("desc") or [None] * len(returned)
@@ -145,18 +148,20 @@ def parts_of_subclasses(graph: torch.fx.Graph) -> set[torch.fx.Node]:
 _GENERATED = ("aten", "prims")  # other libraries' operators are called
 
 
-def in_subgraph() -> bool:
-    """Whether Inductor's post-grad passes are at a graph inside another one (cond, scan, ...).
+def inside_higher_order_op(graph: torch.fx.Graph) -> bool:
+    """Whether ``graph`` is the body of a higher-order operator (cond, scan, invoke_subgraph, ...).
 
-    The only thing that tells is that they are called for it from within those of the outer one.
+    AOTAutograd notes for each input of a graph of its own what it is, in the forward as in the
+    backward; the bodies inside have inputs without such a note (2.11 to 2.15). Their outputs do not
+    tell: the partitioner gives them to the body of an invoke_subgraph, too.
     """
-    from torch._inductor.compile_fx import _recursive_post_grad_passes as passes
+    return not any("desc" in node.meta for node in graph.find_nodes(op="placeholder"))
 
-    frame, depth = inspect.currentframe(), 0
-    while frame is not None:
-        depth += frame.f_code.co_name == passes.__name__
-        frame = frame.f_back
-    return depth > 1
+
+def is_backward(graph: torch.fx.Graph) -> bool:
+    """Whether ``graph`` is the backward of a training step."""
+    inputs = graph.find_nodes(op="placeholder")
+    return any(node.name.startswith("tangents_") for node in inputs)
 
 
 def is_generated(target: Any) -> bool:
@@ -172,7 +177,7 @@ def is_generated(target: Any) -> bool:
         torch.ops.aten.bmm.default,
         torch.ops.aten.baddbmm.default,
     )
-    # Pooling reads each number several times, and has its input computed first.
+    # Pooling reads each element several times, and has its input computed first.
     is_pooling = "_pool" in target._schema.name
     return target not in (*libraries, *lowering.fallbacks) and not is_pooling
 

@@ -29,7 +29,7 @@ __all__ = [
     "emit_scaled_weight",
     "emit_shift",
     "find_chains",
-    "numbers_fit",
+    "constants_fit",
     "wide_dtype",
 ]
 
@@ -112,7 +112,7 @@ def _follow(layer: Layer, taken: set[fx.Node]) -> AffineChain:
 _RANGE = (1e-30, 1e30)
 
 
-def numbers_fit(chain: AffineChain) -> bool:
+def constants_fit(chain: AffineChain) -> bool:
     """Whether the constants in the chain, multiplied with each other, stay numbers of float32.
 
     As written they need not: what is scaled by 1e-20 twice may have been large.
