@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import hypothesis
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from convbn_inductor_pass import timing
 
 LAYERS = {
     "conv1d": lambda: nn.Conv1d(4, 6, 3, padding=1),
@@ -111,16 +108,6 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
     pairs = 6
-
-
-def fastest(kernel: str) -> Callable[..., dict[str, float]]:
-    """For ``timing.seconds``: as if ``kernel`` were fastest, and all were better than nothing."""
-
-    def seconds(workload: Any, ways: Sequence[str], *, measure: bool) -> dict[str, float]:
-        times = {way: 0.5 if way == kernel else 0.75 for way in ways}
-        return {timing.AS_WRITTEN: 1.0, **times}
-
-    return seconds
 
 
 def fuzz(examples: int) -> Callable[[Callable[[], None]], Callable[[], None]]:

@@ -11,12 +11,3 @@ def _fresh_dynamo():
     before = convbn_inductor_pass.get_options()
     yield
     assert convbn_inductor_pass.get_options() == before
-
-
-@pytest.fixture(autouse=True)
-def _timing_off(request, monkeypatch):
-    """``forward="auto"`` counts bytes, which is the same everywhere, but for ``timed`` tests."""
-    from convbn_inductor_pass import timing
-
-    if "timed" not in request.keywords:
-        monkeypatch.setattr(timing, "seconds", lambda *args, **options: {})

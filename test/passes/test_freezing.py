@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.fx_passes.freezing_patterns import binary_folding_pass
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import testing
+from passes.post_grad import fresh_compile
 
 
 def transposed(c_out: int = 4, groups: int = 1, spatial: int = 2) -> nn.Module:
@@ -29,20 +29,20 @@ WRONG = {
     "transposed, 1-d": (transposed(spatial=1), (4, 1), scaled),
     "transposed, 3-d": (transposed(spatial=3), (1, 4, 1, 1, 1), scaled),
     "transposed, grouped": (transposed(groups=2), (1, 4, 1, 1), scaled),
-    "transposed, other channels, one number": (transposed(6), (1,), scaled),
-    "transposed, shifted by a number": (transposed(6), (), lambda y, _: y + 2.5),
+    "transposed, other channels, one value": (transposed(6), (1,), scaled),
+    "transposed, shifted by a constant": (transposed(6), (), lambda y, _: y + 2.5),
     "transposed, broadcast": (transposed(1), (4, 1, 1), scaled),
     "along the columns": (nn.Conv2d(4, 6, 1), (1, 6), scaled),
     "along the rows": (nn.Conv3d(4, 6, 1), (1, 6, 1), scaled),
     "alpha": (nn.Conv2d(4, 6, 1), (6, 1, 1), lambda y, o: torch.add(y, o, alpha=3)),
-    "a number": (nn.Conv2d(4, 6, 1), (), lambda y, _: y * 2.0),
-    "another number": (nn.Conv2d(4, 6, 1), (), lambda y, _: y * 3.0),
+    "a constant": (nn.Conv2d(4, 6, 1), (), lambda y, _: y * 2.0),
+    "another constant": (nn.Conv2d(4, 6, 1), (), lambda y, _: y * 3.0),
     "yet another": (nn.Conv2d(4, 6, 1, bias=False), (), lambda y, _: y + 0.25),
 }
 
 
 class Cases(nn.Module):
-    """All of them in one graph: numbers of one spoil those of others."""
+    """All of them in one graph: constants of one spoil those of others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Cases(nn.Module):
 
 def frozen(model, *inputs, **config):
     config = torch._inductor.config.patch(freezing=True, **config)
-    with testing.fresh_compile(), torch.no_grad(), config:
+    with fresh_compile(), torch.no_grad(), config:
         return torch.compile(model)(*inputs)
 
 
@@ -112,7 +112,7 @@ def test_linear_layers():
 
 
 class Right(nn.Module):
-    """What the built-in folding does right: still folded, mixed dtypes and numbers included."""
+    """What the built-in folding does right: still folded, mixed dtypes and constants included."""
 
     def __init__(self) -> None:
         super().__init__()
