@@ -33,9 +33,9 @@ __all__ = [
     "functorch_config",
     "has_cudnn_epilogues",
     "has_onednn_epilogues",
-    "inside_higher_order_op",
     "is_backward",
     "is_generated",
+    "is_outermost",
     "library_settings",
     "makes_channels_last",
     "parts_of_subclasses",
@@ -137,7 +137,9 @@ def parts_of_subclasses(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     """Nodes that ``graph`` returns as one of the several tensors inside a tensor subclass."""
     (output,) = graph.find_nodes(op="output")
     returned: Any = output.args[0]
-    kinds = output.meta.get("desc") or [None] * len(returned)
+    kinds = output.meta.get("desc")
+    if kinds is None:  # the body of a higher-order operator, or one made by hand
+        return set()
     return {
         node
         for node, kind in zip(returned, kinds, strict=True)
@@ -148,14 +150,14 @@ def parts_of_subclasses(graph: torch.fx.Graph) -> set[torch.fx.Node]:
 _GENERATED = ("aten", "prims")  # other libraries' operators are called
 
 
-def inside_higher_order_op(graph: torch.fx.Graph) -> bool:
-    """Whether ``graph`` is the body of a higher-order operator (cond, scan, invoke_subgraph, ...).
+def is_outermost(graph: torch.fx.Graph) -> bool:
+    """Whether ``graph`` is no body of a higher-order operator (cond, scan, invoke_subgraph, ...).
 
-    AOTAutograd notes for each input of a graph of its own what it is, in the forward as in the
-    backward; the bodies inside have inputs without such a note (2.11 to 2.15). Their outputs do not
-    tell: the partitioner gives them to the body of an invoke_subgraph, too.
+    AOTAutograd describes each input of a graph of its own, in the forward as in the backward; the
+    bodies inside have inputs without a description (2.11 to 2.15). Their outputs do not tell: the
+    partitioner describes those of an invoke_subgraph's body, too.
     """
-    return not any("desc" in node.meta for node in graph.find_nodes(op="placeholder"))
+    return any("desc" in node.meta for node in graph.find_nodes(op="placeholder"))
 
 
 def is_backward(graph: torch.fx.Graph) -> bool:

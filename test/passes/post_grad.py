@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
 from convbn_inductor_pass._torch import inductor, registry
 
-__all__ = ["fresh_compile", "post_grad_backend"]
+__all__ = ["fresh_compile", "outputs_and_gradients", "post_grad_backend"]
 
 HOOK = "post_grad_custom_pre_pass"
 
@@ -57,3 +57,20 @@ def post_grad_backend(
         return inductor.compile_with(run_eagerly, gm, example_inputs)
 
     return backend
+
+
+def outputs_and_gradients(
+    fn: Callable[[], tuple[Tensor, ...]], leaves: Mapping[str, Tensor]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Call ``fn`` and run backward; its outputs, and the gradients of ``leaves`` by name.
+
+    Each output gets a gradient of its own, the same in every call.
+    """
+    outputs = list(fn())
+    differentiable = [o for o in outputs if o.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(o.shape, generator=generator).to(o) for o in differentiable]
+    if differentiable:
+        torch.autograd.backward(differentiable, weights)
+    gradients = {n: t.grad.clone() for n, t in leaves.items() if t.grad is not None}
+    return [o.detach().clone() for o in outputs], gradients

@@ -6,14 +6,14 @@ After:   r = stored(1 / sqrt(var + eps));  y = (x - mean) * r * gamma + beta
 Works around: Inductor inlines into a pointwise loop what it is computed from, however small and
 however slow (torch 2.11 to 2.15): a batch norm's square root and division are computed again for
 each pixel, and take as long as all the rest; so are the gates of squeeze-and-excitation, one value
-per image and channel. ``python -m bench run --suite forward`` measures it: ``ours`` beside ``eval``.
+per image and channel. ``python -m bench run --suite forward`` measures it: ``ours``, ``eval``.
 
 Can go: once Inductor realizes (stores) small expensive buffers that large loops read.
 
 What is stored was in a register before, in the same dtype: every bit stays the same. Declines:
-other devices, where it was not measured; float16 and bfloat16, which would be rounded where Inductor
-does not; results too small or not read often enough to be worth a loop; values computed from sums,
-as in layer norms, which Inductor computes in the loop over their rows.
+other devices, where it was not measured; float16 and bfloat16, which would be rounded where
+Inductor does not; results too small or not read often enough to be worth a loop; values computed
+from sums, as in layer norms, which Inductor computes in the loop over their rows.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ Backward, after:   where(ne(convert(as_bytes(mask), float32), 0), 0, dy)
 
 Works around: Inductor's vectorized code stores and loads masks with ``VecMask::store`` and
 ``VecMask::from``, whose loops over elements GCC does not vectorize with the flag
-``-fno-tree-loop-vectorize`` that Inductor gives it (torch 2.11 to 2.15). On a busy core with AVX-512
-a mask takes 37 to 54 ns per element stored and 15 to 20 loaded, where a byte takes 0.7 and 1.8. Once
-a convolution's output is not saved, the partitioner often saves a ReLU's mask, a byte per element.
+``-fno-tree-loop-vectorize`` that Inductor gives it (torch 2.11 to 2.15). On a busy core with
+AVX-512 a mask takes 37 to 54 ns per element stored and 15 to 20 loaded, a byte 0.7 and 1.8. Once a
+convolution's output is not saved, the partitioner often saves a ReLU's mask, a byte per element.
 
-Can go: once ``VecMask`` is stored and loaded with vector instructions, or no mask is saved as bools.
+Can go: once ``VecMask`` is stored and loaded with vector instructions, or masks are saved as bits.
 
 What is saved, and every bit of it, stays the same. Declines: other devices; masks so small that a
 call costs more than it gains; masks that are no result of pointwise operators (no generated code

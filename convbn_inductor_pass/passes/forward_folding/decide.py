@@ -48,7 +48,7 @@ class Context:
         position = {node: i for i, node in enumerate(graph.nodes)}
         writes = [position[n] for n in graph.nodes if compat.is_mutable(n.target)]
         parts = inductor.parts_of_subclasses(graph)
-        return cls(options, position, writes, parts, inductor.inside_higher_order_op(graph))
+        return cls(options, position, writes, parts, not inductor.is_outermost(graph))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Residual:
 
 
 def activation_after(node: fx.Node, dtype: torch.dtype) -> Activation | None:
-    """The longest activation of ``node`` whose result is in ``dtype``, if ``node`` has no other use.
+    """The longest activation of ``node``, if ``node`` has no other use; its result is in ``dtype``.
 
     Where ``node`` is in another dtype, as one that is not rounded to the layer's dtype yet, the
     activation ends with the cast.

@@ -10,6 +10,9 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import convbn_inductor_pass as cbn
+from convbn_inductor_pass._torch import inductor
+from convbn_inductor_pass.passes.cpu_codegen import invariants
 from passes.post_grad import fresh_compile
 
 aten = torch.ops.aten
