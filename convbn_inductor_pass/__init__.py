@@ -10,9 +10,10 @@ eval mode's up to rounding. PyTorch's flag
 ``torch._inductor.config.efficient_conv_bn_eval_fx_passes = True`` does the same as ``enable()``.
 Without a compiler, ``convbn_inductor_pass.turn_on(model)`` does it in eager mode.
 
-The story in the order of the code: ``plugin`` (how Inductor calls us) -> ``passes.base`` (what every
-pass shares) -> ``passes.scale_gradient`` (find, decide, rewrite). ``explain`` says what was done and
-what it saves. Importing this package loads no compiler: what needs one is loaded when it is used.
+The story in the order of the code: ``plugin`` (how Inductor calls us) -> ``passes.base`` (what
+every pass shares) -> ``passes.scale_gradient`` (find, decide, rewrite). ``explain`` says what was
+done and what it saves. Importing this package loads no compiler: what needs one is loaded when it
+is used.
 """
 
 import importlib
@@ -30,7 +31,7 @@ from .records import Record, clear_records, records, summary  # noqa: E402
 
 if TYPE_CHECKING:
     from .eager import decisions, turn_off, turn_on
-    from .explain import Explanation, explain
+    from .explanation import Explanation, explain
     from .passes import PassFailedWarning
 
 __version__ = "0.2.0"
@@ -60,10 +61,10 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Explanation": "explain",
+    "Explanation": "explanation",
     "PassFailedWarning": "passes",
     "decisions": "eager",
-    "explain": "explain",
+    "explain": "explanation",
     "turn_off": "eager",
     "turn_on": "eager",
 }

@@ -18,10 +18,10 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from . import __version__, demo
-from ._torch import compat
-from .explain import explain
+from .explanation import explain
 
 __all__ = ["main"]
 
@@ -147,7 +147,7 @@ def _run_demo(arguments: argparse.Namespace) -> None:
 def _run_explain(arguments: argparse.Namespace) -> None:
     dtype = _DTYPES[arguments.dtype]
     model = _load_model(arguments.model).eval().to(dtype)
-    fake_mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with fake_mode:
         inputs = [torch.empty(shape, dtype=dtype) for shape in arguments.inputs]
     try:

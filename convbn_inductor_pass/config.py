@@ -30,8 +30,8 @@ class Options:
         fuse_frozen_layers: also fuse where the layer's weight needs no gradient but the batch
             norm's does (BN-tuning). This keeps one activation per pair instead of two, for
             the price of a weight gradient that nobody asked for.
-        forward: what forward folding does with a layer and the affine map after it, in inference and
-            in the forward of training. ``"exact"`` keeps eval mode's bits: nothing. ``"fold"``
+        forward: what forward folding does with a layer and the affine map after it, in inference
+            and in the forward of training. ``"exact"`` keeps eval mode's bits: nothing. ``"fold"``
             scales the layer's weight each call, wherever that is legal. ``"auto"`` does so
             where fewer bytes are moved by estimate. Outputs then differ from eval mode's by
             rounding (and oneDNN's ReLU and clamp make a NaN a finite value).

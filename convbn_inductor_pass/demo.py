@@ -21,8 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from . import saved_tensors
-from .explain import explain
+from .explanation import explain
+from .saved_tensors import saved_for_backward
 
 __all__ = ["Result", "SmallResNet", "run", "small_resnet"]
 
@@ -291,7 +291,7 @@ def run(
 
         progress.update(task, description="predicting saved bytes", advance=1)
         explanation = explain(pretrained, images)
-        builtin = saved.saved_for_backward(pretrained, images, mode="builtin").new_bytes
+        builtin = saved_for_backward(pretrained, images, mode="builtin").new_bytes
         progress.advance(task)
 
         exact = _FineTuning(pretrained, torch.float64)
@@ -312,7 +312,7 @@ def run(
     ratios = [a / b for a, b in seconds]
     return Result(
         fused=explanation.fused,
-        batch_norms=len(explanation.records),
+        batch_norms=len(explanation.batch_norms),
         kept_bytes={**explanation.saved_bytes, "builtin": builtin},
         measured_bytes={mode: each.kept_bytes for mode, each in modes.items()},
         steps=steps,

@@ -1,4 +1,4 @@
-"""Bytes that a compiled model keeps for backward, exactly, and without running it.
+"""Bytes that a compiled model saves for backward, exactly, and without running it.
 
 The model is traced by Dynamo on fake tensors and goes through Inductor up to where code would
 be generated: pre-grad passes, AOTAutograd, joint passes, the min-cut partitioner. What the
@@ -17,19 +17,21 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, fx
 
 from . import plugin
-from ._torch import compat, inductor
+from ._torch import compat, inductor, registry
+from ._torch.eager import storage_key
 from ._torch.tracing import copy_graph_module, graph_modules, trace
-from .config import Options, get_options
+from .config import get_options
+from .deployed import merge_pairs
+from .graph import layers
+from .passes.scale_gradient.decide import decide
+from .passes.scale_gradient.records import NamedRecord, account
+from .passes.scale_gradient.rewrite import apply
 
-# GONE import pipeline
-from .passes.scale_gradient import decide, rewrite
-from .passes.scale_gradient.decide import ScaleDecision
-
-__all__ = ["Mode", "SavedForBackward", "SavedTensor", "saved_by_graph", "saved_for_backward"]
+__all__ = ["MODES", "Mode", "SavedForBackward", "SavedTensor", "saved_by_graph"]
+__all__ += ["saved_for_backward"]
 
 Mode = Literal["eval", "builtin", "tune", "deploy"]
 MODES: tuple[Mode, ...] = ("eval", "builtin", "tune", "deploy")
@@ -37,11 +39,13 @@ MODES: tuple[Mode, ...] = ("eval", "builtin", "tune", "deploy")
 
 @dataclasses.dataclass(frozen=True)
 class SavedTensor:
-    """One tensor kept for backward.
+    """One tensor saved for backward.
 
     ``name`` is the node of the forward graph that makes it, ``shape`` may hold symbolic sizes
     as strings, ``nbytes`` is its size in bytes (hints for symbolic sizes), ``kind`` is
-    "activation", "weight" (computed from parameters and buffers alone) or "mask" (bool, uint8).
+    "activation", "weight" (computed from parameters and buffers alone) or "mask" (bool, uint8);
+    ``layer`` is the node of the layer that it is computed from element by element, the nearest if
+    there are several, or "".
     """
 
     name: str
@@ -49,11 +53,12 @@ class SavedTensor:
     dtype: str
     nbytes: int
     kind: Literal["activation", "weight", "mask"]
+    layer: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedForBackward:
-    """New tensors that one or several compiled graphs keep for backward, each storage once."""
+    """New tensors that one or several compiled graphs save for backward, each storage once."""
 
     tensors: tuple[SavedTensor, ...]
 
@@ -65,6 +70,10 @@ class SavedForBackward:
         """Bytes of one kind: "activation", "weight" or "mask"."""
         return sum(t.nbytes for t in self.tensors if t.kind == kind)
 
+    def bytes_after(self, layer: str) -> int:
+        """Bytes of what is computed by pointwise calls from that layer (of one graph)."""
+        return sum(t.nbytes for t in self.tensors if t.layer == layer)
+
     def __add__(self, other: SavedForBackward) -> SavedForBackward:
         return SavedForBackward(self.tensors + other.tensors)
 
@@ -72,13 +81,13 @@ class SavedForBackward:
 def saved_for_backward(
     fn: Callable[..., Any], *inputs: Any, mode: Mode = "tune", dynamic: bool | None = None
 ) -> SavedForBackward:
-    """New bytes that ``torch.compile(fn)(*inputs)`` keeps for backward in one mode.
+    """New bytes that ``torch.compile(fn)(*inputs)`` saves for backward in one mode.
 
     Args:
         fn: a module or function. It is not run; its parameters are neither read nor changed.
         inputs: its inputs; tensors may be real or fake.
         mode: "eval" without any pass, "builtin" with PyTorch's own, "tune" with ours,
-            "deploy" with every sound pair merged into one layer with trainable weight and bias.
+            "deploy" with every pair merged into one layer with trainable weight and bias.
         dynamic: as in ``torch.compile``.
 
     Raises:
@@ -101,12 +110,12 @@ def saved_by_graph(
     example_inputs: list[Any],
     mode: Mode,
     on_forward: Callable[[fx.Graph], None] = lambda graph: None,
-    on_scales: Callable[[list[ScaleDecision]], None] = lambda decisions: None,
+    on_records: Callable[[list[NamedRecord]], None] = lambda records: None,
 ) -> SavedForBackward:
-    """What one Dynamo graph keeps for backward in ``mode``; ``gm`` is left as it is.
+    """What one Dynamo graph saves for backward in ``mode``; ``gm`` is left as it is.
 
-    ``on_forward`` gets the graph, in aten IR, of the forward or of inference; ``on_scales`` in mode
-    "tune" what was decided about scales, before it is done.
+    ``on_forward`` gets the graph, in aten IR, of the forward or of inference; ``on_records`` in
+    mode "tune" the records of each joint graph.
 
     To be called inside a Dynamo backend, whose tracing context it needs.
     """
@@ -120,25 +129,24 @@ def saved_by_graph(
             static_inputs.update(kwargs.get("static_input_idxs") or ())
         return inner
 
+    def rewrite(graph: fx.Graph) -> None:
+        decisions = decide(graph, get_options())
+        on_records(account(graph, decisions))
+        apply(decisions, graph)
+
     gm = copy_graph_module(gm)
-    if mode in ("tune", "deploy"):
+    if mode == "deploy":
         for module in graph_modules(gm):
-            (_fuse if mode == "tune" else _merge)(module.graph)
+            merge_pairs(module.graph)
             module.recompile()
-
-    def rewrite_scales(graph: fx.Graph) -> None:
-        decisions = decide.analyze(graph, get_options())
-        on_scales(decisions)
-        rewrite.apply(decisions, graph)
-
     with (
         _only_builtin_pass() if mode == "builtin" else _no_pass(),
-        plugin.passes_added("joint_custom_pre_pass", *([rewrite_scales] if mode == "tune" else [])),
+        registry.passes_added("joint_custom_pre_pass", *([rewrite] if mode == "tune" else [])),
         inductor.config.patch(fx_graph_cache=False, freezing=False),
-        compat.functorch_config.patch(
+        inductor.functorch_config.patch(
             enable_autograd_cache=False, force_non_lazy_backward_lowering=True
         ),
-        compat.tracing(copy.copy(compat.TracingContext.get())),
+        inductor.tracing(copy.copy(inductor.TracingContext.get())),
     ):
         inductor.compile_with(stop_before_codegen, gm, example_inputs)
         if False in graphs:
@@ -163,33 +171,7 @@ def _only_builtin_pass() -> Iterator[None]:
         yield
 
 
-def _fuse(graph: fx.Graph) -> None:
-    pipeline.apply(pipeline.analyze(graph, get_options()))
-
-
-def _merge(graph: fx.Graph) -> None:
-    """Make every sound pair one layer, as deploy mode does before training starts.
-
-    Shapes are all that counts here: the merged weight has the layer's shape, and the merged
-    bias that of the batch norm's.
-    """
-    for decision in reversed(pipeline.analyze(graph, Options())):
-        if not decision.sound:
-            continue
-        layer, bn = decision.pair
-        merged_bias = bn.bias if bn.bias is not None else bn.running_mean
-        if not isinstance(layer.weight, fx.Node) or not isinstance(merged_bias, fx.Node):
-            continue  # a module call: not in graphs that Dynamo makes
-        node = layer.node
-        if layer.bias is None:
-            rest = {k: v for k, v in node.kwargs.items() if k not in ("input", "weight", "bias")}
-            node.args = (layer.input, layer.weight, merged_bias, *node.args[3:])
-            node.kwargs = rest
-        bn.output.replace_all_uses_with(bn.input)
-        graph.erase_node(bn.output)
-
-
-_BOOLS = (torch.bool, torch.uint8)
+_BOOLS = ("bool", "uint8")
 
 
 def _new_tensors(
@@ -198,7 +180,7 @@ def _new_tensors(
     """Tensors that the backward graph takes from the forward and that are not its inputs."""
     made_by = {node.name: node for node in forward.nodes}
     inputs = [n for n in forward.nodes if n.op == "placeholder"]
-    seen = {compat.storage_key(n.meta.get("val")) for n in inputs}
+    seen = {storage_key(n.meta.get("val")) for n in inputs}
     from_weights = _computed_from_parameters(forward, static_inputs)
     for taken in backward.nodes:
         if taken.op != "placeholder" or taken.name.startswith(("tangents_", "primals_")):
@@ -207,22 +189,31 @@ def _new_tensors(
         node = made_by.get(taken.name)
         if not isinstance(value, Tensor) or node is None:
             continue
-        key = compat.storage_key(node.meta.get("val"))
+        key = storage_key(node.meta.get("val"))
         if key is not None and key in seen:
             continue
         seen.add(key)
+        dtype = str(value.dtype).removeprefix("torch.")
         kind: Literal["activation", "weight", "mask"] = "activation"
-        if value.dtype in _BOOLS:
+        if dtype in _BOOLS:
             kind = "mask"
         elif node in from_weights:
             kind = "weight"
+        size = compat.size_hint(value.numel()) * value.element_size()
         yield SavedTensor(
-            node.name,
-            tuple(s if isinstance(s, int) else str(s) for s in value.shape),
-            str(value.dtype).removeprefix("torch."),
-            compat.size_hint(value.numel()) * value.element_size(),
-            kind,
+            node.name, compat.shape_of(value), dtype, size, kind, _nearest_layer(node)
         )
+
+
+def _nearest_layer(node: fx.Node) -> str:
+    seen, pending = {node}, [node]
+    for each in pending:  # grows: nearest first
+        if layers.layer_of(each) is not None:
+            return each.name
+        if each is node or compat.is_pointwise(each.target) or compat.is_view(each.target):
+            pending += [n for n in each.all_input_nodes if n not in seen]
+            seen.update(each.all_input_nodes)
+    return ""
 
 
 def _computed_from_parameters(graph: fx.Graph, static_inputs: set[int]) -> set[fx.Node]:

@@ -28,13 +28,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-# GONE import pipeline
-from . import saved_tensors
-from ._torch import compat, inductor, tracing
+from ._torch import inductor, registry, tracing
 from .codes import Code
-from .config import get_options
-from .explain import explain
-from .records import Records, make_records
+from .explanation import explain
+from .passes.scale_gradient import ScaleGradientPass
+from .records import Record
+from .saved_tensors import saved_for_backward
 
 __all__ = [
     "PassResult",
@@ -53,83 +52,108 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class PassResult:
-    """One graph before and after the pass, as code, and what was decided about it."""
+    """One joint graph before and after the tune-mode pass, as code, and what was decided."""
 
     before: str
     after: str
-    records: Records
+    records: tuple[Record, ...]
 
     @property
     def codes(self) -> list[Code]:
-        return [r.code for r in self.records.records]
+        """The codes of batch norms, one per call."""
+        return [r.code for r in self.records if r.kind == "batch norm"]
 
 
 def _code(graph: fx.Graph) -> str:
     return graph.python_code("self").src.strip()
 
 
-def run_on_graph(gm: fx.GraphModule) -> PassResult:
-    """Apply the pass to one graph module (not to those inside it), whatever the flag says."""
-    before = _code(gm.graph)
-    decisions = pipeline.analyze(gm.graph, get_options())
-    made = make_records(decisions)
-    pipeline.apply(decisions)
-    gm.graph.lint()
-    gm.recompile()
-    return PassResult(before, _code(gm.graph), made)
+def run_on_graph(graph: fx.Graph) -> PassResult:
+    """Apply the tune-mode pass to one graph in aten IR, whatever the flag says."""
+    before = _code(graph)
+    outcome = ScaleGradientPass().run(graph)
+    graph.lint()
+    return PassResult(before, _code(graph), outcome.records)
 
 
 def run_pass(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> list[PassResult]:
-    """Trace ``fn`` on fake tensors and apply the pass: one result per graph, subgraphs first."""
+    """Trace ``fn`` on fake tensors and apply the tune-mode pass: one result per graph in aten IR.
+
+    Graphs inside a higher-order operator come before the one that it is in.
+    """
     results: list[PassResult] = []
 
-    def on_graph(gm: fx.GraphModule, _inputs: list[Any]) -> None:
-        copied = tracing.copy_graph_module(gm)
-        results.extend(run_on_graph(m) for m in tracing.graph_modules(copied))
+    def on_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> None:
+        backend = _backend(
+            {"joint_custom_pre_pass": lambda graph: results.append(run_on_graph(graph))},
+            force_non_lazy_backward_lowering=True,
+            efficient_conv_bn_eval_fx_passes=False,
+        )
+        with inductor.tracing(copy.copy(inductor.TracingContext.get())):
+            backend(tracing.copy_graph_module(gm), example_inputs)
 
     tracing.trace(fn, inputs, on_graph, dynamic=dynamic)
     return results
 
 
 def fast_backend(*, fuse: bool = True) -> Callable[..., Any]:
-    """A backend for ``torch.compile``: the pass, then AOTAutograd, then eager execution.
+    """A backend for ``torch.compile``: Inductor up to its post-grad passes, then eager execution.
 
-    With ``fuse=False`` the same without the pass, which is eval mode to compare with. As in
-    Inductor, the partitioner decides what is kept for backward; no code is generated.
+    Of our passes the tune-mode pass alone runs, whatever the flag says; with ``fuse=False`` none
+    does, which is eval mode to compare with. The partitioner decides what is saved for
+    backward; no code is generated.
     """
-
-    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        gm = tracing.copy_graph_module(gm)
-        if fuse:
-            for module in tracing.graph_modules(gm):
-                run_on_graph(module)
-        return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(gm, example_inputs)
-
-    return backend
+    passes = {"joint_custom_pre_pass": run_on_graph} if fuse else {}
+    return _backend(passes, efficient_conv_bn_eval_fx_passes=False)
 
 
 def post_grad_backend(
     on_graph: Callable[[fx.Graph], None] = lambda graph: None,
 ) -> Callable[..., Any]:
-    """A backend like Inductor up to its post-grad passes, with eager execution of the graphs.
+    """A backend like Inductor up to its post-grad passes, ours included, then eager execution.
 
-    Both halves of the pass run, as the flag and the options say. ``on_graph`` gets each graph
-    in aten IR as the kernel half left it.
+    Our passes run as the flag and the options say. ``on_graph`` gets each graph in aten IR as they
+    left it.
     """
+
+    def on_post_grad(graph: fx.Graph) -> None:
+        for each in registry.passes_of("post_grad_custom_pre_pass"):
+            each(graph)
+        graph.lint()
+        on_graph(graph)
+
+    return _backend({}, on_post_grad)
+
+
+def _backend(
+    passes: dict[str, Callable[[fx.Graph], object]],
+    on_post_grad: Callable[[fx.Graph], None] = lambda graph: None,
+    *,
+    force_non_lazy_backward_lowering: bool = False,
+    **config: object,
+) -> Callable[..., Any]:
+    """A backend: Inductor with further ``passes`` by hook and ``config``, then eager execution."""
 
     def run_eagerly(gm: fx.GraphModule, _inputs: list[Any], **_kwargs: Any) -> Callable[..., Any]:
         # As Inductor does first: strides may become others than those that were traced.
         for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
             node.target = torch.ops.aten.reshape.default
-        for each in inductor.custom_passes("post_grad_custom_pre_pass"):
-            each(gm.graph)
-        gm.graph.lint()
-        on_graph(gm.graph)
+        on_post_grad(gm.graph)
         gm.recompile()
-        return compat.boxed(gm)
+        return inductor.boxed(gm)
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        return inductor.compile_with(run_eagerly, gm, example_inputs)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(inductor.config.patch(fx_graph_cache=False, **config))
+            stack.enter_context(
+                inductor.functorch_config.patch(
+                    enable_autograd_cache=False,
+                    force_non_lazy_backward_lowering=force_non_lazy_backward_lowering,
+                )
+            )
+            for hook, each in passes.items():
+                stack.enter_context(registry.passes_added(hook, each))
+            return inductor.compile_with(run_eagerly, gm, example_inputs)
 
     return backend
 
@@ -146,7 +170,7 @@ def fresh_compile(*, flag: bool = True) -> Iterator[None]:
         inductor.config.patch(
             efficient_conv_bn_eval_fx_passes=flag, fx_graph_cache=False, fx_graph_remote_cache=False
         ),
-        compat.functorch_config.patch(enable_autograd_cache=False),
+        inductor.functorch_config.patch(enable_autograd_cache=False),
     ):
         yield
     torch._dynamo.reset()
@@ -171,7 +195,7 @@ def assert_none_left(
 
 def assert_saved_at_most(fn: Callable[..., Any], *inputs: Any, nbytes: int) -> None:
     """Raise AssertionError if tune mode keeps more than ``nbytes`` new bytes for backward."""
-    kept = saved.saved_for_backward(fn, *inputs, mode="tune")
+    kept = saved_for_backward(fn, *inputs, mode="tune")
     if kept.new_bytes > nbytes:
         largest = sorted(kept.tensors, key=lambda t: -t.nbytes)[:10]
         lines = "\n".join(f"  {t.name} {t.shape} {t.dtype}: {t.nbytes:,}" for t in largest)
@@ -183,7 +207,7 @@ def assert_saved_at_most(fn: Callable[..., Any], *inputs: Any, nbytes: int) -> N
 
 def assert_saved_like_deploy(fn: Callable[..., Any], *inputs: Any) -> None:
     """Raise AssertionError if tune mode keeps more for backward than the merged model does."""
-    deploy = saved.saved_for_backward(fn, *inputs, mode="deploy")
+    deploy = saved_for_backward(fn, *inputs, mode="deploy")
     assert_saved_at_most(fn, *inputs, nbytes=deploy.new_bytes)
 
 

@@ -1,8 +1,8 @@
 """Run something as soon as a module is imported, and not import it for that.
 
 Importing Inductor takes seconds, and who imports this package may never compile. A finder in
-``sys.meta_path`` waits for the modules asked for, lets the others after it find them, and calls back
-once they are executed.
+``sys.meta_path`` waits for the modules asked for, lets the finders after it find them, and calls
+back once they are executed.
 """
 
 from __future__ import annotations

@@ -12,10 +12,9 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from .. import records
 from .._torch import registry
 from ..config import get_options
-from ..records import Record
+from ..records import Record, log, publish
 
 __all__ = ["Outcome", "Pass", "PassFailedWarning", "sources_hash"]
 
@@ -38,12 +37,15 @@ class Outcome:
 class Pass(registry.CustomGraphPass):
     """A graph pass of this package; does nothing while PyTorch's flag is False.
 
-    A subclass has a ``name``, the hook of Inductor's that calls it, and :meth:`run`. To add a
-    pass: a folder or file here, its class in ``passes.PASSES``.
+    A subclass has a ``name``, the ``hook`` of Inductor's that calls it, and :meth:`run`. To add a
+    pass: a folder or file here, its class in ``passes.PASSES``. Rewrites are counted in
+    ``torch._dynamo.utils.counters["inductor"]``, under ``convbn_inductor_pass_{name}`` and under
+    ``also_counted``.
     """
 
     name: ClassVar[str]
     hook: ClassVar[str]
+    also_counted: ClassVar[tuple[str, ...]] = ()
 
     def run(self, graph: fx.Graph) -> Outcome:
         """Rewrite ``graph`` in place. If it raises, what is done so far has to be right."""
@@ -52,7 +54,7 @@ class Pass(registry.CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         if not registry.is_enabled():
             return
-        debug = records.log.isEnabledFor(logging.DEBUG)
+        debug = log.isEnabledFor(logging.DEBUG)
         before = _code(graph) if debug else ""
         try:
             outcome = self.run(graph)
@@ -64,11 +66,11 @@ class Pass(registry.CustomGraphPass):
                 PassFailedWarning,
                 stacklevel=2,
             )
-            records.log.warning("%s failed and was skipped", self.name, exc_info=True)
+            log.warning("%s failed and was skipped", self.name, exc_info=True)
             return
         if debug and outcome.rewritten:
-            records.log.debug("before %s\n%s", self.name, before)
-            records.log.debug("after %s\n%s", self.name, _code(graph))
+            log.debug("before %s\n%s", self.name, before)
+            log.debug("after %s\n%s", self.name, _code(graph))
         self.report(outcome)
 
     def report(self, outcome: Outcome) -> None:
@@ -76,8 +78,9 @@ class Pass(registry.CustomGraphPass):
         from torch._dynamo.utils import counters
 
         if outcome.rewritten:
-            counters["inductor"][f"convbn_inductor_pass_{self.name}"] += outcome.rewritten
-        records.publish(outcome.records)
+            for name in (f"convbn_inductor_pass_{self.name}", *self.also_counted):
+                counters["inductor"][name] += outcome.rewritten
+        publish(outcome.records)
 
     def uuid(self) -> Any:
         """In Inductor's cache keys: the sources of all of the package, and the options."""

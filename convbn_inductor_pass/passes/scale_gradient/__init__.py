@@ -14,13 +14,15 @@ class ScaleGradientPass(Pass):
 
     name = "scale_gradient"
     hook = "joint_custom_pre_pass"
+    also_counted = ("efficient_conv_bn_eval",)  # PyTorch's counter of this flag
 
     def run(self, graph: fx.Graph) -> Outcome:
         # Here, because registering must not load a compiler.
         from ...config import get_options
-        from . import records, rewrite
         from .decide import decide
+        from .records import account
+        from .rewrite import apply
 
         decisions = decide(graph, get_options())
-        made = records.make_records(graph, decisions)
-        return Outcome(rewrite.apply(decisions, graph), made)
+        records = tuple(record for _, record in account(graph, decisions))
+        return Outcome(apply(decisions, graph), records)

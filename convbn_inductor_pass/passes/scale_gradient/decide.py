@@ -1,106 +1,157 @@
-"""Gradients of trainable scales from the weight gradient of the layer before them.
+"""Decide where gradients of per-channel scales are taken from a weight gradient.
 
-Before, in the backward of ``y = A * conv(x, W, b) + B`` whose scale A is trained, one number per
-channel in any spelling (a layer scale, a batch norm written by hand):
+Before, in the backward of ``y = A * conv(x, W, b) + B`` whose scale A is trained, one value per
+channel (a batch norm in eval mode in any spelling, a layer scale):
 
-    dA = sum(g * c)                       keeps the layer's output c = conv(x, W, b)
+    dA = sum(g * c)                       saves the layer's output c = conv(x, W, b)
     dx, dW, db = layer_backward(S * g, x, W)
 
 After, with ``sum(g) = sum of g over all but channels``:
 
     dx, dWg = layer_backward(g, x, S * W)         dW = S * dWg    db = S * sum(g)
-    sum(g * c) = <dWg, W> + b * sum(g)            c is not kept
+    sum(g * c) = <dWg, W> + b * sum(g)            c is not saved
 
-This is tune mode's gradient (``autograd``) for what is no batch norm to PyTorch. The graph is the
-joint one, of forward and backward in aten IR, in which nothing is written to and nothing aliases.
-What is rewritten is proven from the graph alone and owes nothing to how autograd made it:
+The graph is the joint one, of forward and backward in aten IR, in which nothing is written to and
+nothing aliases. What is rewritten is proven from the graph alone and owes nothing to how autograd
+made it (:mod:`find` reads it):
 
-* ``u = A * c + B``, a chain of steps that are affine per channel, read as for the kernel half;
+* ``u = A * c + B``, a chain of steps that are affine per channel;
 * ``h = T * g`` and ``dc = S * g`` with one ``g``: scalings per channel, casts, and moves;
-* in ``h * u`` each number of ``g`` meets that of ``c`` which it meets in the product that makes
-  the weight gradient: moves are compared, see :func:`scale_sums.arrangement`;
+* in ``h * u`` each element of ``g`` meets that of ``c`` which it meets in the product that makes
+  the weight gradient: moves are compared, see :func:`find.arrangement`;
 * ``sum(h * u)`` goes over all but the channels, or all. For each channel it is
   ``T * (A * sum(g * c) + B * sum(g))``.
 
-The forward's nodes stay. :mod:`scale_sums` finds, this file decides, :mod:`scales_rewrite`
-rewrites.
+The product rule spreads the gradient of A over what A is made of: the graph says how. Nothing is
+divided by a scale. The forward's nodes stay, so that its bits are eval mode's.
+
+Declines: see the rows of ``LEGALITY`` and ``PROFIT``. A row is a code and a function that returns a
+detail if it applies and None if not; the first that applies decides. To add a refusal: a member of
+:class:`~convbn_inductor_pass.codes.Code`, a row here, a test.
+
+Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.11624, section 3.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
-from GONE.decide import WEIGHT_PASSES
 from torch import fx
 
 from ..._torch import compat
-from ...codes import ScaleCode
+from ...codes import Code
 from ...config import Options
 from ...graph import affine, layers
 from ...graph.affine import AffineChain
 from ...graph.layers import Layer, tensor_of
-from ...graph.provenance import layer_path, module_path
+from ...graph.provenance import module_path
 from .find import (
+    Candidate,
     Path,
     Reduction,
     WeightGradient,
-    affine_values,
     arrangement,
     depending_on,
-    reductions_of,
+    find_candidates,
+    is_large,
+    is_move,
     scalings_to,
+    users_of,
     weight_gradients,
 )
 
-__all__ = ["ScaleDecision", "analyze"]
-
-aten = torch.ops.aten
+__all__ = ["Decision", "Match", "decide"]
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaleDecision:
-    """What was decided about the sums over one layer's output in backward.
+class Match:
+    """Sums over a layer's output that can be taken from one call that makes its weight gradient.
 
     Attributes:
-        g: the node that ``dc`` and the ``h`` of each sum are scalings of; None if there is none.
-        scaling: how ``dc`` is computed from ``g``; its ``dim`` is that of ``dc``.
-        scalings: the same for the ``h`` of each of ``reductions``.
+        gradient: that call.
+        g: the node that ``dc`` and the ``h`` of each sum are scalings of.
         g_dim: the dimension of ``g`` that is the channels.
+        scaling: how ``dc`` is computed from ``g``.
+        reductions: the sums.
+        scalings: how the ``h`` of each of them is computed from ``g``.
     """
 
-    layer: Layer
-    code: ScaleCode
+    gradient: WeightGradient
+    g: fx.Node
+    g_dim: int
+    scaling: Path
+    reductions: tuple[Reduction, ...]
+    scalings: tuple[Path, ...]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return (self.scaling, *self.scalings, *(r.affine for r in self.reductions))
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What was decided about the sums over one layer's output in backward.
+
+    ``match`` is None where there is none to be rewritten.
+    """
+
+    candidate: Candidate
+    code: Code
     detail: str = ""
-    reductions: tuple[Reduction, ...] = ()
-    gradient: WeightGradient | None = None
-    g: fx.Node | None = None
-    g_dim: int = 1
-    scaling: Path = dataclasses.field(default_factory=lambda: Path(1))
-    scalings: tuple[Path, ...] = ()
+    match: Match | None = None
+
+    @property
+    def layer(self) -> Layer:
+        return self.candidate.layer
 
 
-def analyze(graph: fx.Graph, options: Options) -> list[ScaleDecision]:
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """A candidate, and what the rows need to know."""
+
+    candidate: Candidate
+    options: Options
+    backward: set[fx.Node]
+    written: set[fx.Node]
+    claimed: set[fx.Node]
+
+    @property
+    def layer(self) -> Layer:
+        return self.candidate.layer
+
+    @functools.cached_property
+    def match(self) -> Match | None:
+        """The match of most sums, with a weight gradient that is wanted anyway if there is one."""
+        gradients = weight_gradients(self.candidate, self.backward)
+        found = [m for g in gradients if g.node not in self.claimed and (m := _match(self, g))]
+        return max(found, key=lambda m: (m.gradient.wanted, len(m.reductions)), default=None)
+
+    @property
+    def matched(self) -> Match:
+        if self.match is None:  # the row OTHER_GRADIENT comes first
+            raise AssertionError(f"no match for {self.layer.node}")
+        return self.match
+
+
+def decide(graph: fx.Graph, options: Options) -> list[Decision]:
     """Decide about every layer of a joint graph whose output backward sums over; only reads."""
     inputs = graph.find_nodes(op="placeholder")
     backward = depending_on([n for n in inputs if n.name.startswith("tangents_")])
     if not backward:
         return []
     written = depending_on(_written_inputs(graph))
-    decisions: list[ScaleDecision] = []
+    decisions: list[Decision] = []
     claimed: set[fx.Node] = set()
-    for node in graph.nodes:
-        layer = None if node in backward else layers.layer_of(node)
-        if layer is None:
-            continue
-        values = affine_values(layer, backward)
-        reductions = tuple(reductions_of(values, backward))
-        if reductions:
-            decision = _decide(layer, values, reductions, backward, claimed, written, options)
-            decisions.append(decision)
-            if decision.gradient is not None and decision.code.rewritten:
-                claimed.add(decision.gradient.node)
+    for candidate in find_candidates(graph, backward):
+        site = _Site(candidate, options, backward, written, claimed)
+        code, detail = next(_objections(site), (Code.FUSED, ""))
+        match = site.match if code is Code.FUSED else None
+        decisions.append(Decision(candidate, code, detail, match))
+        if match is not None and match.gradient.node is not None:
+            claimed.add(match.gradient.node)
     return decisions
 
 
@@ -110,96 +161,19 @@ def _written_inputs(graph: fx.Graph) -> list[fx.Node]:
     return [i for n in writes for i in n.all_input_nodes if i.op == "placeholder"]
 
 
-def _decide(
-    layer: Layer,
-    values: dict[fx.Node, Path],
-    reductions: tuple[Reduction, ...],
-    backward: set[fx.Node],
-    claimed: set[fx.Node],
-    written: set[fx.Node],
-    options: Options,
-) -> ScaleDecision:
-    whole = ScaleDecision(layer, ScaleCode.REWRITTEN, "", reductions)
-
-    def no(code: ScaleCode, detail: str = "") -> ScaleDecision:
-        return dataclasses.replace(whole, code=code, detail=detail)
-
-    steps = (s.node for r in reductions for s in r.affine.steps)
-    paths = (layer_path(layer.node), *map(module_path, steps))
-    if not options.permits(*paths):
-        return no(ScaleCode.DENIED, " and ".join(filter(None, dict.fromkeys(paths))))
-    gradients = [
-        g
-        for g in weight_gradients(layer, backward, frozen=options.fuse_frozen_layers)
-        if g.node not in claimed
-    ]
-    if not gradients:
-        return no(ScaleCode.LAYER_FROZEN)
-    matches = [m for g in gradients if (m := _match(whole, g, backward)) is not None]
-    if not matches:
-        return no(ScaleCode.OTHER_GRADIENT, str(layer.node))
-    whole = max(matches, key=lambda m: len(m.reductions))
-    needed = _needed_anyway(whole, values, backward)
-    if needed is not None:
-        return no(ScaleCode.NEEDED_ANYWAY, f"by {needed}")
-    if (used := _dtypes(whole)) - _DTYPES.get(layer.out.dtype, set()):
-        code = ScaleCode.UNSUPPORTED_DTYPE
-        if layer.out.dtype == torch.float16:
-            code = ScaleCode.FLOAT16_RANGE
-        return no(code, ", ".join(sorted(map(str, used))))
-    scalings = (whole.scaling, *whole.scalings, *(r.affine for r in whole.reductions))
-    if not all(affine.numbers_fit(AffineChain(layer, p.steps)) for p in scalings):
-        return no(ScaleCode.NUMBER_RANGE)
-    operands = [s.operand.node for p in scalings for s in p.steps if s.operand is not None]
-    if any(n in written for n in (layer.weight, layer.bias, *operands)):
-        return no(ScaleCode.WRITTEN)
-    weight = tensor_of(layer.weight)
-    sizes = [0 if t is None else compat.size_hint(t.numel()) for t in (weight, layer.out)]
-    if sizes[0] > sizes[1] and _source(layer.weight).op != "placeholder":
-        return no(ScaleCode.WEIGHT_COMPUTED, str(layer.weight))
-    if options.objective == "speed" and WEIGHT_PASSES * sizes[0] > sizes[1]:
-        return no(ScaleCode.LARGE_WEIGHT, f"{sizes[0]} numbers against {sizes[1]}")
-    return whole
+def _objections(site: _Site) -> Iterator[tuple[Code, str]]:
+    for code, applies in (*LEGALITY, *PROFIT):
+        detail = applies(site)
+        if detail is not None:
+            yield code, detail
 
 
-# What a layer's dtype may meet: in half precision, numbers per channel are float32 at most.
-_DTYPES = {
-    torch.float32: {torch.float32},
-    torch.bfloat16: {torch.bfloat16, torch.float32},
-    torch.float64: {torch.float64},
-}
-
-
-def _dtypes(decision: ScaleDecision) -> set[torch.dtype]:
-    layer = decision.layer
-    paths = (decision.scaling, *decision.scalings, *(r.affine for r in decision.reductions))
-    nodes = [layer.node, layer.input, layer.weight, decision.g]
-    nodes += [n for r in decision.reductions for n in (r.product, r.node)]
-    for step in (s for p in paths for s in p.steps):
-        nodes.append(step.node)
-        if step.reads_a_tensor:
-            nodes.append(step.operand.node)  # type: ignore[union-attr]
-    return {t.dtype for t in map(tensor_of, nodes) if t is not None}
-
-
-def _source(node: fx.Node) -> fx.Node:
-    """The tensor of which ``node`` is a view or a cast."""
-    while layers.is_cast(node) or compat.is_view(node.target):
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _match(
-    whole: ScaleDecision, gradient: WeightGradient, backward: set[fx.Node]
-) -> ScaleDecision | None:
-    """``whole`` with those reductions that are over scalings of what ``gradient`` is a scaling of.
-
-    None if there is no such reduction.
-    """
-    layer = whole.layer
+def _match(site: _Site, gradient: WeightGradient) -> Match | None:
+    """The sums over scalings of what ``gradient.dc`` is a scaling of; None if there is none."""
+    layer, backward = site.layer, site.backward
     to_dc = scalings_to(gradient.dc, layer.dim, backward)
     matched = []
-    for r in whole.reductions:
+    for r in site.candidate.reductions:
         to_h = scalings_to(r.h, r.affine.dim, backward)
         common = [
             n
@@ -210,52 +184,99 @@ def _match(
         ]
         if common:
             matched.append((r, to_h, common))
-    order = list(to_dc)  # from dc up
-    for g in order:
+    for g in to_dc:  # from dc up
         if matched and all(g in common for _, _, common in matched):
-            return dataclasses.replace(
-                whole,
-                reductions=tuple(r for r, _, _ in matched),
-                gradient=gradient,
-                g=g,
-                g_dim=to_dc[g].dim,
-                scaling=to_dc[g],
-                scalings=tuple(to_h[g] for _, to_h, _ in matched),
+            return Match(
+                gradient,
+                g,
+                to_dc[g].dim,
+                to_dc[g],
+                tuple(r for r, _, _ in matched),
+                tuple(to_h[g] for _, to_h, _ in matched),
             )
     return None
 
 
-def _needed_anyway(
-    decision: ScaleDecision, values: dict[fx.Node, Path], backward: set[fx.Node]
-) -> fx.Node | None:
-    """A call for which the layer's output is kept for backward, though it is not summed over.
+def _other_gradient(s: _Site) -> str | None:
+    return None if s.match is not None else str(s.layer.node)
+
+
+# What a layer's dtype may meet: in half precision, values per channel are float32 at most.
+_DTYPES = {
+    torch.float16: {torch.float16, torch.float32},
+    torch.bfloat16: {torch.bfloat16, torch.float32},
+    torch.float32: {torch.float32},
+    torch.float64: {torch.float64},
+}
+
+
+def _unsupported_dtype(s: _Site) -> str | None:
+    layer, match = s.layer, s.matched
+    nodes = [layer.node, layer.input, layer.weight, match.g]
+    nodes += [n for r in match.reductions for n in (r.product, r.node)]
+    for step in (step for p in match.paths for step in p.steps):
+        nodes.append(step.node)
+        if step.reads_a_tensor:
+            nodes.append(step.operand.node)  # type: ignore[union-attr]
+    used = {t.dtype for t in map(tensor_of, nodes) if t is not None}
+    if not used - _DTYPES.get(layer.out.dtype, set()):
+        return None
+    return f"{layer.node} computes in {layer.out.dtype}; used with {', '.join(map(str, used))}"
+
+
+def _constant_range(s: _Site) -> str | None:
+    chains = [AffineChain(s.layer, p.steps) for p in s.matched.paths]
+    return None if all(map(affine.constants_fit, chains)) else str(s.layer.node)
+
+
+def _input_mutated(s: _Site) -> str | None:
+    steps = [step for p in s.matched.paths for step in p.steps]
+    read = [s.layer.weight, s.layer.bias, *(o.node for step in steps if (o := step.operand))]
+    written = [n for n in read if n in s.written]
+    return f"{written[0]} is written to" if written else None
+
+
+def _denied(s: _Site) -> str | None:
+    steps = (step.node for r in s.matched.reductions for step in r.affine.steps)
+    paths = (module_path(s.layer.node), *map(module_path, steps))
+    return None if s.options.allows(*paths) else " and ".join(filter(None, dict.fromkeys(paths)))
+
+
+def _layer_frozen(s: _Site) -> str | None:
+    wanted = s.options.fuse_frozen_layers or s.matched.gradient.wanted
+    return None if wanted else f"weight of {s.layer.node}"
+
+
+def _saved_anyway(s: _Site) -> str | None:
+    """A call for which the layer's output is saved, though it is not summed over.
 
     Either one that needs the output itself, or what the sum is over, and is computed by a library;
-    or a pointwise one of what would be recomputed from the output: computed from it alone number by
-    number, and not from something that is kept for a reason of its own.
+    or a pointwise one of what would be recomputed from the output: computed from it alone element
+    by element, and not from something that is saved for a reason of its own.
     """
-    reasons = [_library_call(r, decision.layer, backward) for r in decision.reductions]
+    match, backward = s.matched, s.backward
+    reasons = [_library_call(r, s.layer, backward) for r in match.reductions]
     if all(reasons):
-        return reasons[0]
-    products = {r.product for r in decision.reductions}
-    size = compat.size_hint(decision.layer.out.numel())
-    seen = set(values)
-    pending = [n for n in values if not _is_kept(n, backward)]
+        return f"by {reasons[0]}"
+    products = {r.product for r in match.reductions}
+    size = compat.size_hint(s.layer.out.numel())
+    seen = set(s.candidate.values)
+    pending = [n for n in seen if not _is_saved(n, backward)]
     while pending:
         for user in pending.pop().users:
             tensor = tensor_of(user)
             if user in seen or user in products or tensor is None:
                 continue
-            if not (_is_move(user) or compat.is_pointwise(user.target)):
+            if not (is_move(user) or compat.is_pointwise(user.target)):
                 continue
             if user in backward:
-                if not _is_move(user):
-                    return user
+                if not is_move(user):
+                    return f"by {user}"
                 continue
             others = [n for n in user.all_input_nodes if n not in seen]
-            if tensor.dtype.is_floating_point and not any(_is_large(n, size) for n in others):
+            if tensor.dtype.is_floating_point and not any(is_large(n, size) for n in others):
                 seen.add(user)
-                if not _is_kept(user, backward):
+                if not _is_saved(user, backward):
                     pending.append(user)
     return None
 
@@ -263,35 +284,60 @@ def _needed_anyway(
 def _library_call(reduction: Reduction, layer: Layer, backward: set[fx.Node]) -> fx.Node | None:
     """A call in backward that is not pointwise and takes something from which ``u`` is computed."""
     for node in (layer.node, *(s.node for s in reduction.affine.steps)):
-        for user in _users(node):
+        for user in users_of(node):
             if user in backward and not compat.is_pointwise(user.target):
                 return user
     return None
 
 
-def _is_kept(node: fx.Node, backward: set[fx.Node]) -> bool:
+def _is_saved(node: fx.Node, backward: set[fx.Node]) -> bool:
     """Whether a value is an output, or needed in backward by a call that is not pointwise."""
-    while _is_move(node) and node not in backward:
+    while is_move(node) and node not in backward:
         node = node.all_input_nodes[0]
     return any(
         user.op == "output" or (user in backward and not compat.is_pointwise(user.target))
-        for user in _users(node)
+        for user in users_of(node)
     )
 
 
-def _is_move(node: fx.Node) -> bool:
-    return compat.is_view(node.target) or node.target is aten.clone.default
+def _weight_computed(s: _Site) -> str | None:
+    source = s.layer.weight
+    while layers.is_cast(source) or compat.is_view(source.target):
+        source = source.all_input_nodes[0]
+    is_larger = _numel(s.layer.weight) > _numel(s.layer.node)
+    return str(s.layer.weight) if is_larger and source.op != "placeholder" else None
 
 
-def _users(node: fx.Node) -> Iterator[fx.Node]:
-    """Users of ``node`` and of what only holds its numbers in another place."""
-    for user in node.users:
-        if _is_move(user):
-            yield from _users(user)
-        else:
-            yield user
+# What backward reads and writes of a weight's size, in weights: reads W, writes W'; reads dW'
+# and W, writes dW. It spares reading the layer's output once.
+_WEIGHT_PASSES = 5
 
 
-def _is_large(node: fx.Node, size: int) -> bool:
+def _large_weight(s: _Site) -> str | None:
+    weight, out = _numel(s.layer.weight), _numel(s.layer.node)
+    if s.options.objective != "speed" or _WEIGHT_PASSES * weight <= out:
+        return None
+    return f"{weight} elements against {out}"
+
+
+def _numel(node: fx.Node) -> int:
     tensor = tensor_of(node)
-    return tensor is not None and compat.size_hint(tensor.numel()) >= size
+    return 0 if tensor is None else compat.size_hint(tensor.numel())
+
+
+Row = tuple[Code, Callable[[_Site], "str | None"]]
+
+LEGALITY: tuple[Row, ...] = (
+    (Code.OTHER_GRADIENT, _other_gradient),
+    (Code.UNSUPPORTED_DTYPE, _unsupported_dtype),
+    (Code.CONSTANT_RANGE, _constant_range),
+    (Code.INPUT_MUTATED, _input_mutated),
+)
+
+PROFIT: tuple[Row, ...] = (
+    (Code.DENIED, _denied),
+    (Code.LAYER_FROZEN, _layer_frozen),
+    (Code.SAVED_ANYWAY, _saved_anyway),
+    (Code.WEIGHT_COMPUTED, _weight_computed),
+    (Code.LARGE_WEIGHT, _large_weight),
+)

@@ -1,6 +1,7 @@
-"""Find what :mod:`scales` decides about: sums over products, weight gradients, and scalings.
+"""Find layers whose output backward sums over, weight gradients, and scalings.
 
-Everything here reads a joint graph; nothing is judged or changed.
+Everything here reads a joint graph; nothing is judged or changed. :mod:`decide` has the algebra
+and the names.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..._torch import compat
 from ...graph import layers
 from ...graph.layers import Layer, Step, same_sizes, tensor_of
 
 __all__ = [
+    "Candidate",
     "Path",
     "Reduction",
     "WeightGradient",
-    "affine_values",
     "arrangement",
     "depending_on",
-    "reductions_of",
+    "find_candidates",
+    "is_large",
+    "is_move",
     "scalings_to",
+    "users_of",
     "weight_gradients",
 ]
 
@@ -61,15 +66,28 @@ class Reduction:
 
 @dataclasses.dataclass(frozen=True)
 class WeightGradient:
-    """A call that computes the gradient of a layer's weight from ``dc``.
+    """A call that computes the gradient of a layer's weight from ``dc``, or could.
 
     ``node`` is ``convolution_backward``, or ``mm`` of ``dc`` and the layer's input where one of
-    them is transposed; ``dc_first`` tells which: then the result is [C_out, C_in].
+    them is transposed; ``dc_first`` tells which: then the result is [C_out, C_in]. ``wanted`` is
+    False where the layer is frozen and the weight gradient is not computed: then ``node`` is
+    a ``convolution_backward`` for the input's gradient alone, or None, and ``dc`` the ``h`` of a
+    sum.
     """
 
-    node: fx.Node
+    node: fx.Node | None
     dc: fx.Node
     dc_first: bool = True
+    wanted: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A layer, what is computed of its output (see :func:`affine_values`), and sums over that."""
+
+    layer: Layer
+    values: dict[fx.Node, Path]
+    reductions: tuple[Reduction, ...]
 
 
 def depending_on(nodes: Sequence[fx.Node]) -> set[fx.Node]:
@@ -80,6 +98,17 @@ def depending_on(nodes: Sequence[fx.Node]) -> set[fx.Node]:
         found.update(new)
         pending += new
     return found
+
+
+def find_candidates(graph: fx.Graph, backward: set[fx.Node]) -> Iterator[Candidate]:
+    """Layers of the forward whose output ``backward`` sums over, in order."""
+    for node in graph.nodes:
+        layer = None if node in backward else layers.layer_of(node)
+        if layer is not None:
+            values = affine_values(layer, backward)
+            reductions = tuple(reductions_of(values, backward))
+            if reductions:
+                yield Candidate(layer, values, reductions)
 
 
 def affine_values(layer: Layer, backward: set[fx.Node]) -> dict[fx.Node, Path]:
@@ -161,22 +190,34 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
-def weight_gradients(
-    layer: Layer, backward: set[fx.Node], *, frozen: bool
-) -> Iterator[WeightGradient]:
-    """Calls that compute the gradient of the layer's weight from some ``dc``.
+def weight_gradients(candidate: Candidate, backward: set[fx.Node]) -> Iterator[WeightGradient]:
+    """Calls that compute the gradient of the layer's weight from some ``dc``, or could.
 
-    With ``frozen`` also ``convolution_backward`` that could compute it, but does not.
+    Where a layer is frozen none does. It could still be computed, from what is summed over.
     """
-    if layer.is_conv:
-        for user in layer.input.users:
-            if user.target is aten.convolution_backward.default and user.args[1] is layer.input:
-                args: Any = user.args
-                same = args[2] is layer.weight and args[4:10] == layer.node.args[3:9]
-                wanted = args[10][1] or frozen
-                if same and args[0] in backward and wanted:
-                    yield WeightGradient(user, args[0])
-        return
+    layer = candidate.layer
+    found = False
+    for gradient in (
+        _conv_gradients(layer, backward) if layer.is_conv else _products(layer, backward)
+    ):
+        found = True
+        yield gradient
+    if not found:
+        for reduction in candidate.reductions:
+            if _same_shape(reduction.h, layer.node):
+                yield WeightGradient(None, reduction.h, wanted=False)
+
+
+def _conv_gradients(layer: Layer, backward: set[fx.Node]) -> Iterator[WeightGradient]:
+    for user in layer.input.users:
+        if user.target is aten.convolution_backward.default and user.args[1] is layer.input:
+            args: Any = user.args
+            same = args[2] is layer.weight and args[4:10] == layer.node.args[3:9]
+            if same and args[0] in backward:
+                yield WeightGradient(user, args[0], wanted=bool(args[10][1]))
+
+
+def _products(layer: Layer, backward: set[fx.Node]) -> Iterator[WeightGradient]:
     for user in layer.input.users:
         if user.target is aten.mm.default and user.args[1] is layer.input:
             transposed: Any = user.args[0]
@@ -187,7 +228,7 @@ def weight_gradients(
                 is_product = product.target is aten.mm.default and product.args[0] is user
                 dc: Any = product.args[1]
                 if is_product and _is_dc(dc, layer, backward):
-                    yield WeightGradient(product, dc, False)
+                    yield WeightGradient(product, dc, dc_first=False)
 
 
 def _is_transpose(node: Any) -> bool:
@@ -255,3 +296,23 @@ def arrangement(*paths: Path) -> list[tuple[Any, ...]]:
             if not same_sizes(before, after):
                 moves.append(("view", before, after))
     return moves
+
+
+def is_move(node: fx.Node) -> bool:
+    """Whether ``node`` only holds the elements of its input in another place."""
+    return compat.is_view(node.target) or node.target is aten.clone.default
+
+
+def users_of(node: fx.Node) -> Iterator[fx.Node]:
+    """Users of ``node`` and of its moves."""
+    for user in node.users:
+        if is_move(user):
+            yield from users_of(user)
+        else:
+            yield user
+
+
+def is_large(node: fx.Node, size: int) -> bool:
+    """Whether ``node`` has at least ``size`` elements."""
+    tensor = tensor_of(node)
+    return tensor is not None and compat.size_hint(tensor.numel()) >= size

@@ -1,4 +1,13 @@
-"""Rewrite the joint graph as :mod:`scales` has decided; the formulas stand there."""
+"""Rewrite the joint graph as :mod:`decide` has decided; the algebra is there.
+
+In float16, ``g`` is first brought into the middle of the range by a power of two per channel, t:
+
+    dx, dWg' = layer_backward(t * g, x, S / t * W)         dW = S / t * dWg'
+    sum(g * c) = <dWg', W> / t + b * sum(g)
+
+``dWg`` is ``dW / S``: where S is small it leaves float16's range though eval mode's ``dW`` does
+not. :func:`_power_of_two` says how t is chosen.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +22,7 @@ from ...graph import affine
 from ...graph.builder import Builder, erase_unused
 from ...graph.layers import Step, same_sizes, tensor_of
 from ...graph.layout import Layout, views_onto_output_axis
-from .decide import ScaleDecision
+from .decide import Decision, Match
 
 __all__ = ["apply"]
 
@@ -21,97 +30,121 @@ aten = torch.ops.aten
 
 
 # What new calls say about where they come from: that of the call which makes the weight gradient.
-_KEPT = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "partitioner_tag")
+_PROVENANCE = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "partitioner_tag")
 
 
-def apply(decisions: list[ScaleDecision], graph: fx.Graph) -> int:
+def apply(decisions: list[Decision], graph: fx.Graph) -> int:
     """Rewrite the graph as decided; returns the number of layers whose output is not summed over.
 
     New calls stand before what they replace, and the graph is sorted in the end. No cycle can
     arise: what is replaced depends on a ``g`` each, and all else that is read depends on no
     gradient.
     """
-    wanted = [d for d in decisions if d.code.rewritten]
-    if not wanted:
-        return 0
     order = {node: i for i, node in enumerate(graph.nodes)}
-    wanted.sort(key=lambda d: order[d.gradient.node])  # type: ignore[union-attr]
+    wanted = [(_place(d.match, order), d, d.match) for d in decisions if d.match is not None]
+    wanted.sort(key=lambda w: order[w[0]])
     build = Builder(graph)
     unused: list[fx.Node] = []
     try:
-        for decision in wanted:
-            places = [decision.gradient.node, *(r.node for r in decision.reductions)]  # type: ignore[union-attr]
-            before = min(places, key=order.__getitem__)
+        for place, decision, match in wanted:
             with (
-                graph.inserting_before(before),
+                graph.inserting_before(place),
                 compat.fake_mode_of(decision.layer.out),
                 compat.plain_dispatch(),
             ):
-                build.meta = {k: v for k, v in places[0].meta.items() if k in _KEPT}
-                unused += _Rewriting(decision, build).replace()
+                source = match.gradient.node or place
+                build.meta = {k: v for k, v in source.meta.items() if k in _PROVENANCE}
+                unused += _Rewriting(decision, match, build).replace()
     finally:
         # If one fails, too: what was replaced so far is right, but may use what stands later.
         for node in unused:
             erase_unused(node)
-        inductor.sort_graph(graph)
+        if wanted:
+            inductor.sort_graph(graph)
     return len(wanted)
+
+
+def _place(match: Match, order: dict[fx.Node, int]) -> fx.Node:
+    """The first of the calls that are replaced."""
+    replaced = [r.node for r in match.reductions]
+    if match.gradient.node is not None:
+        replaced.append(match.gradient.node)
+    return min(replaced, key=order.__getitem__)
 
 
 class _Rewriting:
     """The new calls for one decision."""
 
-    def __init__(self, decision: ScaleDecision, build: Builder) -> None:
-        if decision.gradient is None or decision.g is None:
-            raise AssertionError(f"nothing to rewrite for {decision.layer.node}")
-        self.decision, self.build = decision, build
-        self.layer, self.gradient = decision.layer, decision.gradient
-        self.g = decision.g
+    def __init__(self, decision: Decision, match: Match, build: Builder) -> None:
+        self.match, self.build = match, build
+        self.layer, self.gradient, self.g = decision.layer, match.gradient, match.g
         self.replaced: list[fx.Node] = []
         self.wide = affine.wide_dtype(self.layer)
-        self.scale = affine.emit_scale(self.layer, decision.scaling.steps, build)
-        dims = [d for d in range(_tensor(self.g).ndim) if d != decision.g_dim]
-        self.sum_g = lambda: build.call(aten.sum.dim_IntList, self.g, dims, False, dtype=self.wide)
+        self.dims = [d for d in range(_tensor(self.g).ndim) if d != match.g_dim]
+        self.scale = affine.emit_scale(self.layer, match.scaling.steps, build)
+        self.power: fx.Node | None = None  # t
+        self.on_weight = self.scale  # S / t
+        if _tensor(self.gradient.dc).dtype == torch.float16:
+            self.power = self._power_of_two()
+            inverse = self._call(aten.reciprocal.default, self.power)
+            self.on_weight = self._times(inverse, self.scale)
 
     def replace(self) -> list[fx.Node]:
         """Put the new calls in the place of the old ones, and return those."""
         compute = self._convolution if self.layer.is_conv else self._matmul
-        weight_gradient = compute()
-        inner = self._inner_product(weight_gradient)
-        for reduction, path in zip(self.decision.reductions, self.decision.scalings, strict=True):
+        inner = self._inner_product(compute())
+        if self.power is not None:
+            inner = self._call(aten.div.Tensor, inner, self.power)
+        for reduction, path in zip(self.match.reductions, self.match.scalings, strict=True):
             value = self._times(
                 inner, affine.emit_scale(self.layer, reduction.affine.steps, self.build)
             )
             shift = affine.emit_shift(self.layer, reduction.affine.steps, self.build)
             if shift is not None:
-                value = self._call(aten.add.Tensor, value, self._times(self.sum_g(), shift))
+                value = self._call(aten.add.Tensor, value, self._times(self._sum_g(), shift))
             value = self._times(value, affine.emit_scale(self.layer, path.steps, self.build))
             if reduction.total:
                 value = self._call(aten.sum.dim_IntList, value, [0], False)
             self._replace(reduction.node, value)
         return self.replaced
 
+    def _sum_g(self) -> fx.Node:
+        return self._call(aten.sum.dim_IntList, self.g, self.dims, False, dtype=self.wide)
+
+    def _power_of_two(self) -> fx.Node:
+        """t [C]: the power of two for which ``max(abs(t * g))`` of a channel is in (2**-5, 2**-4].
+
+        There the sums of ``layer_backward`` neither overflow nor lose bits to denormals. Finite
+        where a channel of ``g`` is all zero.
+        """
+        magnitude = self._call(aten.abs.default, self.build.cast(self.g, self.wide))
+        largest = self._call(aten.amax.default, magnitude, self.dims)
+        exponent = self._call(
+            aten.log2.default, self._call(aten.clamp_min.default, largest, 2.0**-100)
+        )
+        exponent = self._call(aten.add.Tensor, self._call(aten.neg.default, exponent), -4)
+        return self._call(aten.exp2.default, self._call(aten.floor.default, exponent))
+
     def _convolution(self) -> fx.Node:
         """Replace the results of ``convolution_backward``; returns the gradient for ``g``."""
-        node = self.gradient.node
-        args: Any = node.args
-        need_dx, _, need_db = args[10]
-        weight = (
-            self._scaled(self.layer.weight, self.scale, self.layer.layout) if need_dx else args[2]
-        )
+        node, x, weight = self.gradient.node, self.layer.input, self.layer.weight
+        mask: Any = [False, False, False] if node is None else node.args[10]
+        if mask[0]:
+            weight = self._scaled(weight, self.on_weight, self.layer.layout)
         new = self._call(
             aten.convolution_backward.default,
-            *(self._arranged_g(), args[1], weight, None),
-            *(*args[4:10], [need_dx, True, False]),
+            *(self._arranged_g(), x, weight, None),
+            *(*self.layer.node.args[3:9], [mask[0], True, False]),
         )
         dw = self._call(operator.getitem, new, 1)
-        for user in list(node.users):
+        for user in [] if node is None else list(node.users):
             index = user.args[1]
-            if index == 0 and need_dx:
+            if index == 0 and mask[0]:
                 self._replace(user, self._call(operator.getitem, new, 0))
-            elif index == 1 and args[10][1]:
-                self._replace(user, self._scaled(dw, self.scale, self.layer.layout))
-            elif index == 2 and need_db:
-                self._replace(user, self._times(self.sum_g(), self.scale))
+            elif index == 1 and mask[1]:
+                self._replace(user, self._scaled(dw, self.on_weight, self.layer.layout))
+            elif index == 2 and mask[2]:
+                self._replace(user, self._times(self._sum_g(), self.scale))
             else:
                 self.replaced.append(user)  # of a result that is not computed
         return dw
@@ -121,7 +154,9 @@ class _Rewriting:
         g, x = self._arranged_g(), self.layer.input
         transposed = self._call(aten.permute.default, g, [1, 0])
         dw = self._call(aten.mm.default, transposed, x)
-        scaled = self._scaled(dw, self.scale, Layout())
+        if self.gradient.node is None:
+            return dw
+        scaled = self._scaled(dw, self.on_weight, Layout())
         if not self.gradient.dc_first:
             scaled = self._call(aten.permute.default, scaled, [1, 0])
         self._replace(self.gradient.node, scaled)
@@ -132,14 +167,20 @@ class _Rewriting:
             if is_product and user.users:
                 by: Any = user.args[1]
                 if same_sizes(_tensor(by).shape, (size[1], size[0])):
-                    by = self._scaled(by, self.scale, Layout())
+                    by = self._scaled(by, self.on_weight, Layout())
                     self._replace(user, self._call(aten.mm.default, g, by))
         return dw
 
     def _arranged_g(self) -> fx.Node:
-        """``g`` with its numbers where ``dc`` has them, and in its dtype."""
-        node = self.build.cast(self.build.current(self.g), _tensor(self.gradient.dc).dtype)
-        for step in self.decision.scaling.steps:
+        """``g``, times t in float16, with its elements where ``dc`` has them, and in its dtype."""
+        node = self.build.current(self.g)
+        if self.power is not None:
+            sizes = [1] * _tensor(node).ndim
+            sizes[self.match.g_dim] = -1
+            power = self._call(aten.reshape.default, self.power, sizes)
+            node = self._call(aten.mul.Tensor, self.build.cast(node, self.wide), power)
+        node = self.build.cast(node, _tensor(self.gradient.dc).dtype)
+        for step in self.match.scaling.steps:
             if step.kind == "move":
                 node = self._move(step, node)
         return node

@@ -1,0 +1,62 @@
+"""Deploy mode in Dynamo's graph, to measure by: what can tune mode's bytes be compared with?
+
+Each convolution or linear layer with an eval-mode batch norm after it becomes one layer with
+trainable weight and bias. Only shapes count here: the merged weight has the layer's shape, and the
+merged bias that of the batch norm's. Nothing of this runs in a user's compilation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from .eager.calls import BATCH_NORMS, LAYERS
+
+__all__ = ["merge_pairs"]
+
+# What may be between the two: it moves elements, or does nothing in eval mode.
+_BETWEEN = {"flatten", "reshape", "view", "contiguous", "to", "dropout", "dropout2d"}
+
+
+def merge_pairs(graph: fx.Graph) -> int:
+    """Merge the pairs of a graph in torch IR in place; returns how many."""
+    merged = 0
+    for norm in list(graph.nodes):
+        names = BATCH_NORMS.get(norm.target) if norm.op == "call_function" else None
+        if names is None:
+            continue
+        bn = _bound(names, norm)
+        layer = _layer_before(bn["input"], norm)
+        running = bn.get("running_mean")
+        if layer is None or bn.get("training", False) or not isinstance(running, fx.Node):
+            continue
+        _give_bias(layer, bn.get("bias") or running)
+        norm.replace_all_uses_with(bn["input"])
+        graph.erase_node(norm)
+        merged += 1
+    return merged
+
+
+def _bound(names: tuple[str, ...], node: fx.Node) -> dict[str, Any]:
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _layer_before(node: Any, user: fx.Node) -> fx.Node | None:
+    """The layer whose output reaches ``user`` and nothing else."""
+    while isinstance(node, fx.Node) and set(node.users) == {user}:
+        if node.op == "call_function" and node.target in LAYERS:
+            return node
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        if name not in _BETWEEN:
+            return None
+        node, user = node.args[0], node
+    return None
+
+
+def _give_bias(layer: fx.Node, bias: fx.Node) -> None:
+    names, _, _ = LAYERS[layer.target]
+    bound = _bound(names, layer)
+    if bound.get("bias") is None:
+        layer.args = ()
+        layer.kwargs = {**bound, "bias": bias}

@@ -1,0 +1,83 @@
+"""Records of what was decided: one for each batch norm call, one for each other scale."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..._torch import compat
+from ...codes import Code
+from ...graph.layers import Layer, tensor_of
+from ...graph.provenance import name_of, source_line
+from ...records import Kind, Record
+from .batch_norms import BatchNormCall, find_batch_norms, subgraphs_of
+from .decide import Decision
+from .find import depending_on
+
+__all__ = ["NamedRecord", "account"]
+
+NamedRecord = tuple[str, Record]
+"""The name of the layer's node, "" if there is no layer, and the record."""
+
+
+def account(graph: fx.Graph, decisions: list[Decision]) -> list[NamedRecord]:
+    """Records of all decisions about ``graph``; call it before they are applied."""
+    if not _is_outermost(graph):
+        return []  # accounted for where it is called
+    tangents = [n for n in graph.find_nodes(op="placeholder") if n.name.startswith("tangents_")]
+    backward = depending_on(tangents)
+    by_layer = {d.layer.node: d for d in decisions}
+    found: list[NamedRecord] = []
+    of_batch_norms: set[fx.Node] = set()
+    for bn in find_batch_norms(graph, backward):
+        decision = None if bn.layer is None else by_layer.get(bn.layer.node)
+        if decision is not None and not bn.trains:
+            of_batch_norms.add(decision.layer.node)
+        code, detail = _code(bn, decision, bool(tangents))
+        found.append(_record("batch norm", bn.layer, code, detail, bn.node))
+    found += [
+        _record("scale", d.layer, d.code, d.detail, d.layer.node)
+        for d in decisions
+        if d.layer.node not in of_batch_norms
+    ]
+    for inner in subgraphs_of(graph):
+        for bn in find_batch_norms(inner, set()):
+            code = Code.BATCH_STATISTICS if bn.trains else Code.INSIDE_HIGHER_ORDER_OP
+            found.append(_record("batch norm", bn.layer, code, "", bn.node))
+    return found
+
+
+def _is_outermost(graph: fx.Graph) -> bool:
+    """Whether AOTAutograd made ``graph``, which describes what its inputs are."""
+    return any("desc" in n.meta for n in graph.nodes if n.op in ("placeholder", "output"))
+
+
+def _code(bn: BatchNormCall, decision: Decision | None, trained: bool) -> tuple[Code, str]:
+    if bn.trains:
+        return Code.BATCH_STATISTICS, ""
+    if decision is not None:
+        return decision.code, decision.detail
+    if bn.layer is None and bn.input.op == "placeholder":
+        return Code.LAYER_IN_ANOTHER_GRAPH, f"{bn.input} is an input of the graph"
+    if bn.layer is None:
+        return Code.NOT_AFTER_LAYER, f"it follows {bn.input}"
+    if not trained:
+        return Code.NO_GRAD, ""
+    return Code.AFFINE_FROZEN, ""
+
+
+def _record(kind: Kind, layer: Layer | None, code: Code, detail: str, at: fx.Node) -> NamedRecord:
+    out = None if layer is None else tensor_of(layer.node)
+    size = 0 if out is None else compat.size_hint(out.numel()) * out.element_size()
+    record = Record(
+        pass_name="scale_gradient",
+        kind=kind,
+        code=code,
+        detail=detail,
+        layer="" if layer is None else name_of(layer.node),
+        batch_norm=name_of(at) if kind == "batch norm" else "",
+        source=source_line(at),
+        output_shape=() if out is None else compat.shape_of(out),
+        output_bytes=size,
+        bytes_saved=size if code is Code.FUSED else 0,
+    )
+    return ("" if layer is None else layer.node.name), record
