@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.fx_passes.freezing_patterns import binary_folding_pass
 
 import convbn_inductor_pass as cbn
-from passes.post_grad import fresh_compile
+from convbn_inductor_pass import testing
 
 
 def transposed(c_out: int = 4, groups: int = 1, spatial: int = 2) -> nn.Module:
@@ -64,7 +64,7 @@ class Cases(nn.Module):
 
 def frozen(model, *inputs, **config):
     config = torch._inductor.config.patch(freezing=True, **config)
-    with fresh_compile(), torch.no_grad(), config:
+    with testing.fresh_compile(), torch.no_grad(), config:
         return torch.compile(model)(*inputs)
 
 

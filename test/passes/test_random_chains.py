@@ -21,8 +21,8 @@ from random_graphs import RandomFunction
 from torch import Tensor
 
 import convbn_inductor_pass as cbn
+from convbn_inductor_pass import testing
 from convbn_inductor_pass._torch import inductor
-from passes.post_grad import fresh_compile, outputs_and_gradients, post_grad_backend
 from passes.random_chains import random_chains
 
 INDUCTOR = bool(os.environ.get("CONVBN_FUZZ_INDUCTOR"))
@@ -40,19 +40,21 @@ def run(
     """
     arguments = function.arguments()
     fn = function.function()
-    backend: Any = "inductor" if INDUCTOR else post_grad_backend()
+    backend: Any = "inductor" if INDUCTOR else testing.post_grad_backend()
     grad = any(t.requires_grad for t in arguments.values())
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=function.ambient_autocast)
     with contextlib.ExitStack() as stack:
         if forward:
-            stack.enter_context(fresh_compile(flag=flag))
+            stack.enter_context(testing.fresh_compile(flag=flag))
             stack.enter_context(cbn.options(forward=forward))
             fn = torch.compile(fn, backend=backend, dynamic=function.dynamic)
         stack.enter_context(autocast)
         stack.enter_context(torch.set_grad_enabled(grad))
         leaves = {n: t for n, t in arguments.items() if t.requires_grad}
         if grad:
-            outputs, gradients = outputs_and_gradients(lambda: fn(*arguments.values()), leaves)
+            outputs, gradients = testing.outputs_and_gradients(
+                lambda: fn(*arguments.values()), leaves, ()
+            )
         else:
             outputs, gradients = [t.clone() for t in fn(*arguments.values())], {}
             for tensor in {id(t): t for t in arguments.values() if t.is_floating_point()}.values():

@@ -14,14 +14,18 @@ tables of :mod:`decide`. Phases: :mod:`find`, :mod:`decide`, :mod:`rewrite`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from ...config import get_options
+from ...config import Options, get_options
+from ...records import Record
 from ..base import Outcome, Pass
 
-__all__ = ["ForwardFoldingPass"]
+if TYPE_CHECKING:
+    from .decide import Decision
+
+__all__ = ["ForwardFoldingPass", "make_records"]
 
 
 class ForwardFoldingPass(Pass):
@@ -34,15 +38,11 @@ class ForwardFoldingPass(Pass):
         options = get_options()
         if options.forward == "exact":
             return Outcome(0)
-        # Here, because registering must not load a compiler.
-        from .decide import Context, decide
-        from .find import find_candidates
-        from .records import make_records
+        from .records import records_of
         from .rewrite import rewrite
 
-        context = Context.of(graph, options)
-        decisions = [decide(c, context) for c in find_candidates(graph)]
-        records = make_records(decisions)
+        decisions = _decide(graph, options)
+        records = records_of(decisions)
         folded = [d.candidate for d in decisions if d.code.rewritten]
         if folded:
             rewrite(graph, folded)
@@ -53,3 +53,19 @@ class ForwardFoldingPass(Pass):
         from ..._torch import inductor
 
         return f"{super().uuid()} {inductor.library_settings()}"
+
+
+def make_records(graph: fx.Graph, options: Options) -> tuple[Record, ...]:
+    """What the pass would decide about ``graph``, in aten IR; changes nothing."""
+    from .records import records_of
+
+    return records_of(_decide(graph, options))
+
+
+def _decide(graph: fx.Graph, options: Options) -> list[Decision]:
+    # Here, because registering must not load a compiler.
+    from .decide import Context, decide
+    from .find import find_candidates
+
+    context = Context.of(graph, options)
+    return [decide(candidate, context) for candidate in find_candidates(graph)]

@@ -10,10 +10,10 @@ from ...records import Record
 from . import kernels
 from .decide import Decision
 
-__all__ = ["make_records"]
+__all__ = ["records_of"]
 
 
-def make_records(decisions: Iterable[Decision]) -> tuple[Record, ...]:
+def records_of(decisions: Iterable[Decision]) -> tuple[Record, ...]:
     """A record for each decision; call it before the graph is rewritten."""
     return tuple(map(_record, decisions))
 

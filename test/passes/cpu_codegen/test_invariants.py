@@ -11,9 +11,9 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import convbn_inductor_pass as cbn
+from convbn_inductor_pass import testing
 from convbn_inductor_pass._torch import inductor
 from convbn_inductor_pass.passes.cpu_codegen import invariants
-from passes.post_grad import fresh_compile
 
 aten = torch.ops.aten
 
@@ -158,7 +158,7 @@ def test_same_bits(trains, autocast, dynamic, forward, counted, monkeypatch):
 
     def step():
         mine = copy.deepcopy(model)
-        with fresh_compile(), cbn.options(forward=forward), torch.set_grad_enabled(trains):
+        with testing.fresh_compile(), cbn.options(forward=forward), torch.set_grad_enabled(trains):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 out = torch.compile(mine)(x)
             if trains:
@@ -186,7 +186,7 @@ def test_written_to_between_and_returned(counted):
     x, (var,) = maps(), vectors(1)
     expected_var = var.clone()
     expected = fn(x, expected_var)
-    with fresh_compile(), torch.no_grad():
+    with testing.fresh_compile(), torch.no_grad():
         out = torch.compile(fn)(x, var)
     assert counted == [2]
     torch.testing.assert_close((*out, var), (*expected, expected_var))
@@ -213,7 +213,7 @@ def test_the_loop_over_pixels_has_no_root():
     model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)).eval(), maps(2, 3, 40)
     around = {}
     for flag in (True, False):
-        with fresh_compile(flag=flag), torch.no_grad():
+        with testing.fresh_compile(flag=flag), torch.no_grad():
             _, (code,) = run_and_get_code(torch.compile(model), x)
         around[flag] = loops_around("sqrt(", code)
     assert max(around[True]) == 1 < max(around[False])

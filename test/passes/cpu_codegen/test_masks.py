@@ -11,8 +11,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import convbn_inductor_pass as cbn
+from convbn_inductor_pass import testing
 from convbn_inductor_pass.passes.cpu_codegen import masks
-from passes.post_grad import fresh_compile
 
 aten = torch.ops.aten
 
@@ -44,7 +44,7 @@ def step(model, x, *, dynamic=False, forward="exact"):
         saved.append(tensor.detach().clone())
         return tensor
 
-    with fresh_compile(), cbn.options(forward=forward):
+    with testing.fresh_compile(), cbn.options(forward=forward):
         compiled = torch.compile(model, dynamic=dynamic)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             out = compiled(x)

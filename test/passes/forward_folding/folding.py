@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import Record
+from convbn_inductor_pass import Record, testing
 from convbn_inductor_pass._torch import inductor
-from passes.post_grad import fresh_compile, post_grad_backend
+from convbn_inductor_pass.passes import Outcome
+from convbn_inductor_pass.passes.forward_folding import ForwardFoldingPass
 
 __all__ = [
     "Frozen",
@@ -40,35 +42,36 @@ def layer_records() -> list[Record]:
 def folded(
     fn: Callable[..., Any], *inputs: Any, forward: str = "fold", grad: bool = False, **options: Any
 ) -> tuple[Any, list[Record]]:
-    """Outputs with forward folding, and its records; no code is generated.
-
-    A graph in which every layer is refused has to be as it was.
-    """
-    cbn.clear_records()
-    graphs: list[tuple[str, str]] = []
-
-    def before(graph: fx.Graph) -> None:
-        graphs.append((str(graph), ""))
-
-    def after(graph: fx.Graph) -> None:
-        graphs[-1] = graphs[-1][0], str(graph)
-
-    with fresh_compile(), cbn.options(forward=forward):
-        backend = post_grad_backend(after, before)
-        out = torch.compile(fn, backend=backend, **options)
-        with torch.set_grad_enabled(grad):
-            out = out(*inputs)
-    records = layer_records()
-    if not any(r.code.rewritten for r in records):
-        assert all(a == b for a, b in graphs)
-    return out, records
+    """Outputs with forward folding, and its records; no code is generated."""
+    options["backend"] = testing.post_grad_backend()
+    return _run(fn, inputs, forward, grad, options)
 
 
 def compiled(fn: Callable[..., Any], *inputs: Any, **options: Any) -> tuple[Any, list[Record]]:
     """The same through Inductor."""
+    return _run(fn, inputs, "fold", False, options)
+
+
+def _run(
+    fn: Callable[..., Any], inputs: Any, forward: str, grad: bool, options: dict[str, Any]
+) -> tuple[Any, list[Record]]:
+    run, consistent = ForwardFoldingPass.run, []
+
+    def checked(self: ForwardFoldingPass, graph: fx.Graph) -> Outcome:
+        before = str(graph)
+        outcome = run(self, graph)
+        consistent.append((str(graph) != before) == (outcome.rewritten > 0))
+        return outcome
+
     cbn.clear_records()
-    with fresh_compile(), cbn.options(forward="fold"), torch.no_grad():
+    with (
+        testing.fresh_compile(),
+        cbn.options(forward=forward),
+        torch.set_grad_enabled(grad),
+        mock.patch.object(ForwardFoldingPass, "run", checked),
+    ):
         out = torch.compile(fn, **options)(*inputs)
+    assert all(consistent), "a graph was changed though every layer was refused, or the reverse"
     return out, layer_records()
 
 

@@ -9,8 +9,8 @@ from common import spread_statistics
 from torch import nn
 
 import convbn_inductor_pass as cbn
+from convbn_inductor_pass import testing
 from passes.forward_folding.folding import Frozen, assert_folded_right, codes, folded
-from passes.post_grad import fresh_compile, post_grad_backend
 
 FORMS = (
     "functional", "torchvision", "written", "reversed", "addcmul", "expanded", "constants",
@@ -80,8 +80,8 @@ class SharedHead(nn.Module):
 def test_a_shared_head_scales_its_weight_once():
     torch.manual_seed(0)
     graphs = []
-    with fresh_compile(), cbn.options(forward="fold"), torch.no_grad():
-        backend = post_grad_backend(on_graph=graphs.append)
+    with testing.fresh_compile(), cbn.options(forward="fold"), torch.no_grad():
+        backend = testing.post_grad_backend(on_graph=graphs.append)
         torch.compile(SharedHead().eval(), backend=backend)(torch.randn(1, 4, 8, 8))
     (graph,) = graphs
     scaled = [

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import convbn_inductor_pass as cbn
+from convbn_inductor_pass import testing
 from convbn_inductor_pass._torch import registry
 from passes.forward_folding.folding import codes, compiled, folded, layer_records, needs_onednn
-from passes.post_grad import HOOK, fresh_compile, outputs_and_gradients, post_grad_backend
 
 
 class Features(nn.Module):
@@ -36,7 +36,7 @@ def test_strides_of_outputs(fmt):
     torch.manual_seed(0)
     model = Features().eval().to(memory_format=fmt)
     x = torch.randn(2, 3, 8, 8).to(memory_format=fmt)
-    with fresh_compile(), torch.no_grad():
+    with testing.fresh_compile(), torch.no_grad():
         exact = torch.compile(model)(x)
     out, records = compiled(model, x)
     assert {r.layer: r.code.name for r in records} == {"conv": "VIEW_RETURNED", "down": "FOLDED"}
@@ -75,7 +75,7 @@ def test_residual_network(fmt):
     torch.manual_seed(0)
     model = Residual().eval().to(memory_format=fmt)
     x = torch.randn(2, 3, 8, 8).to(memory_format=fmt)
-    with fresh_compile(), torch.no_grad():
+    with testing.fresh_compile(), torch.no_grad():
         expected = torch.compile(model)(x)
     counters.clear()
     out, records = compiled(model, x)
@@ -95,7 +95,7 @@ def test_autocast(size):
     for forward in ("exact", "fold"):
         cbn.clear_records()
         autocast = torch.autocast("cpu", torch.bfloat16)
-        with fresh_compile(), cbn.options(forward=forward), autocast, torch.no_grad():
+        with testing.fresh_compile(), cbn.options(forward=forward), autocast, torch.no_grad():
             outputs[forward] = torch.compile(model)(x)
     assert codes(layer_records()) == ["FOLDED"] * Residual.pairs
     assert outputs["fold"].dtype == outputs["exact"].dtype
@@ -110,11 +110,11 @@ def test_training():
     torch.manual_seed(0)
     model, x = Residual().eval(), torch.randn(4, 3, 8, 8)
     exact = copy.deepcopy(model).double()
-    reference = outputs_and_gradients(lambda: (exact(x.double()),), dict(exact.named_parameters()))
+    reference = testing.outputs_and_gradients(exact, dict(exact.named_parameters()), (x.double(),))
     cbn.clear_records()
-    with fresh_compile(), cbn.options(forward="fold"):
+    with testing.fresh_compile(), cbn.options(forward="fold"):
         mine = torch.compile(model)
-        got = outputs_and_gradients(lambda: (mine(x),), dict(model.named_parameters()))
+        got = testing.outputs_and_gradients(mine, dict(model.named_parameters()), (x,))
     assert codes(layer_records()) == ["FOLDED"] * Residual.pairs
     for name, gradient in reference[1].items():
         error = (got[1][name].double() - gradient).abs().max() / gradient.abs().max()
@@ -124,8 +124,8 @@ def test_training():
 def test_dynamic_batch():
     torch.manual_seed(0)
     model = Residual().eval()
-    with fresh_compile(), cbn.options(forward="fold"), torch.no_grad():
-        mine = torch.compile(model, backend=post_grad_backend(), dynamic=True)
+    with testing.fresh_compile(), cbn.options(forward="fold"), torch.no_grad():
+        mine = torch.compile(model, backend=testing.post_grad_backend(), dynamic=True)
         for batch in (3, 5, 2):
             x = torch.randn(batch, 3, 8, 8)
             torch.testing.assert_close(mine(x), model(x), rtol=1e-4, atol=1e-5)
@@ -161,7 +161,7 @@ def test_metadata_of_what_depends_on_a_folded_layer(through_inductor):
         return z.relu(), y.transpose(2, 3).cos(), F.max_pool2d(y, 2, return_indices=True)[0].exp()
 
     run = compiled if through_inductor else folded
-    with registry.passes_added(HOOK, check):
+    with registry.passes_added("post_grad_custom_pre_pass", check):
         out, _ = run(fn, x, v, w, s)
     torch.testing.assert_close(out, fn(x, v, w, s))
     assert sum(stride == (256, 1, 32, 4) for stride in seen) >= 5  # the layers' and their users'

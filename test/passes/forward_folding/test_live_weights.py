@@ -11,8 +11,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import convbn_inductor_pass as cbn
+from convbn_inductor_pass import testing
 from passes.forward_folding.folding import codes, layer_records
-from passes.post_grad import fresh_compile
 
 LAYERS = 3
 
@@ -77,7 +77,7 @@ def test_every_edit_shows_in_the_next_call(forward, context):
     model, x = make_model(), torch.randn(2, 3, 24, 24)
     counters.clear()
     cbn.clear_records()
-    with fresh_compile(), cbn.options(forward=forward):
+    with testing.fresh_compile(), cbn.options(forward=forward):
         compiled = torch.compile(model)
         with context():
             before = compiled(x).clone()
@@ -98,7 +98,7 @@ def test_training_follows_the_optimizer():
     twin = copy.deepcopy(model)
     cbn.clear_records()
     losses = []
-    with fresh_compile(), cbn.options(forward="fold"):
+    with testing.fresh_compile(), cbn.options(forward="fold"):
         for forward, parameters in (
             (torch.compile(model), model.parameters()),
             (twin, twin.parameters()),
@@ -119,7 +119,7 @@ def test_training_follows_the_optimizer():
 def test_freezing_goes_stale():
     """What folding live weights is for. (Constants that needed no folding may even be live.)"""
     model, x = make_model(), torch.randn(2, 3, 24, 24)
-    with fresh_compile(), torch._inductor.config.patch(freezing=True):
+    with testing.fresh_compile(), torch._inductor.config.patch(freezing=True):
         compiled = torch.compile(model)
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)

@@ -9,11 +9,11 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
 import convbn_inductor_pass as cbn
+from convbn_inductor_pass import testing
 from convbn_inductor_pass.graph.affine import find_chains
 from convbn_inductor_pass.passes.forward_folding.candidate import FoldCandidate
 from convbn_inductor_pass.passes.forward_folding.kernels import bytes_moved
 from passes.forward_folding.folding import Frozen, codes, folded
-from passes.post_grad import fresh_compile, post_grad_backend
 
 
 def test_exact_is_the_default_and_changes_nothing():
@@ -22,8 +22,8 @@ def test_exact_is_the_default_and_changes_nothing():
     assert cbn.get_options().forward == "exact"
     out, records = folded(model, x, forward="exact")
     assert not records
-    with fresh_compile(flag=False), torch.no_grad():
-        expected = torch.compile(model, backend=post_grad_backend())(x)
+    with testing.fresh_compile(flag=False), torch.no_grad():
+        expected = torch.compile(model, backend=testing.post_grad_backend())(x)
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
@@ -124,7 +124,7 @@ def test_allow_and_deny_match_the_layer_and_each_step(name, linear):
 def test_the_cache_key_holds_the_settings_that_decisions_depend_on():
     from convbn_inductor_pass.passes.forward_folding import ForwardFoldingPass
 
-    with fresh_compile():
+    with testing.fresh_compile():
         before = ForwardFoldingPass().uuid()
         assert ForwardFoldingPass().uuid() == before
         with torch.backends.mkldnn.flags(enabled=False):
