@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from convbn_inductor_pass.autograd import conv_bn_eval
+from convbn_inductor_pass.functional.conv_bn import conv_bn_eval
 
 # name -> (batch, channels in, channels out, size, kernel)
 LAYERS = {

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convbn_inductor_pass import fold
+from convbn_inductor_pass.graph.layout import Layout, scale_weight
 
 from .protocols import is_batch_norm
 
@@ -76,8 +76,8 @@ def _scale_and_shift(bn: Any) -> tuple[Tensor, Tensor]:
 def _merged(layer: Any, bn: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one layer that does what ``bn(layer(x))`` does."""
     scale, shift = _scale_and_shift(bn)
-    layout = fold.Layout(isinstance(layer, _TRANSPOSED), getattr(layer, "groups", 1))
-    weight = fold.scale_weight(layer.weight, scale, layout)
+    layout = Layout(isinstance(layer, _TRANSPOSED), getattr(layer, "groups", 1))
+    weight = scale_weight(layer.weight, scale, layout)
     bias = shift if layer.bias is None else torch.addcmul(shift, scale, layer.bias)
     return weight.to(layer.weight.dtype), bias.to(layer.weight.dtype)
 

@@ -14,8 +14,8 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
 import convbn_inductor_pass
-from convbn_inductor_pass import hook
-from convbn_inductor_pass.saved import Mode
+from convbn_inductor_pass import plugin
+from convbn_inductor_pass.saved_tensors import Mode
 
 from .module_pairs import merge, tune_eagerly
 from .protocols import Protocol
@@ -64,7 +64,7 @@ class Provider:
         """Configure compilation for this provider, with no cached graphs in use."""
         ours, flag = self.mode == "tune", self.mode in ("tune", "builtin")
         with (
-            hook.installation(ours),
+            plugin.installation(ours),
             inductor_config.patch(
                 efficient_conv_bn_eval_fx_passes=flag,
                 fx_graph_cache=False,

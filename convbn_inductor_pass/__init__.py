@@ -27,12 +27,11 @@ from . import plugin  # noqa: E402
 from .codes import Code  # noqa: E402
 from .config import Options, get_options, options, set_options  # noqa: E402
 from .plugin import disable, enable, install, is_installed, uninstall  # noqa: E402
-from .records import Record, clear_records, records, summary  # noqa: E402
+from .records import PassFailedWarning, Record, clear_records, records, summary  # noqa: E402
 
 if TYPE_CHECKING:
     from .eager import decisions, turn_off, turn_on
     from .explanation import Explanation, explain
-    from .passes import PassFailedWarning
 
 __version__ = "0.2.0"
 
@@ -62,7 +61,6 @@ __all__ = [
 
 _LAZY = {
     "Explanation": "explanation",
-    "PassFailedWarning": "passes",
     "decisions": "eager",
     "explain": "explanation",
     "turn_off": "eager",

@@ -15,17 +15,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ._torch.on_import import when_imported
 from .config import set_options
+from .records import PassFailedWarning
 
 __all__ = ["disable", "enable", "install", "installation", "is_installed", "uninstall"]
 
 _FLAG = "efficient_conv_bn_eval_fx_passes"
 _CONFIG = "torch._inductor.config"
+_PASSES = f"{__package__}.passes"
 
 
 class _State:
@@ -69,9 +73,9 @@ def install() -> None:
     Call it again if other code has overwritten one of the hooks since.
     """
     first, _State.installed = not _State.installed, True
-    if first or _is_loaded():
-        when_imported(_CONFIG, _add_passes)
+    when_imported(_PASSES, _add_passes)
     if first:
+        when_imported(_CONFIG, _load_passes)
         when_imported("torch._inductor.fx_passes.pre_grad", _wrap_builtin)
         when_imported("torch._inductor.fx_passes.freezing_patterns", _wrap_freezing)
 
@@ -79,7 +83,7 @@ def install() -> None:
 def uninstall() -> None:
     """Undo :func:`install`: other passes stay, PyTorch's own pass sees the pairs again."""
     _State.installed = False
-    if _is_loaded():
+    if _PASSES in sys.modules:
         from ._torch import registry
         from .passes import PASSES
 
@@ -91,9 +95,9 @@ def uninstall() -> None:
 
 def is_installed() -> bool:
     """Whether Inductor will run the passes (given the flag) in this thread."""
-    if not _State.installed or not _is_loaded():
+    if _PASSES not in sys.modules:
         return _State.installed
-    return not _missing_hooks()
+    return _State.installed and not _missing_hooks()
 
 
 @contextlib.contextmanager
@@ -117,10 +121,10 @@ def installation(installed: bool) -> Iterator[None]:
             _restore(applies)
 
 
-def _is_loaded() -> bool:
-    import sys
-
-    return _CONFIG in sys.modules
+def _load_passes() -> None:
+    # Not if they are being imported, which is what has loaded Inductor: then they are added after.
+    if _State.installed and _PASSES not in sys.modules:
+        importlib.import_module(_PASSES)
 
 
 def _add_passes() -> None:
@@ -173,7 +177,6 @@ def _instead_of_builtin(builtin_apply: Callable[..., Any], graph: Any) -> int:
     known to be wrong on some of them, and the user is told; so of the other hooks.
     """
     from ._torch import registry
-    from .passes import PassFailedWarning
 
     if not registry.is_enabled():
         return builtin_apply(graph)

@@ -13,9 +13,17 @@ from typing import Any, Literal
 
 from .codes import Code
 
-__all__ = ["Record", "clear_records", "publish", "records", "summary"]
+__all__ = ["PassFailedWarning", "Record", "clear_records", "publish", "records", "summary"]
 
 log = logging.getLogger("convbn_inductor_pass")
+
+
+class PassFailedWarning(UserWarning):
+    """A pass did not run as it should; the compilation went on without it.
+
+    Turn it into an error in tests: ``warnings.simplefilter("error", PassFailedWarning)``.
+    """
+
 
 Kind = Literal["batch norm", "scale", "layer"]
 

@@ -96,14 +96,20 @@ def run_pass(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) 
     return results
 
 
-def fast_backend(*, fuse: bool = True) -> Callable[..., Any]:
+def fast_backend(
+    *, fuse: bool = True, on_result: Callable[[PassResult], object] = lambda result: None
+) -> Callable[..., Any]:
     """A backend for ``torch.compile``: Inductor up to its post-grad passes, then eager execution.
 
     Of our passes the tune-mode pass alone runs, whatever the flag says; with ``fuse=False`` none
     does, which is eval mode to compare with. The partitioner decides what is saved for
-    backward; no code is generated.
+    backward; no code is generated. ``on_result`` gets what the pass did to each graph in aten IR.
     """
-    passes = {"joint_custom_pre_pass": run_on_graph} if fuse else {}
+
+    def rewrite(graph: fx.Graph) -> None:
+        on_result(run_on_graph(graph))
+
+    passes = {"joint_custom_pre_pass": rewrite} if fuse else {}
     return _backend(passes, efficient_conv_bn_eval_fx_passes=False)
 
 

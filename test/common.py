@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-
 import hypothesis
 import torch
 import torch.nn.functional as F

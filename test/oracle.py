@@ -28,7 +28,6 @@ from torch import Tensor, fx
 
 from convbn_inductor_pass import Code, testing
 from convbn_inductor_pass.testing import PassResult
-from convbn_inductor_pass.tracing import copy_graph_module, graph_modules
 
 __all__ = ["Outcome", "PassRecorder", "assert_same_as_unfused", "compare", "run"]
 
@@ -50,35 +49,31 @@ class Outcome:
 
 
 class PassRecorder:
-    """A backend that applies the pass, keeps its results, and asserts that refusals do nothing.
+    """The fast backend, that keeps what the pass did, and asserts that refusals change nothing."""
 
-    Graphs in which nothing is fused are not compiled further: they are what they were.
-    """
-
-    def __init__(self, *, compile_unfused: bool = False) -> None:
+    def __init__(self) -> None:
         self.results: list[PassResult] = []
-        self.skipped = False
-        self.compile_unfused = compile_unfused
+        self.backend = testing.fast_backend(on_result=self.add)
 
     @property
     def codes(self) -> list[Code]:
+        """Of batch norms."""
         return [code for result in self.results for code in result.codes]
 
     @property
     def fused(self) -> int:
-        return sum(code.fused for code in self.codes)
+        """Batch norms and other scales that are fused."""
+        records = [r for result in self.results for r in result.records]
+        return sum(r.code is Code.FUSED for r in records)
+
+    def add(self, result: PassResult) -> None:
+        changed = result.before != result.after
+        if changed != any(r.code is Code.FUSED for r in result.records):
+            raise AssertionError(f"{result.records}\n{result.before}\n{result.after}")
+        self.results.append(result)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        results = [testing.run_on_graph(m) for m in graph_modules(copy_graph_module(gm))]
-        for result in results:
-            changed = result.before != result.after
-            if changed != (result.records.fused > 0):
-                raise AssertionError(f"{result.records}\n{result.before}\n{result.after}")
-        self.results += results
-        if self.compile_unfused or any(r.records.fused for r in results):
-            return testing.fast_backend()(gm, example_inputs)
-        self.skipped = True
-        return gm.forward
+        return self.backend(gm, example_inputs)
 
 
 def run(
@@ -148,7 +143,7 @@ def rounding_noise(
     Raises:
         AssertionError: the pass is wrong, which float64 shows beyond doubt.
     """
-    recorder = PassRecorder(compile_unfused=True)
+    recorder = PassRecorder()
     by_pass = outcome(recorder, arguments())
     by_unfused = outcome(testing.fast_backend(fuse=False), arguments())
     exact = outcome(None, arguments())
@@ -264,7 +259,7 @@ def assert_same_as_unfused(
         computed_in: see :func:`compare`.
         compile_options: for ``torch.compile``.
     """
-    recorder = PassRecorder(compile_unfused=always)
+    recorder = PassRecorder()
 
     make_function = make_function or (lambda: fn)
 
@@ -284,9 +279,6 @@ def assert_same_as_unfused(
         return run(function, values, call)
 
     fused = outcome(recorder)
-    if recorder.fused and recorder.skipped:  # another graph of the same function
-        recorder = PassRecorder(compile_unfused=True)
-        fused = outcome(recorder)
     if always or recorder.fused:
         # With nothing fused it is the unfused function; held against float64 all the same.
         unfused = outcome(testing.fast_backend(fuse=False)) if recorder.fused else fused

@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
-from torch._functorch._aot_autograd.descriptors import SubclassGetAttrAOTOutput
+from torch._functorch._aot_autograd.descriptors import (
+    GradAOTOutput,
+    SubclassGetAttrAOTInput,
+    SubclassGetAttrAOTOutput,
+)
 from torch._functorch.aot_autograd import make_boxed_func as boxed
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
@@ -42,6 +46,7 @@ __all__ = [
     "sort_graph",
     "trace_decomposed",
     "tracing",
+    "trained_inputs",
     "update_metadata",
 ]
 
@@ -182,6 +187,23 @@ def is_generated(target: Any) -> bool:
     # Pooling reads each element several times, and has its input computed first.
     is_pooling = "_pool" in target._schema.name
     return target not in (*libraries, *lowering.fallbacks) and not is_pooling
+
+
+def trained_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """Inputs of a joint graph whose gradient it returns; all of them where it does not say."""
+    inputs, (output,) = graph.find_nodes(op="placeholder"), graph.find_nodes(op="output")
+    if not output.meta.get("desc"):
+        return set(inputs)
+    described = map(_whole, output.meta["desc"])
+    wanted = {d.grad_of for d in described if isinstance(d, GradAOTOutput)}
+    return {n for n in inputs if _whole(n.meta.get("desc")) in wanted}
+
+
+def _whole(description: Any) -> Any:
+    """What describes the tensor subclass that a described tensor is a part of."""
+    while isinstance(description, (SubclassGetAttrAOTInput, SubclassGetAttrAOTOutput)):
+        description = description.base
+    return description
 
 
 def compile_with(inner: Callable[..., Any], gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:

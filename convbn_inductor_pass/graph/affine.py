@@ -255,7 +255,7 @@ class _Emitter:
                 pin_memory=False,
             )
         tensor = tensor_of(value)
-        if tensor is not None and tensor.shape[0] != channels:
+        if tensor is not None and not layers.known_equal(tensor.shape[0], channels):
             return self.call(aten.expand.default, value, [channels])
         return value
 

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from .._torch import compat
 from .layers import tensor_of
 
 __all__ = ["Builder", "erase_unused"]
+
+aten = torch.ops.aten
 
 
 class Builder:
@@ -28,12 +31,13 @@ class Builder:
         self._replaced: dict[fx.Node, fx.Node] = {}
         self._numbers: dict[fx.Node, Any] = {}
         self._interned: dict[Any, int] = {}
+        self._sizes: dict[Any, fx.Node] = {}
         for node in graph.nodes if share else ():
             self._numbers[node] = self._number(node)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Call ``target`` at the insertion point, unless that was done."""
-        args, kwargs = fx.map_arg((args, kwargs), self.current)
+        args, kwargs = fx.map_arg(map_aggregate((args, kwargs), self._as_node), self.current)
         key = self._key(target, args, kwargs)
         if key in self._made:
             return self._made[key]
@@ -61,6 +65,30 @@ class Builder:
         if tensor is not None and tensor.dtype == dtype:
             return node
         return self.call(torch.ops.prims.convert_element_type.default, node, dtype)
+
+    def _as_node(self, value: Any) -> Any:
+        """A symbolic size as the node that gives it; anything else as it is."""
+        if not isinstance(value, torch.SymInt):
+            return value
+        if not self._sizes:
+            for node in self.graph.nodes:
+                if isinstance(node.meta.get("val"), torch.SymInt):
+                    self._sizes.setdefault(node.meta["val"].node.expr, node)
+        if value.node.expr not in self._sizes:
+            self._sizes[value.node.expr] = self._size_of_input(value)
+        return self._sizes[value.node.expr]
+
+    def _size_of_input(self, value: torch.SymInt) -> fx.Node:
+        inputs = self.graph.find_nodes(op="placeholder")
+        for node in inputs:
+            tensor = tensor_of(node)
+            for dim, size in enumerate(() if tensor is None else tensor.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr == value.node.expr:
+                    with self.graph.inserting_after(inputs[-1]):
+                        new = self.graph.call_function(aten.sym_size.int, (node, dim))
+                    new.meta = {"val": size}
+                    return new
+        raise NotImplementedError(f"no node gives the size {value}")
 
     def _key(self, target: Any, args: Any, kwargs: Any) -> Any:
         if not self.share:

@@ -23,7 +23,7 @@ __all__ = [
     "Operand",
     "Step",
     "is_cast",
-    "is_quantised",
+    "is_quantized",
     "known_equal",
     "layer_of",
     "operand_per_channel",
@@ -86,7 +86,7 @@ class Layer:
             [C_in, C_out], whatever made it.
         layout: where the output channels lie in ``weight``.
         dim: the dimension of the output that they are.
-        channels: how many there are.
+        channels: how many there are; may be symbolic.
         is_conv: whether it is a convolution.
     """
 
@@ -96,7 +96,7 @@ class Layer:
     bias: fx.Node | None
     layout: Layout
     dim: int
-    channels: int
+    channels: int | torch.SymInt
     is_conv: bool
 
     @property
@@ -119,14 +119,13 @@ def layer_of(node: fx.Node) -> Layer | None:
         known = all(tensor_of(n) is not None for n in (x, weight))
         if not known or not isinstance(groups, int) or node.kwargs:
             return None
-        x_ndim, channels = tensor_of(x).ndim, out.shape[1]  # type: ignore[union-attr]
-        if not x_ndim == out.ndim == tensor_of(weight).ndim or not isinstance(channels, int):  # type: ignore[union-attr]
+        if not tensor_of(x).ndim == out.ndim == tensor_of(weight).ndim:  # type: ignore[union-attr]
             return None
         layout = Layout(bool(transposed), groups)
-        return Layer(node, x, weight, bias, layout, 1, channels, True)  # type: ignore[arg-type]
+        return Layer(node, x, weight, bias, layout, 1, out.shape[1], True)  # type: ignore[arg-type]
     if node.target in _MATMULS:
         bias, x, weight = node.args if len(node.args) == 3 else (None, *node.args)
-        if any(v != 1 for v in node.kwargs.values()) or not isinstance(out.shape[1], int):
+        if any(v != 1 for v in node.kwargs.values()):
             return None
         if bias is not None and operand_per_channel(bias, out.shape, 1) is None:
             return None
@@ -172,10 +171,10 @@ def operand_per_channel(value: Any, shape: Sequence[Any], dim: int) -> Operand |
         axis += inner.ndim - tensor.ndim
         tensor = inner
     others = [size for i, size in enumerate(tensor.shape) if i != axis]
-    if not all(isinstance(size, int) and size == 1 for size in others):
-        return None
     along = tensor.shape[axis] if axis >= 0 else 1
-    if not isinstance(along, int) or along not in (1, shape[dim]):
+    if not all(known_equal(size, 1) for size in others):
+        return None
+    if not known_equal(along, 1) and not known_equal(along, shape[dim]):
         return None
     return Operand(node=_before_reshapes(node))
 
@@ -209,7 +208,7 @@ def is_cast(node: fx.Node) -> bool:
     return node.target in _CASTS and tensor is not None and tensor.dtype.is_floating_point
 
 
-def is_quantised(node: fx.Node) -> bool:
+def is_quantized(node: fx.Node) -> bool:
     """Whether a tensor is made of integers, or of numbers of 8 bits, of as many as it has."""
     value, seen, pending = tensor_of(node), {node}, [node]
     while value is not None and pending:

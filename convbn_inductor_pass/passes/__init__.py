@@ -1,10 +1,10 @@
 """The passes, in the order in which Inductor calls them; none knows of another."""
 
-from .base import Outcome, Pass, PassFailedWarning
+from .base import Outcome, Pass
 from .cpu_codegen import CpuCodegenPass
 from .forward_folding import ForwardFoldingPass
 from .scale_gradient import ScaleGradientPass
 
-__all__ = ["PASSES", "Outcome", "Pass", "PassFailedWarning"]
+__all__ = ["PASSES", "Outcome", "Pass"]
 
 PASSES: tuple[Pass, ...] = (ScaleGradientPass(), ForwardFoldingPass(), CpuCodegenPass())

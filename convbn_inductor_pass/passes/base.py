@@ -14,16 +14,9 @@ from torch import fx
 
 from .._torch import registry
 from ..config import get_options
-from ..records import Record, log, publish
+from ..records import PassFailedWarning, Record, log, publish
 
-__all__ = ["Outcome", "Pass", "PassFailedWarning", "sources_hash"]
-
-
-class PassFailedWarning(UserWarning):
-    """A pass did not run as it should; the compilation went on without it.
-
-    Turn it into an error in tests: ``warnings.simplefilter("error", PassFailedWarning)``.
-    """
+__all__ = ["Outcome", "Pass", "sources_hash"]
 
 
 @dataclasses.dataclass(frozen=True)

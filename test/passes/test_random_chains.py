@@ -1,6 +1,6 @@
 """Random affine chains: with ``forward="fold"``, and in training, all is as in eager mode.
 
-By default 40 to 60 examples, always the same, up to Inductor's post-grad passes and then eager.
+By default 80 or 120 draws, always the same, up to Inductor's post-grad passes and then eager.
 ``CONVBN_FUZZ_EXAMPLES=5000`` draws that many, ``CONVBN_FUZZ_SEED=7`` other ones, and
 ``CONVBN_FUZZ_INDUCTOR=1`` generates code; a failing example prints as source code.
 """
@@ -11,7 +11,7 @@ import collections
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
@@ -89,7 +89,7 @@ def recorded() -> Iterator[None]:
         yield
 
 
-def check(function: RandomFunction, forward: str, counts: collections.Counter) -> None:
+def check_folding(function: RandomFunction, counts: collections.Counter) -> None:
     try:
         expected = run(function, "")
     except Exception:  # as autograd does, where the backward needs what was written to
@@ -97,7 +97,7 @@ def check(function: RandomFunction, forward: str, counts: collections.Counter) -
         return
     with recorded():
         try:
-            got = run(function, forward)
+            got = run(function, "fold")
         except Exception:
             try:
                 run(function, "exact")
@@ -150,42 +150,40 @@ def check_gradients(function: RandomFunction, counts: collections.Counter) -> No
     assert not found, found
 
 
-def test_random_gradients() -> None:
-    counts: collections.Counter = collections.Counter()
+def check_each(
+    check: Callable[[RandomFunction, collections.Counter], None], examples: int, **options: bool
+) -> collections.Counter:
+    """Check random functions, each once: about half of what hypothesis draws, it has drawn before.
 
-    @fuzz(40)
-    @hypothesis.given(random_chains(trained=True))
+    Returns how often what happened.
+    """
+    counts: collections.Counter = collections.Counter()
+    seen: set[str] = set()
+
+    @fuzz(examples)
+    @hypothesis.given(random_chains(**options))
     def each(function: RandomFunction) -> None:
-        check_gradients(function, counts)
+        if str(function) not in seen:
+            check(function, counts)
+            seen.add(str(function))  # not if it failed: then it is run again
 
     each()
     print(dict(counts.most_common()))
+    return counts
+
+
+def test_random_gradients() -> None:
+    counts = check_each(check_gradients, 80, trained=True)
     assert counts["rewritten"] >= counts["functions"] // 8  # else the draws test nothing
 
 
 def test_random_chains() -> None:
-    counts: collections.Counter = collections.Counter()
-
-    @fuzz(60)
-    @hypothesis.given(random_chains())
-    def each(function: RandomFunction) -> None:
-        check(function, "fold", counts)
-
-    each()
-    print(dict(counts.most_common()))
-    assert counts["folded"] > counts["functions"] // 4  # else the draws test nothing
+    counts = check_each(check_folding, 120)
+    assert counts["folded"] > counts["functions"] // 4
 
 
 def test_random_chains_before_relu(monkeypatch) -> None:
     """As with cuDNN: the graph around its operator, which is computed by its parts here."""
     monkeypatch.setattr(inductor, "has_cudnn_epilogues", lambda device: True)
-    counts: collections.Counter = collections.Counter()
-
-    @fuzz(60)
-    @hypothesis.given(random_chains(relu=True))
-    def each(function: RandomFunction) -> None:
-        check(function, "fold", counts)
-
-    each()
-    print(dict(counts.most_common()))
+    counts = check_each(check_folding, 120, relu=True)
     assert counts["cudnn"] > counts["functions"] // 8

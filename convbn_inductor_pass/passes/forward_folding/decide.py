@@ -96,7 +96,7 @@ def _dtypes(c: FoldCandidate) -> Iterator[torch.dtype]:
 
 
 def _is_quantized(c: FoldCandidate, _: Context) -> str | None:
-    return str(c.layer.weight) if layers.is_quantised(c.layer.weight) else None
+    return str(c.layer.weight) if layers.is_quantized(c.layer.weight) else None
 
 
 def _constants_overflow(c: FoldCandidate, _: Context) -> str | None:

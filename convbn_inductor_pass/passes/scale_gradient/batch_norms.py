@@ -7,7 +7,7 @@ subtracts the mean from the input once, which tells one call from the next.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -30,35 +30,44 @@ class BatchNormCall:
         node: its subtraction of the mean; has the provenance of the call.
         input: the tensor that it normalizes.
         layer: the convolution or linear layer that gives ``input``, up to casts and moves.
+        scales: what the result is multiplied with.
         trains: whether it normalizes with the statistics of ``input``.
     """
 
     node: fx.Node
     input: fx.Node
     layer: Layer | None
+    scales: tuple[fx.Node, ...]
     trains: bool
 
 
-def find_batch_norms(graph: fx.Graph, backward: set[fx.Node]) -> Iterator[BatchNormCall]:
-    """The batch norm calls of the forward in ``graph``, in order."""
+def find_batch_norms(
+    graph: fx.Graph, backward: Collection[fx.Node], *, without_origin: bool = False
+) -> Iterator[BatchNormCall]:
+    """The batch norm calls of the forward in ``graph``, in order.
+
+    Bodies of some higher-order operators do not say what their nodes were: with
+    ``without_origin`` whatever is subtracted per channel from a layer's output counts.
+    """
     for node in graph.nodes:
-        if node in backward or not _is_of_batch_norm(node) or node.target is not aten.sub.Tensor:
+        if node.target is not aten.sub.Tensor or node in backward:
             continue
-        minuend: Any = node.args[0]
-        value, mean = tensor_of(minuend), node.args[1]
-        if value is None or not same_sizes(value.shape, node.meta["val"].shape):
+        minuend, mean = node.args
+        value, result = tensor_of(minuend), tensor_of(node)
+        if value is None or result is None or not same_sizes(value.shape, result.shape):
             continue
         source = _without_moves(minuend)
         layer = layers.layer_of(source)
-        yield BatchNormCall(node, source, layer, _depends_on(mean, minuend))
+        if _is_of_batch_norm(node) or (without_origin and layer is not None):
+            trains = _depends_on(mean, minuend)
+            yield BatchNormCall(node, source, layer, tuple(_scales(node)), trains)
 
 
-def subgraphs_of(graph: fx.Graph) -> Iterator[fx.Graph]:
-    """The graphs that ``graph`` hands to higher-order operators, and those inside of them."""
-    owner = graph.owning_module
+def subgraphs_of(graph: fx.Graph, backward: Collection[fx.Node] = ()) -> Iterator[fx.Graph]:
+    """The graphs that ``graph`` hands to higher-order operators of the forward, and those inside."""
     for node in graph.find_nodes(op="get_attr"):
-        inner = getattr(owner, str(node.target), None)
-        if isinstance(inner, fx.GraphModule):
+        inner = getattr(graph.owning_module, str(node.target), None)
+        if isinstance(inner, fx.GraphModule) and not all(u in backward for u in node.users):
             yield inner.graph
             yield from subgraphs_of(inner.graph)
 
@@ -66,6 +75,17 @@ def subgraphs_of(graph: fx.Graph) -> Iterator[fx.Graph]:
 def _is_of_batch_norm(node: fx.Node) -> bool:
     operator = str(node.meta.get("original_aten", ""))
     return "batch_norm" in operator and "backward" not in operator
+
+
+def _scales(node: fx.Node) -> Iterator[fx.Node]:
+    """What the difference is multiplied with, one factor after the other."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target is aten.mul.Tensor:
+            yield from (n for n in user.all_input_nodes if n is not node)
+        elif not layers.is_cast(user):
+            return
+        node = user
 
 
 def _without_moves(node: fx.Node) -> fx.Node:

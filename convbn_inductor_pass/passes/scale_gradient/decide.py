@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from ..._torch import compat
+from ..._torch import compat, inductor
 from ...codes import Code
 from ...config import Options
 from ...graph import affine, layers
@@ -110,11 +110,16 @@ class Decision:
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    """A candidate, and what the rows need to know."""
+    """A candidate, and what the rows need to know.
+
+    ``trained`` is what depends on an input that has a gradient, ``written`` what depends on one
+    that is written to, ``claimed`` are the weight gradients of decisions before.
+    """
 
     candidate: Candidate
     options: Options
     backward: set[fx.Node]
+    trained: set[fx.Node]
     written: set[fx.Node]
     claimed: set[fx.Node]
 
@@ -125,7 +130,8 @@ class _Site:
     @functools.cached_property
     def match(self) -> Match | None:
         """The match of most sums, with a weight gradient that is wanted anyway if there is one."""
-        gradients = weight_gradients(self.candidate, self.backward)
+        frozen = self.layer.weight not in self.trained
+        gradients = weight_gradients(self.candidate, self.backward, frozen=frozen)
         found = [m for g in gradients if g.node not in self.claimed and (m := _match(self, g))]
         return max(found, key=lambda m: (m.gradient.wanted, len(m.reductions)), default=None)
 
@@ -142,11 +148,12 @@ def decide(graph: fx.Graph, options: Options) -> list[Decision]:
     backward = depending_on([n for n in inputs if n.name.startswith("tangents_")])
     if not backward:
         return []
+    trained = depending_on([*inductor.trained_inputs(graph)])
     written = depending_on(_written_inputs(graph))
     decisions: list[Decision] = []
     claimed: set[fx.Node] = set()
     for candidate in find_candidates(graph, backward):
-        site = _Site(candidate, options, backward, written, claimed)
+        site = _Site(candidate, options, backward, trained, written, claimed)
         code, detail = next(_objections(site), (Code.FUSED, ""))
         match = site.match if code is Code.FUSED else None
         decisions.append(Decision(candidate, code, detail, match))

@@ -190,10 +190,12 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
-def weight_gradients(candidate: Candidate, backward: set[fx.Node]) -> Iterator[WeightGradient]:
+def weight_gradients(
+    candidate: Candidate, backward: set[fx.Node], *, frozen: bool
+) -> Iterator[WeightGradient]:
     """Calls that compute the gradient of the layer's weight from some ``dc``, or could.
 
-    Where a layer is frozen none does. It could still be computed, from what is summed over.
+    Where a layer is ``frozen`` none does. It could still be computed, from what is summed over.
     """
     layer = candidate.layer
     found = False
@@ -202,7 +204,7 @@ def weight_gradients(candidate: Candidate, backward: set[fx.Node]) -> Iterator[W
     ):
         found = True
         yield gradient
-    if not found:
+    if frozen and not found:
         for reduction in candidate.reductions:
             if _same_shape(reduction.h, layer.node):
                 yield WeightGradient(None, reduction.h, wanted=False)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..._torch import compat
+from ..._torch import compat, inductor
 from ...codes import Code
+from ...graph import layers
 from ...graph.layers import Layer, tensor_of
 from ...graph.provenance import name_of, source_line
 from ...records import Kind, Record
@@ -21,10 +22,11 @@ NamedRecord = tuple[str, Record]
 
 def account(graph: fx.Graph, decisions: list[Decision]) -> list[NamedRecord]:
     """Records of all decisions about ``graph``; call it before they are applied."""
-    if not _is_outermost(graph):
+    if not inductor.is_outermost(graph):
         return []  # accounted for where it is called
     tangents = [n for n in graph.find_nodes(op="placeholder") if n.name.startswith("tangents_")]
     backward = depending_on(tangents)
+    trained = depending_on([*inductor.trained_inputs(graph)]) if tangents else set()
     by_layer = {d.layer.node: d for d in decisions}
     found: list[NamedRecord] = []
     of_batch_norms: set[fx.Node] = set()
@@ -32,26 +34,22 @@ def account(graph: fx.Graph, decisions: list[Decision]) -> list[NamedRecord]:
         decision = None if bn.layer is None else by_layer.get(bn.layer.node)
         if decision is not None and not bn.trains:
             of_batch_norms.add(decision.layer.node)
-        code, detail = _code(bn, decision, bool(tangents))
+        code, detail = _code(bn, decision, trained)
         found.append(_record("batch norm", bn.layer, code, detail, bn.node))
     found += [
         _record("scale", d.layer, d.code, d.detail, d.layer.node)
         for d in decisions
         if d.layer.node not in of_batch_norms
     ]
-    for inner in subgraphs_of(graph):
-        for bn in find_batch_norms(inner, set()):
+    for inner in subgraphs_of(graph, backward):
+        for bn in find_batch_norms(inner, (), without_origin=True):
             code = Code.BATCH_STATISTICS if bn.trains else Code.INSIDE_HIGHER_ORDER_OP
             found.append(_record("batch norm", bn.layer, code, "", bn.node))
     return found
 
 
-def _is_outermost(graph: fx.Graph) -> bool:
-    """Whether AOTAutograd made ``graph``, which describes what its inputs are."""
-    return any("desc" in n.meta for n in graph.nodes if n.op in ("placeholder", "output"))
-
-
-def _code(bn: BatchNormCall, decision: Decision | None, trained: bool) -> tuple[Code, str]:
+def _code(bn: BatchNormCall, decision: Decision | None, trained: set[fx.Node]) -> tuple[Code, str]:
+    """The code of a batch norm call; ``trained`` is empty in a graph without a backward."""
     if bn.trains:
         return Code.BATCH_STATISTICS, ""
     if decision is not None:
@@ -62,7 +60,11 @@ def _code(bn: BatchNormCall, decision: Decision | None, trained: bool) -> tuple[
         return Code.NOT_AFTER_LAYER, f"it follows {bn.input}"
     if not trained:
         return Code.NO_GRAD, ""
-    return Code.AFFINE_FROZEN, ""
+    if not any(scale in trained for scale in bn.scales):
+        return Code.AFFINE_FROZEN, ""
+    if layers.operand_per_channel(bn.node.args[1], bn.layer.out.shape, bn.layer.dim) is None:
+        return Code.UNBATCHED, f"{bn.layer.node} has another"
+    return Code.OTHER_GRADIENT, str(bn.layer.node)
 
 
 def _record(kind: Kind, layer: Layer | None, code: Code, detail: str, at: fx.Node) -> NamedRecord:
