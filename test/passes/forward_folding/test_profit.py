@@ -131,3 +131,14 @@ def test_the_cache_key_holds_the_settings_that_decisions_depend_on():
             assert ForwardFoldingPass().uuid() != before
         with cbn.options(forward="fold"):
             assert ForwardFoldingPass().uuid() != before
+
+
+def test_explain_lists_the_layers_with_their_kernels():
+    torch.manual_seed(0)
+    model, x = Residual().eval(), torch.randn(2, 3, 8, 8)
+    with cbn.options(forward="fold"), torch.no_grad():
+        explanation = cbn.explain(model, x)
+    layers = [r for r in explanation.records if r.kind == "layer"]
+    assert codes(layers) == ["FOLDED"] * Residual.pairs
+    assert f"FOLDED ({layers[0].kernel})" in str(explanation)
+    assert not [r for r in cbn.explain(model, x).records if r.kind == "layer"]
