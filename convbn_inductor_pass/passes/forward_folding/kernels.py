@@ -54,8 +54,7 @@ def kernel_for(candidate: FoldCandidate, *, is_channels_last: bool) -> str:
 
 def gains(candidate: FoldCandidate, kernel: str) -> bool:
     """Whether ``kernel`` computes more than the layer as it is written."""
-    has_epilogue = candidate.activation is not None or kernel == CUDNN
-    return bool(candidate.chain.steps) or has_epilogue
+    return bool(candidate.chain.steps) or candidate.activation is not None or kernel == CUDNN
 
 
 def has_epilogue(layer: Layer) -> bool:
