@@ -267,7 +267,12 @@ def _scaling_step(node: fx.Node, of: fx.Node, dim: int) -> tuple[int, Sequence[S
     rank = len(_shape(of))
     for before in (dim, *(d for d in range(rank) if d != dim)):  # mostly where it was
         steps = layers.read_step(node, of, before)
-        if before < rank and steps and steps[-1].dim == dim and all(s.kind in _SCALINGS for s in steps):
+        if (
+            before < rank
+            and steps
+            and steps[-1].dim == dim
+            and all(s.kind in _SCALINGS for s in steps)
+        ):
             return before, steps
     return None
 

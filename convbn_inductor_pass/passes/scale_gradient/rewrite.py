@@ -129,9 +129,7 @@ class _Rewriting:
             least = self._call(aten.add.Tensor, of_scale, -8)
             exponent = self._call(aten.maximum.default, exponent, least)
         exponent = self._call(aten.clamp_min.default, exponent, -24.0)
-        return self._call(
-            aten.exp2.default, self._call(aten.clamp_max.default, exponent, 15.0)
-        )
+        return self._call(aten.exp2.default, self._call(aten.clamp_max.default, exponent, 15.0))
 
     def _ceil_log2(self, value: fx.Node) -> fx.Node:
         return self._call(aten.ceil.default, self._call(aten.log2.default, value))
