@@ -1,0 +1,117 @@
+"""Small functions of a layer, a batch norm and what may go wrong around them, and how to run one.
+
+A program takes ``x, w, b`` of the layer and ``g, beta, m, v`` of the batch norm: weight, bias,
+mean and variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from oracle import PassRecorder, assert_same_as_unfused
+from torch import Tensor
+
+from convbn_inductor_pass import Code
+
+SHAPES = {
+    "x": (2, 3, 6, 6),
+    "w": (4, 3, 3, 3),
+    "b": (4,),
+    "g": (4,),
+    "beta": (4,),
+    "m": (4,),
+    "v": (4,),
+}
+PARAMETERS = ("w", "b", "g", "beta")
+Arguments = dict[str, Tensor]
+
+
+def arguments(
+    frozen: tuple[str, ...] = (), grad: tuple[str, ...] = (), **changes: Any
+) -> Callable[[], Arguments]:
+    """A factory of the same arguments; ``changes`` are shapes, or functions of the arguments."""
+
+    def make() -> Arguments:
+        generator = torch.Generator().manual_seed(0)
+        made: Arguments = {}
+        for name, shape in {**SHAPES, **changes}.items():
+            if callable(shape):
+                made[name] = shape(made)
+                continue
+            value = torch.randn(shape, generator=generator)
+            value = value.abs() + 0.5 if name == "v" else value * 0.5
+            needs_grad = name in grad or (name in PARAMETERS and name not in frozen)
+            made[name] = value.requires_grad_(needs_grad)
+        return made
+
+    return make
+
+
+def carried(**changes: Any) -> Callable[[], Arguments]:
+    """Arguments of a layer whose output has its input's shape, as a loop carries it."""
+    return arguments(x=(2, 4, 6, 6), w=(4, 4, 1, 1), **changes)
+
+
+def in_dtype(make: Callable[[], Arguments], dtype: torch.dtype, names: str) -> Any:
+    """The factory ``make``, with the arguments called ``names`` cast to ``dtype``."""
+
+    def cast() -> Arguments:
+        return {
+            n: t.detach().to(dtype).requires_grad_(t.requires_grad) if n in names.split() else t
+            for n, t in make().items()
+        }
+
+    return cast
+
+
+def double(tensor: Tensor) -> Tensor:
+    """A tensor in float64, if it has a floating-point dtype."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+
+def check(
+    fn: Callable[..., Any],
+    make: Callable[[], Arguments],
+    *codes: Code,
+    exact: bool = True,
+    **kwargs: Any,
+) -> PassRecorder:
+    """Compare ``fn`` with and without the pass, and assert the codes of its batch norms."""
+
+    def in_float64() -> Arguments:
+        return {n: double(t) for n, t in make().items()}
+
+    recorder = assert_same_as_unfused(fn, make, double=in_float64 if exact else None, **kwargs)
+    if recorder.codes != list(codes):
+        records = [r for result in recorder.results for r in result.records]
+        given = ", ".join(f"{r.code.name} ({r.kind}, {r.detail})" for r in records)
+        raise AssertionError(f"{given}; expected {[code.name for code in codes]}")
+    return recorder
+
+
+def bn(c: Any, g: Any, beta: Any, m: Any, v: Any) -> Any:
+    return F.batch_norm(c, m, v, g, beta)
+
+
+def conv_bn(x: Any, w: Any, b: Any, g: Any, beta: Any, m: Any, v: Any) -> Any:
+    return bn(F.conv2d(x, w, b), g, beta, m, v)
+
+
+def bf16() -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def written_function(write: str, where: str, extra: str = "") -> Callable[..., Any]:
+    """conv, [write], batch norm, [write] as a function of its own code."""
+    lines = ["c = F.conv2d(x, w, b)", "y = F.batch_norm(c, m, v, g, beta)", "return y * 2"]
+    at = 1 if where == "between" else 2
+    lines[at:at] = write.split("\n")
+    source = f"def fn(x, w, b, g, beta, m, v{extra}):\n" + "\n".join("    " + li for li in lines)
+    scope: dict[str, Any] = {"torch": torch, "F": F}
+    exec(source, scope)
+    return scope["fn"]
