@@ -6,15 +6,16 @@ mean and variance.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from oracle import PassRecorder, assert_same_as_unfused
-from torch import Tensor
+from oracle import PassRecorder, assert_same_as_unfused, relative_error
+from torch import Tensor, nn
 
-from convbn_inductor_pass import Code
+from convbn_inductor_pass import Code, Record, testing
 
 SHAPES = {
     "x": (2, 3, 6, 6),
@@ -92,6 +93,45 @@ def check(
         given = ", ".join(f"{r.code.name} ({r.kind}, {r.detail})" for r in records)
         raise AssertionError(f"{given}; expected {[code.name for code in codes]}")
     return recorder
+
+
+def check_model(
+    model: nn.Module,
+    *inputs: Tensor,
+    factor: float = 4.0,
+    autocast: bool = False,
+    dynamic: bool | None = None,
+) -> list[Record]:
+    """Compare a model with and without the pass, and return the records of its decisions.
+
+    Outputs have the bits that they have without the pass, and the error of each gradient against
+    float64 is at most ``factor`` times the largest without it.
+    """
+    parameters = dict(model.named_parameters())
+    inputs = tuple(i.detach().clone().requires_grad_(i.requires_grad) for i in inputs)
+    runs = []
+    for backend in (recorder := PassRecorder(), testing.fast_backend(fuse=False)):
+        torch._dynamo.reset()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+            runs.append(testing.outputs_and_gradients(compiled, parameters, inputs))
+    (outputs, gradients), (plain_outputs, plain_gradients) = runs
+    torch.testing.assert_close(outputs, plain_outputs, rtol=0, atol=0)
+    reference = copy.deepcopy(model).double()
+    parameters = dict(reference.named_parameters())
+    _, exact = testing.outputs_and_gradients(reference, parameters, tuple(map(double, inputs)))
+    names = (gradients.keys(), plain_gradients.keys(), exact.keys())
+    if not names[0] == names[1] == names[2]:
+        raise AssertionError(f"gradients {names}")
+    largest = max(relative_error(plain_gradients[n], exact[n]) for n in exact)
+    eps = torch.finfo(torch.bfloat16 if autocast else inputs[0].dtype).eps
+    for name, value in exact.items():
+        if gradients[name].dtype != plain_gradients[name].dtype:
+            raise AssertionError(f"{name} is {gradients[name].dtype}")
+        error, allowed = relative_error(gradients[name], value), factor * largest + 8 * eps
+        if not error <= allowed:
+            raise AssertionError(f"{name}: error {error:.2e}, allowed {allowed:.2e}")
+    return [r for result in recorder.results for r in result.records]
 
 
 def bn(c: Any, g: Any, beta: Any, m: Any, v: Any) -> Any:
