@@ -155,3 +155,63 @@ def written_function(write: str, where: str, extra: str = "") -> Callable[..., A
     scope: dict[str, Any] = {"torch": torch, "F": F}
     exec(source, scope)
     return scope["fn"]
+
+
+class Norm(nn.Module):
+    """Batch norm in eval mode, written by hand, channels in dimension 1."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma, self.beta = (nn.Parameter(torch.rand(channels) + 0.5) for _ in range(2))
+        self.register_buffer("mean", torch.randn(channels))
+        self.register_buffer("var", torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ones = [1] * (x.ndim - 2)
+        gamma, beta, mean, var = (
+            t.view(-1, *ones) for t in (self.gamma, self.beta, self.mean, self.var)
+        )
+        return (x - mean) / torch.sqrt(var + 1e-5) * gamma + beta
+
+
+class Scale(nn.Module):
+    """Multiplication with one trained number per channel, in one of several spellings."""
+
+    def __init__(self, channels: int, form: str = "index") -> None:
+        super().__init__()
+        self.gamma, self.form = nn.Parameter(torch.rand(channels) + 0.5), form
+        self.other = nn.Parameter(torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ones = [1] * (x.ndim - 2)
+        v = self.gamma.view(-1, *ones)
+        if self.form == "index":
+            return x * self.gamma[(slice(None), *[None] * (x.ndim - 2))]
+        if self.form == "left":
+            return v * x
+        if self.form == "expanded":
+            return x * v.expand(x.shape)
+        if self.form == "divide":
+            return x / (v + 1)
+        if self.form == "addcmul":
+            return torch.addcmul(self.other.view(-1, *ones), x, v, value=0.5)
+        if self.form == "last":
+            return (x.movedim(1, -1) * self.gamma).movedim(-1, 1)
+        if self.form == "two":
+            return -(x * v + 1) * self.other.view(-1, *ones) - 2
+        if self.form == "number":
+            return x * self.gamma[:1].exp()
+        if self.form == "in place":
+            return x.clone().mul_(v)
+        raise ValueError(self.form)
+
+
+class Residual(nn.Module):
+    """``x + inner(x)``."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(*modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)

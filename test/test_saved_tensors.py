@@ -9,12 +9,17 @@ import torch
 import torch.nn.functional as F
 from common import CONVS, LAYERS, ConvBN, Residual, UNet, example_input, freeze
 from torch import nn
+from torch._inductor.fx_passes import pre_grad
 from torch._subclasses import FakeTensorMode
 
 import convbn_inductor_pass as cbn
 from bench.providers import PROVIDERS
 from convbn_inductor_pass import testing
+from convbn_inductor_pass._torch import inductor, registry
+from convbn_inductor_pass.passes import PASSES
 from convbn_inductor_pass.saved_tensors import saved_for_backward
+
+HOOKS = sorted({p.hook for p in PASSES})
 
 
 class Frozen(nn.Module):
@@ -35,10 +40,10 @@ class Frozen(nn.Module):
 @pytest.mark.parametrize("model", [Residual, UNet])
 def test_as_deploy_where_all_is_trainable(model):
     model, x = model(), torch.randn(2, 3, 16, 16)
-    kept = {m: saved_for_backward(model, x, mode=m) for m in ("eval", "builtin", "tune", "deploy")}
-    assert kept["tune"].new_bytes == kept["deploy"].new_bytes
-    assert kept["tune"].new_bytes < kept["builtin"].new_bytes < kept["eval"].new_bytes
-    assert kept["tune"].bytes_of("weight") == 0 < kept["builtin"].bytes_of("weight")
+    saved = {m: saved_for_backward(model, x, mode=m) for m in ("eval", "builtin", "tune", "deploy")}
+    assert saved["tune"].new_bytes == saved["deploy"].new_bytes
+    assert saved["tune"].new_bytes < saved["builtin"].new_bytes < saved["eval"].new_bytes
+    assert saved["tune"].bytes_of("weight") == 0 < saved["builtin"].bytes_of("weight")
     testing.assert_saved_like_deploy(model, x)
 
 
@@ -58,63 +63,54 @@ def test_never_more_than_eval(model, kinds):
     assert explanation.fused == 0
     assert explanation.saved_bytes["tune"] == explanation.saved_bytes["eval"]
     with cbn.options(fuse_frozen_layers=True):
-        kept = cbn.explain(model, x).saved_bytes
-    assert kept["tune"] <= kept["eval"]
+        saved = cbn.explain(model, x).saved_bytes
+    assert saved["tune"] <= saved["eval"]
 
 
-def test_frozen_layers_on_request_keep_less():
+def test_frozen_layers_on_request_save_less():
     model, x = freeze(Residual(), *CONVS), torch.randn(2, 3, 16, 16)
     with cbn.options(fuse_frozen_layers=True):
-        kept = cbn.explain(model, x).saved_bytes
-    assert kept["tune"] < kept["eval"]
+        saved = cbn.explain(model, x).saved_bytes
+    assert saved["tune"] < saved["eval"]
 
 
 def test_batch_norm_written_out_is_as_it_was():
-    kept = cbn.explain(Frozen(), torch.randn(2, 3, 16, 16)).saved_bytes
-    assert kept["tune"] == kept["eval"] == kept["deploy"]
+    saved = cbn.explain(Frozen(), torch.randn(2, 3, 16, 16)).saved_bytes
+    assert saved["tune"] == saved["eval"] == saved["deploy"]
 
 
 def test_exact_numbers():
-    # conv -> bn -> relu, and a gradient for the input: eval mode keeps x (an input: not new),
+    # conv -> bn -> relu, and a gradient for the input: eval mode saves x (an input: not new),
     # the conv's output and relu's mask; tune mode the mask alone.
     model = ConvBN(nn.Conv2d(4, 6, 3, padding=1))
     x = torch.randn(2, 4, 8, 8, requires_grad=True)
     numbers = 2 * 6 * 8 * 8
-    kept = {m: saved_for_backward(model, x, mode=m) for m in ("eval", "tune", "deploy")}
-    assert [(t.kind, t.nbytes) for t in kept["eval"].tensors] == [
+    saved = {m: saved_for_backward(model, x, mode=m) for m in ("eval", "tune", "deploy")}
+    assert [(t.kind, t.nbytes) for t in saved["eval"].tensors] == [
         ("activation", 4 * numbers),
         ("mask", numbers),
     ]
     for mode in ("tune", "deploy"):
-        assert [(t.kind, t.nbytes) for t in kept[mode].tensors] == [("mask", numbers)]
+        assert [(t.kind, t.nbytes) for t in saved[mode].tensors] == [("mask", numbers)]
 
 
-def test_agrees_with_what_autograd_is_given(monkeypatch):
+@pytest.mark.parametrize(("mode", "fuse"), [("eval", False), ("tune", True)])
+def test_agrees_with_what_autograd_is_given(mode, fuse):
     """The prediction against the tensors that a compiled function really saves."""
     model, x = Residual(), torch.randn(2, 3, 16, 16)
-    alive = {t.data_ptr() for t in (x, *model.parameters(), *model.buffers())}
-    for fuse, mode in ((False, "eval"), (True, "tune")):
-        torch._dynamo.reset()
-        from torch._inductor.compile_fx import compile_fx
+    alive = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
+    packed = {}
 
-        def backend(gm, inputs, fuse=fuse):
-            if fuse:
-                testing.run_on_graph(gm)
-            return compile_fx(gm, inputs, inner_compile=lambda gm, inputs, **kwargs: gm)
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in alive:
+            packed[t.untyped_storage().data_ptr()] = t.numel() * t.element_size()
+        return t
 
-        packed = {}
-
-        def pack(t, packed=packed):
-            if t.data_ptr() not in alive:
-                packed[t.data_ptr()] = t.numel() * t.element_size()
-            return t
-
-        with (
-            torch._functorch.config.patch(enable_autograd_cache=False),
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
-        ):
-            torch.compile(model, backend=backend)(x)
-        assert sum(packed.values()) == saved_for_backward(model, x, mode=mode).new_bytes
+    compiled = torch.compile(model, backend=testing.fast_backend(fuse=fuse))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = compiled(x)
+    assert sum(packed.values()) == saved_for_backward(model, x, mode=mode).new_bytes > 0
+    del out
 
 
 def test_allocates_nothing_and_runs_nothing():
@@ -142,7 +138,7 @@ def test_leaves_counters_and_records_alone():
     assert cbn.is_installed()
 
 
-@pytest.mark.parametrize("overwritten", [None, *hook._HOOKS])
+@pytest.mark.parametrize("overwritten", [None, *HOOKS])
 def test_what_runs_in_inductors_hooks_is_left_as_it_was(overwritten):
     """Passes of others, before and after ours, and that one of ours was overwritten."""
 
@@ -150,18 +146,18 @@ def test_what_runs_in_inductors_hooks_is_left_as_it_was(overwritten):
         pass
 
     def state():
-        builtins = (_inductor.efficient_conv_bn_eval_pass(), _inductor.binary_folding_pass())
+        wrapped = (pre_grad.efficient_conv_bn_eval_pass, inductor.binary_folding_pass())
         return (
-            [getattr(_inductor.config, name) for name in hook._HOOKS],
-            [b.apply for b in builtins],
+            [getattr(registry.config, name) for name in HOOKS],
+            [p.apply for p in wrapped],
             cbn.is_installed(),
         )
 
     with contextlib.ExitStack() as stack:
-        for name in hook._HOOKS:
-            stack.enter_context(hook.passes_added(name, other))
+        for name in HOOKS:
+            stack.enter_context(registry.passes_added(name, other))
         if overwritten is not None:
-            stack.enter_context(_inductor.config.patch({overwritten: None}))
+            stack.enter_context(registry.config.patch({overwritten: None}))
         before = state()
         saved_for_backward(Residual(), torch.randn(2, 3, 8, 8), mode="builtin")
         assert state() == before
@@ -173,11 +169,11 @@ def test_what_runs_in_inductors_hooks_is_left_as_it_was(overwritten):
 
 
 def test_dynamic_shapes():
-    kept = cbn.explain(Residual(), torch.randn(2, 3, 16, 16), dynamic=True)
-    assert kept.fused == Residual.pairs
-    assert isinstance(kept.records[0].output_shape[0], str)
+    saved = cbn.explain(Residual(), torch.randn(2, 3, 16, 16), dynamic=True)
+    assert saved.fused == Residual.pairs
+    assert isinstance(saved.records[0].output_shape[0], str)
     static = cbn.explain(Residual(), torch.randn(2, 3, 16, 16))
-    assert kept.saved_bytes["tune"] == static.saved_bytes["tune"] == kept.saved_bytes["deploy"]
+    assert saved.saved_bytes["tune"] == static.saved_bytes["tune"] == saved.saved_bytes["deploy"]
 
 
 def test_shapes_of_an_earlier_call_do_not_matter():

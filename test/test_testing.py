@@ -9,6 +9,7 @@ from torch import nn
 
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import testing
+from convbn_inductor_pass.passes.scale_gradient import rewrite
 from convbn_inductor_pass.saved_tensors import saved_for_backward
 
 
@@ -36,15 +37,18 @@ class TestHelpers:
             testing.assert_saved_at_most(Residual(), self.x, nbytes=nbytes - 1)
 
     def test_assert_saved_like_deploy(self):
-        model = freeze(Residual(), *CONVS)  # left alone: the convolutions' outputs are kept
+        model = freeze(Residual(), *CONVS)  # left alone: the convolutions' outputs are saved
         with pytest.raises(AssertionError, match="expected at most"):
             testing.assert_saved_like_deploy(model, self.x)
 
     def test_assert_numerics_sees_a_wrong_gradient(self, monkeypatch):
-        from convbn_inductor_pass import fold
-
         testing.assert_numerics(Residual(), self.x)
-        right = fold.channel_inner_product
-        monkeypatch.setattr(fold, "channel_inner_product", lambda *a: right(*a) * 1.001)
+        right = rewrite._Rewriting._inner_product
+
+        def wrong(rewriting, weight_gradient):
+            inner = right(rewriting, weight_gradient)
+            return rewriting.build.call(torch.ops.aten.mul.Tensor, inner, 1.001)
+
+        monkeypatch.setattr(rewrite._Rewriting, "_inner_product", wrong)
         with pytest.raises(AssertionError, match=r"bn.*weight: error .* in tune mode"):
             testing.assert_numerics(Residual(), self.x)

@@ -6,71 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import LAYERS, channels, example_input
-from programs import check_model
+from oracle import PassRecorder
+from programs import Norm, Residual, Scale, check_model
 from torch import Tensor, nn
 
 from convbn_inductor_pass import Code
 
-
-class Norm(nn.Module):
-    """Batch norm in eval mode, written by hand, channels in dimension 1."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.gamma, self.beta = (nn.Parameter(torch.rand(channels) + 0.5) for _ in range(2))
-        self.register_buffer("mean", torch.randn(channels))
-        self.register_buffer("var", torch.rand(channels) + 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        ones = [1] * (x.ndim - 2)
-        gamma, beta, mean, var = (
-            t.view(-1, *ones) for t in (self.gamma, self.beta, self.mean, self.var)
-        )
-        return (x - mean) / torch.sqrt(var + 1e-5) * gamma + beta
-
-
-class Scale(nn.Module):
-    """Multiplication with one trained number per channel, in one of several spellings."""
-
-    def __init__(self, channels: int, form: str = "index") -> None:
-        super().__init__()
-        self.gamma, self.form = nn.Parameter(torch.rand(channels) + 0.5), form
-        self.other = nn.Parameter(torch.rand(channels) + 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        ones = [1] * (x.ndim - 2)
-        v = self.gamma.view(-1, *ones)
-        if self.form == "index":
-            return x * self.gamma[(slice(None), *[None] * (x.ndim - 2))]
-        if self.form == "left":
-            return v * x
-        if self.form == "expanded":
-            return x * v.expand(x.shape)
-        if self.form == "divide":
-            return x / (v + 1)
-        if self.form == "addcmul":
-            return torch.addcmul(self.other.view(-1, *ones), x, v, value=0.5)
-        if self.form == "last":
-            return (x.movedim(1, -1) * self.gamma).movedim(-1, 1)
-        if self.form == "two":
-            return -(x * v + 1) * self.other.view(-1, *ones) - 2
-        if self.form == "number":
-            return x * self.gamma[:1].exp()
-        if self.form == "in place":
-            return x.clone().mul_(v)
-        raise ValueError(self.form)
-
-
 FORMS = ("index", "left", "expanded", "divide", "addcmul", "last", "two", "number", "in place")
-
-
-class Residual(nn.Module):
-    def __init__(self, *modules: nn.Module) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(*modules)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.inner(x)
 
 
 def codes_of(model: nn.Module, *inputs: Tensor, **options: bool | None) -> list[Code]:
@@ -260,3 +202,40 @@ def test_mixed_dtypes_are_left_alone():
     model = Fn(lambda y, x, v, w: y.double() * v.double())
     x = torch.randn(2, 4, 5, 5, requires_grad=True)
     assert codes_of(model, x) == [Code.UNSUPPORTED_DTYPE]
+
+
+def test_symbolic_sizes_are_not_guarded_on():
+    """Of as many rows as channels there is nothing special."""
+    torch.manual_seed(0)
+    linear, gamma = nn.Linear(4, 4), nn.Parameter(torch.randn(4))
+
+    def fn(x):
+        y = linear(x) * gamma
+        return (y @ y.T.sin()).sum()
+
+    recorder = PassRecorder()
+    compiled = torch.compile(fn, backend=recorder, dynamic=True)
+    for rows in (6, 4, 5):
+        compiled(torch.randn(rows, 4)).backward()
+    assert len(recorder.results) == recorder.fused == 1
+
+
+def test_size_that_depends_on_data():
+    """As where a mask chooses the tokens."""
+    torch.manual_seed(0)
+
+    class Chosen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.gamma = nn.Linear(4, 4), nn.Parameter(torch.randn(4))
+            self.conv, self.norm = nn.Conv1d(4, 4, 3, padding=1), Norm(4)
+
+        def forward(self, x):
+            y = x[x[:, 0] > 0]
+            y = y + (self.linear(y[None]) * self.gamma)[0]
+            return y + self.norm(self.conv(y.T[None]))[0].T
+
+    x = torch.randn(9, 4, requires_grad=True)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        codes = codes_of(Chosen(), x)
+    assert set(codes) == {Code.FUSED}  # one: torch 2.11 breaks the graph at the convolution
