@@ -16,6 +16,10 @@ class Code(enum.Enum):
 
     # Rewritten.
     FUSED = "tune mode: the layer's output is not saved for backward"
+    WEIGHT_COPY = (
+        "tune mode, so that the weight's copy in half precision is not saved for backward; the "
+        "layer's output is saved anyway"
+    )
     FOLDED = "folded: the scale is in the weight and the shift in the bias, recomputed each call"
 
     # There is nothing to rewrite.
@@ -68,4 +72,4 @@ class Code(enum.Enum):
 
     @property
     def rewritten(self) -> bool:
-        return self in (Code.FUSED, Code.FOLDED)
+        return self in (Code.FUSED, Code.WEIGHT_COPY, Code.FOLDED)

@@ -43,15 +43,26 @@ def _bound(names: tuple[str, ...], node: fx.Node) -> dict[str, Any]:
 
 
 def _layer_before(node: Any, user: fx.Node) -> fx.Node | None:
-    """The layer whose output reaches ``user`` and nothing else."""
-    while isinstance(node, fx.Node) and set(node.users) == {user}:
+    """The layer whose output reaches ``user`` and nothing else that computes with it."""
+    while isinstance(node, fx.Node) and all(u is user or _asks_shape(u, node) for u in node.users):
         if node.op == "call_function" and node.target in LAYERS:
             return node
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        if name not in _BETWEEN:
+        if _name(node) not in _BETWEEN:
             return None
         node, user = node.args[0], node
     return None
+
+
+def _asks_shape(user: fx.Node, of: fx.Node) -> bool:
+    return _name(user) in ("size", "dim") or (
+        _name(user) in ("reshape_as", "view_as") and user.args[0] is not of
+    )
+
+
+def _name(node: fx.Node) -> str:
+    if node.op == "call_method":
+        return str(node.target)
+    return getattr(node.target, "__name__", "")
 
 
 def _give_bias(layer: fx.Node, bias: fx.Node) -> None:

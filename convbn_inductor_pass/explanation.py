@@ -49,7 +49,7 @@ class Explanation:
     @property
     def fused(self) -> int:
         """Number of batch norm calls in tune mode."""
-        return sum(r.code is Code.FUSED for r in self.batch_norms)
+        return sum(r.code.rewritten for r in self.batch_norms)
 
     @property
     def saved_bytes(self) -> dict[str, int]:
@@ -58,7 +58,7 @@ class Explanation:
 
     def left(self, *, except_codes: tuple[Code, ...] = ()) -> tuple[Record, ...]:
         """Batch norms left as written, less those left for one of ``except_codes``."""
-        left = (r for r in self.batch_norms if r.code is not Code.FUSED)
+        left = (r for r in self.batch_norms if not r.code.rewritten)
         return tuple(r for r in left if r.code not in except_codes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Explanation:
         norms = f"{self.fused} of {len(self.batch_norms)} batch norms in tune mode"
         lines = [f"{norms}, {self.graphs} graph(s)."]
         if scales := [r for r in self.records if r.kind == "scale"]:
-            done = sum(r.code is Code.FUSED for r in scales)
+            done = sum(r.code.rewritten for r in scales)
             lines.append(f"{done} of {len(scales)} layers' outputs not saved for other scales.")
         baseline = self.saved_bytes["eval"]
         for mode, size in self.saved_bytes.items():
@@ -119,7 +119,7 @@ _SHAPE: _Column = ("layer's output", lambda r: "x".join(map(str, r.output_shape)
 _BYTES: _Column = ("bytes", lambda r: _size(r.output_bytes) if r.output_bytes else "")
 _SAVED: _Column = (
     "bytes less",
-    lambda r: _size(r.bytes_saved) if r.code is Code.FUSED else "",
+    lambda r: _size(r.bytes_saved) if r.code.rewritten else "",
 )
 _TABLES: tuple[tuple[str, str, tuple[_Column, ...]], ...] = (
     (
@@ -213,7 +213,7 @@ def _with_bytes(
     """The records with the bytes that the partitioner really saves less after each layer."""
     return [
         dataclasses.replace(record, bytes_saved=before.bytes_after(name) - after.bytes_after(name))
-        if record.code is Code.FUSED
+        if record.code.rewritten
         else record
         for name, record in found
     ]

@@ -62,6 +62,7 @@ def disable() -> None:
 
 
 def _set_flag(value: bool) -> None:
+    importlib.import_module(_CONFIG)  # which adds the passes, if they are to be added
     from ._torch import registry
 
     registry.set_everywhere(_FLAG, value)

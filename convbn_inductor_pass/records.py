@@ -88,9 +88,9 @@ class Record:
 def summary(found: Iterable[Record]) -> str:
     """How many batch norms are in tune mode, and how often each other code was given."""
     norms = [r for r in found if r.kind == "batch norm"]
-    fused = sum(r.code is Code.FUSED for r in norms)
+    fused = sum(r.code.rewritten for r in norms)
     lines = [f"{fused} of {len(norms)} batch norms in tune mode"]
-    left = collections.Counter(r.code for r in norms if r.code is not Code.FUSED)
+    left = collections.Counter(r.code for r in norms if not r.code.rewritten)
     lines += [f"  {n} x {code.name}: {code.value}" for code, n in left.most_common()]
     return "\n".join(lines)
 

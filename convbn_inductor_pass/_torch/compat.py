@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = [
+    "fake_copy",
     "fake_mode_of",
     "is_mutable",
     "is_pointwise",
     "is_pure",
     "is_view",
+    "metadata_key",
     "plain_dispatch",
     "reads_strides",
     "shape_of",
@@ -86,6 +89,33 @@ def is_pure(target: Any) -> bool:
 def fake_mode_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """The mode that ``tensor`` is fake in."""
     return tensor.fake_mode if isinstance(tensor, FakeTensor) else contextlib.nullcontext()
+
+
+def metadata_key(value: Any) -> Any:
+    """Equal for two arguments of an operator whose result has the same metadata; None if unknown.
+
+    That is for fake tensors of plain sizes, with plain values among them.
+    """
+    if isinstance(value, Tensor):
+        sizes = (*value.shape, *value.stride(), value.storage_offset())
+        if type(value) is not FakeTensor or not all(type(n) is int for n in sizes):
+            return None
+        return (value.dtype, value.device, tuple(value.shape), value.stride())
+    if isinstance(value, (list, tuple, dict)):
+        items = value.items() if isinstance(value, dict) else value
+        keys = tuple(map(metadata_key, items))
+        return None if any(k is None for k in keys) else keys
+    return (type(value), value)
+
+
+def fake_copy(value: Any) -> Any:
+    """Fake tensors like those in ``value``, in memory of their own; much cheaper than a call."""
+    if isinstance(value, FakeTensor):
+        with unset_fake_temporarily():
+            like = {"dtype": value.dtype, "device": "meta"}
+            meta = torch.empty_strided(value.shape, value.stride(), **like)
+            return FakeTensor(value.fake_mode, meta, value.device)
+    return tuple(map(fake_copy, value)) if isinstance(value, tuple) else value
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = [
     "WeakIdKeyDictionary",
+    "autocast_off",
     "in_functional_transform",
     "is_compiled_module",
     "is_functorch_tensor",
@@ -52,6 +53,11 @@ def in_functional_transform() -> bool:
 def saved_tensors_hooks() -> tuple[Any, Any] | None:
     """The innermost ``torch.autograd.graph.saved_tensors_hooks``; checkpoint uses them, too."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def autocast_off() -> contextlib.AbstractContextManager[None]:
+    """Compute in the dtypes given, on every device."""
+    return torch._C._DisableAutocast()
 
 
 def torch_functions_off() -> contextlib.AbstractContextManager[None]:

@@ -37,7 +37,7 @@ __all__ = [
     "functorch_config",
     "has_cudnn_epilogues",
     "has_onednn_epilogues",
-    "in_subgraph",
+    "is_backward",
     "is_generated",
     "is_outermost",
     "library_settings",
@@ -89,7 +89,7 @@ def update_metadata(graph: torch.fx.Graph) -> Iterator[None]:
 
 
 def library_settings() -> tuple[bool, ...]:
-    """What the user has said about the libraries that the functions below ask for."""
+    """The user's settings of the libraries that the functions below ask for."""
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     return bool(cudnn.enabled), bool(cudnn.deterministic), bool(mkldnn.enabled)
 
@@ -119,14 +119,16 @@ def has_cudnn_epilogues(device: torch.device) -> bool:
     return not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
 
 
-def makes_channels_last(graph: torch.fx.Graph, *, is_inference: bool) -> bool:
+def makes_channels_last(graph: torch.fx.Graph) -> bool:
     """Whether Inductor makes what goes through the convolutions of ``graph`` channels-last."""
     from torch._inductor.graph import GraphLowering
 
     module = graph.owning_module
-    return module is not None and bool(
-        GraphLowering.decide_layout_opt(module, is_inference=is_inference)
-    )
+    if module is None:
+        return False
+    inputs = graph.find_nodes(op="placeholder")
+    is_inference = not any(node.name.startswith("primals_") for node in inputs)
+    return bool(GraphLowering.decide_layout_opt(module, is_inference=is_inference))
 
 
 def for_python() -> bool:
@@ -137,10 +139,12 @@ def for_python() -> bool:
 
 
 def parts_of_subclasses(graph: torch.fx.Graph) -> set[torch.fx.Node]:
-    """What ``graph`` returns to make a tensor subclass of it, which takes several tensors."""
+    """Nodes that ``graph`` returns as one of the several tensors inside a tensor subclass."""
     (output,) = graph.find_nodes(op="output")
     returned: Any = output.args[0]
-    kinds = output.meta.get("desc") or [None] * len(returned)
+    kinds = output.meta.get("desc")
+    if kinds is None:  # the body of a higher-order operator, or one made by hand
+        return set()
     return {
         node
         for node, kind in zip(returned, kinds, strict=True)
@@ -151,18 +155,20 @@ def parts_of_subclasses(graph: torch.fx.Graph) -> set[torch.fx.Node]:
 _GENERATED = ("aten", "prims")  # other libraries' operators are called
 
 
-def in_subgraph() -> bool:
-    """Whether Inductor's post-grad passes are at a graph inside another one (cond, scan, ...).
+def is_outermost(graph: torch.fx.Graph) -> bool:
+    """Whether ``graph`` is no body of a higher-order operator (cond, scan, invoke_subgraph, ...).
 
-    The only thing that tells is that they are called for it from within those of the outer one.
+    AOTAutograd describes each input of a graph of its own, in the forward as in the backward; the
+    bodies inside have inputs without a description (2.11 to 2.15). Their outputs do not tell: the
+    partitioner describes those of an invoke_subgraph's body, too.
     """
-    from torch._inductor.compile_fx import _recursive_post_grad_passes as passes
+    return any("desc" in node.meta for node in graph.find_nodes(op="placeholder"))
 
-    frame, depth = inspect.currentframe(), 0
-    while frame is not None:
-        depth += frame.f_code.co_name == passes.__name__
-        frame = frame.f_back
-    return depth > 1
+
+def is_backward(graph: torch.fx.Graph) -> bool:
+    """Whether ``graph`` is the backward of a training step."""
+    inputs = graph.find_nodes(op="placeholder")
+    return any(node.name.startswith("tangents_") for node in inputs)
 
 
 def is_generated(target: Any) -> bool:
@@ -178,14 +184,9 @@ def is_generated(target: Any) -> bool:
         torch.ops.aten.bmm.default,
         torch.ops.aten.baddbmm.default,
     )
-    # Pooling reads each number several times, and has its input computed first.
+    # Pooling reads each element several times, and has its input computed first.
     is_pooling = "_pool" in target._schema.name
     return target not in (*libraries, *lowering.fallbacks) and not is_pooling
-
-
-def is_outermost(graph: torch.fx.Graph) -> bool:
-    """Whether AOTAutograd made ``graph`` for a whole one of Dynamo's: it describes the inputs."""
-    return any("desc" in n.meta for n in graph.nodes if n.op in ("placeholder", "output"))
 
 
 def trained_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:

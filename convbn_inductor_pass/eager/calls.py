@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .._torch import eager as torch_eager
 from ..codes import Code
-from .geometry import Geometry
+from ..functional import Conv
+from .geometry import output_shape, pad_unevenly, read_conv
 
 if TYPE_CHECKING:
     import weakref
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["BATCH_NORMS", "LAYERS", "BatchNormCall", "Context", "LayerCall", "is_plain"]
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED = (
-    *("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
-)
+_TRANSPOSED = (*_CONV[:5], "output_padding", "groups", "dilation")
 # Function -> names of its arguments, spatial dimensions (0: linear), whether it is transposed.
 LAYERS: dict[Any, tuple[tuple[str, ...], int, bool]] = {
     torch.conv1d: (_CONV, 1, False),
@@ -40,15 +39,11 @@ LAYERS: dict[Any, tuple[tuple[str, ...], int, bool]] = {
     torch.conv_transpose3d: (_TRANSPOSED, 3, True),
     F.linear: (("input", "weight", "bias"), 0, False),
 }
+_AFFINE, _STATISTICS = ("weight", "bias"), ("running_mean", "running_var")
+_MODE = ("training", "momentum", "eps")
 BATCH_NORMS: dict[Any, tuple[str, ...]] = {
-    F.batch_norm: (
-        *("input", "running_mean", "running_var", "weight", "bias"),
-        *("training", "momentum", "eps"),
-    ),
-    torch.batch_norm: (
-        *("input", "weight", "bias", "running_mean", "running_var"),
-        *("training", "momentum", "eps", "cudnn_enabled"),
-    ),
+    F.batch_norm: ("input", *_STATISTICS, *_AFFINE, *_MODE),
+    torch.batch_norm: ("input", *_AFFINE, *_STATISTICS, *_MODE, "cudnn_enabled"),
 }
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -74,14 +69,12 @@ class Context(NamedTuple):
 
     @classmethod
     def now(cls, device_type: str) -> Context:
-        autocast: tuple[bool, torch.dtype] = False, torch.float32
+        on, dtype = False, torch.float32
         # The meta device, for one, knows no autocast and raises when asked for it.
         if torch.amp.is_autocast_available(device_type):
-            autocast = (
-                torch.is_autocast_enabled(device_type),
-                torch.get_autocast_dtype(device_type),
-            )
-        return cls(torch.is_grad_enabled(), *autocast, torch_eager.saved_tensors_hooks())
+            on = torch.is_autocast_enabled(device_type)
+            dtype = torch.get_autocast_dtype(device_type)
+        return cls(torch.is_grad_enabled(), on, dtype, torch_eager.saved_tensors_hooks())
 
     @contextlib.contextmanager
     def restored(self, device_type: str) -> Iterator[None]:
@@ -98,15 +91,11 @@ class Context(NamedTuple):
             yield
 
 
-def _version(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor._version
-
-
 @dataclasses.dataclass(eq=False)
 class LayerCall:
     """A call of a convolution or linear layer, and all that is needed to make it later.
 
-    ``geometry`` is None for a linear layer; ``shape`` and ``dtype`` are the result's. ``live``
+    ``conv`` is None for a linear layer; ``shape`` and ``dtype`` are the output's. ``live``
     collects references to the :class:`Deferred` made of it; ``on_use`` is told why the
     convolution had to run after all; ``event`` is the interception's note about the call.
     """
@@ -115,7 +104,7 @@ class LayerCall:
     input: Tensor
     weight: Tensor
     bias: Tensor | None
-    geometry: Geometry | None
+    conv: Conv | None
     shape: tuple[int, ...]
     dtype: torch.dtype
     context: Context
@@ -125,7 +114,10 @@ class LayerCall:
     versions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        self.versions = tuple(_version(t) for t in self.operands)
+        self.versions = self._versions()
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(0 if t is None else t._version for t in self.operands)
 
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
@@ -144,14 +136,14 @@ class LayerCall:
     @property
     def is_modified(self) -> bool:
         """Whether an operand was written to since the call."""
-        return self.versions != tuple(_version(t) for t in self.operands)
+        return self.versions != self._versions()
 
     def check_unmodified(self) -> None:
         if self.is_modified:
             raise RuntimeError(
                 "the input, weight or bias of a convolution was modified in place between the "
                 "convolution and the first use of its output, in a way that tune mode does not "
-                "see (an conv_bn.Function, or other code than PyTorch's). Turn tune mode on "
+                "see (an autograd.Function, or other code than PyTorch's). Turn tune mode on "
                 "for other parts of the model only: turn_on(model, modules=[...])"
             )
 
@@ -159,20 +151,19 @@ class LayerCall:
         """Make the call as it was written."""
         self.check_unmodified()
         args: list[Any] = [self.input, self.weight, self.bias]
-        if (g := self.geometry) is not None:
-            args += [g.stride, g.padding]
-            if g.transposed:
-                args += [g.output_padding, g.groups, g.dilation]
+        if (c := self.conv) is not None:
+            args += [c.stride, c.padding]
+            if c.transposed:
+                args += [c.output_padding, c.groups, c.dilation]
             else:
-                args += [g.dilation, g.groups]
+                args += [c.dilation, c.groups]
         with torch_eager.torch_functions_off(), self.context.restored(self.device_type):
             return self.function(*args)
 
     def run_below_autograd(self) -> Tensor:
-        """The same numbers, where the casts of autocast are no longer made for us."""
-        detached = [None if t is None else t.detach().to(self.dtype) for t in self.operands]
+        """The same output, where autocast no longer makes its casts for us."""
         self.check_unmodified()
-        x, weight, bias = detached
+        x, weight, bias = (None if t is None else t.detach().to(self.dtype) for t in self.operands)
         context = Context(False, False, self.context.autocast_dtype, None)
         operands: dict[str, Any] = {"input": x, "weight": weight, "bias": bias}
         return dataclasses.replace(self, **operands, context=context).run()
@@ -199,19 +190,23 @@ class LayerCall:
         if spatial == 0:
             if x.ndim < 2 or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
                 return None
-            geometry, shape = None, (*x.shape[:-1], weight.shape[0])
+            conv, shape = None, (*x.shape[:-1], weight.shape[0])
         else:
-            geometry = Geometry.read(bound, spatial, transposed)
-            if geometry is None or x.ndim != spatial + 2 or weight.ndim != spatial + 2:
+            if x.ndim != spatial + 2 or weight.ndim != spatial + 2:
                 return None
-            found = geometry.output_shape(x, weight)
+            if (conv := read_conv(bound, spatial, transposed)) is None:
+                return None
+            if bound.get("padding") == "same":
+                with torch_eager.torch_functions_off():
+                    x = pad_unevenly(x, weight, conv.dilation)
+            found = output_shape(conv, x, weight)
             if found is None:
                 return None
             shape = found
         channels = shape[1] if spatial else shape[-1]
         if bias is not None and tuple(bias.shape) != (channels,):
             return None
-        return cls(function, x, weight, bias, geometry, shape, dtype, context)
+        return cls(function, x, weight, bias, conv, shape, dtype, context)
 
 
 def is_plain(value: Any) -> bool:
@@ -225,15 +220,15 @@ def is_plain(value: Any) -> bool:
 
 
 class BatchNormCall(NamedTuple):
-    """Arguments of a batch norm by name; ``training`` as PyTorch understands it."""
+    """Arguments of a batch norm by name."""
 
     input: Any
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    training: bool
-    eps: float
+    running_mean: Any
+    running_var: Any
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    eps: float = 1e-5
 
     @classmethod
     def read(
@@ -242,12 +237,4 @@ class BatchNormCall(NamedTuple):
         bound = _bind(BATCH_NORMS[function], args, kwargs)
         if bound is None or not {"input", "running_mean", "running_var"} <= bound.keys():
             return None
-        return cls(
-            bound["input"],
-            bound["running_mean"],
-            bound["running_var"],
-            bound.get("weight"),
-            bound.get("bias"),
-            bool(bound.get("training", False)),
-            bound.get("eps", 1e-5),
-        )
+        return cls(**{name: bound[name] for name in cls._fields if name in bound})

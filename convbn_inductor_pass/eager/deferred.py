@@ -1,21 +1,19 @@
 """A convolution that waits to see whether a batch norm comes next.
 
-In eager mode nobody knows the future: when ``conv(x)`` is called, the batch norm that might
-follow has not been called yet. So the call is written down as a :class:`LayerCall` and its
-result is a :class:`Deferred`, a tensor that knows its shape and dtype but has no numbers.
+Eager mode cannot look ahead: when ``conv(x)`` is called, the batch norm that might follow has not
+been called yet. So the call is written down as a :class:`LayerCall` and its output is a
+:class:`Deferred`, a tensor that knows its shape and dtype but has no elements.
 
-* If an eval-mode batch norm takes it, and :func:`decide` finds that right, both run as one
-  folded convolution and the output of the convolution never exists.
-* If anything else touches it, the convolution runs then, as it was written: same function,
-  same arguments, under the grad mode, autocast and saved-tensor hooks of the call. From then
-  on the result stands for the ``Deferred`` wherever it is used.
+* If an eval-mode batch norm takes it, and :func:`decide` finds that legal, both run as one folded
+  convolution and the output of the convolution never exists.
+* If anything else touches it, it is materialized: the convolution runs then, as written, under the
+  grad mode, autocast and saved-tensor hooks of the call, and its output stands for it from then on.
 
-There is no third case. Python functions of torch are caught in ``__torch_function__``, what
-reaches the dispatcher past them in ``__torch_dispatch__``; a custom ``autograd.Function``
-that takes a ``Deferred`` finds a graph to send its gradient to. What can still go wrong is
-that arguments are modified before the convolution runs. The interception (``region``) runs
-it before such a modification; one that it cannot see (made in an ``autograd.Function``, or
-by other code than torch's) shows in version counters and raises.
+There is no third case. Python functions of torch are caught in ``__torch_function__``, what gets
+past them to the dispatcher in ``__torch_dispatch__``; a custom ``autograd.Function`` that takes a
+``Deferred`` finds a graph to send its gradient to. Before arguments of the call are written to,
+``region`` materializes it; a write that it cannot see (in an ``autograd.Function``, or by other
+code than torch's) shows in version counters and raises.
 """
 
 from __future__ import annotations
@@ -32,43 +30,33 @@ from torch.utils import _pytree as pytree
 from .._torch import eager as torch_eager
 from ..codes import Code
 from ..config import get_options
-from ..functional.conv_bn import conv_bn_eval, linear_bn_eval
-from ..functional.folded import ConvBNFoldedEager
-from .calls import BATCH_NORMS, BatchNormCall, Context, LayerCall, is_plain
+from ..functional import BatchNorm, conv_bn_eval
+from .calls import BatchNormCall, Context, LayerCall, is_plain
 
-__all__ = ["Deferred", "decide", "fuse", "live"]
+__all__ = ["Deferred", "decide", "fuse", "live", "materialized"]
 
 
 def decide(c: Any, bn: BatchNormCall) -> tuple[Code, str]:
-    """Whether a batch norm is to be run as one with the layer that gave it ``c``, and why not.
+    """Whether a batch norm is to be run as one with the layer that gave it ``c``, and a detail.
 
-    The rows are the pass's (``decide``), read off tensors instead of a graph, with one
-    difference: in eager mode a batch norm with a frozen weight keeps its input, too, and is
-    fused.
+    In eager mode a batch norm whose weight is frozen saves its input, too, and is fused.
     """
-    if bn.training:
+    if bn.training or bn.running_mean is None or bn.running_var is None:
         return Code.BATCH_STATISTICS, ""
-    if bn.running_mean is None or bn.running_var is None:
-        return Code.NO_RUNNING_STATISTICS, ""
     if not isinstance(c, Deferred):
         return Code.NOT_AFTER_LAYER, ""
     if c.is_used:
         return c.used_as, ""
     call = c.call
-    named = {
-        "running_mean": bn.running_mean,
-        "running_var": bn.running_var,
-        "weight": bn.weight,
-        "bias": bn.bias,
-    }
-    tensors = {name: t for name, t in named.items() if t is not None}
+    names = ("running_mean", "running_var", "weight", "bias")
+    tensors = {name: t for name in names if (t := getattr(bn, name)) is not None}
     for name, tensor in tensors.items():
         if not is_plain(tensor) or tensor.device != call.input.device:
             return Code.UNSUPPORTED_TENSOR, f"{name} of the batch norm"
         mixed = call.dtype in (torch.float16, torch.bfloat16) and tensor.dtype == torch.float32
         if tensor.dtype != call.dtype and not mixed:
             return Code.UNSUPPORTED_DTYPE, f"{name} is {tensor.dtype}, the layer's {call.dtype}"
-    if call.geometry is None and len(call.shape) != 2:
+    if call.conv is None and len(call.shape) != 2:
         return Code.UNBATCHED, f"{len(call.shape)} dimensions with channels last"
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != (call.shape[1],):
@@ -84,16 +72,12 @@ def decide(c: Any, bn: BatchNormCall) -> tuple[Code, str]:
 
 
 def fuse(call: LayerCall, bn: BatchNormCall) -> Tensor:
-    """Run layer and batch norm, found fit by :func:`decide`, as one."""
+    """Run layer and batch norm as one, where :func:`decide` gave ``FUSED``."""
     call.check_unmodified()
-    if bn.running_mean is None or bn.running_var is None:
-        raise ValueError("a batch norm without running statistics cannot be folded")
-    statistics = (bn.running_mean, bn.running_var, bn.eps)
-    tensors = (call.input, call.weight, call.bias, bn.weight, bn.bias, *statistics)
+    norm = BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
     with torch_eager.torch_functions_off():
-        if call.geometry is None:
-            return linear_bn_eval(*tensors, function=ConvBNFoldedEager)
-        return conv_bn_eval(*tensors, *call.geometry, function=ConvBNFoldedEager)
+        x = call.input.to(call.dtype)
+        return conv_bn_eval(x, call.weight, call.bias, norm, call.conv)
 
 
 class _Defer(torch.autograd.Function):
@@ -113,8 +97,7 @@ class _Defer(torch.autograd.Function):
         # Aliases, because the input may depend on the weight: through a layer that shares it.
         with torch_eager.torch_functions_off(), torch.enable_grad():
             operands = [None if t is None else t.view_as(t) for t in call.operands]
-        x, weight, bias = operands
-        again: dict[str, Any] = {"input": x, "weight": weight, "bias": bias}
+        again: dict[str, Any] = dict(zip(("input", "weight", "bias"), operands, strict=True))
         out = dataclasses.replace(call, **again).run()
         needed = [
             t for t, n in zip(operands, ctx.needs_input_grad, strict=False) if n and t is not None
@@ -123,12 +106,12 @@ class _Defer(torch.autograd.Function):
         return (*(next(found) if n else None for n in ctx.needs_input_grad[:3]), None)
 
 
-class _Reveal(torch.autograd.Function):
-    """The numbers of a :class:`Deferred` whose own graph goes on (see ``Deferred.result``)."""
+class _Materialize(torch.autograd.Function):
+    """The output of a :class:`Deferred` whose own graph goes on (see ``Deferred.materialize``)."""
 
     @staticmethod
     def forward(ctx: Any, deferred: Deferred) -> Tensor:
-        return deferred.numbers().clone()
+        return deferred.materialize_below_autograd().clone()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
@@ -140,8 +123,8 @@ class Deferred(Tensor):
 
     call: LayerCall
     used_as: Code
-    _result: Tensor | None
-    _numbers: Tensor | None
+    _output: Tensor | None
+    _without_graph: Tensor | None
     _graph: Any
 
     @staticmethod
@@ -150,7 +133,7 @@ class Deferred(Tensor):
             Deferred, call.shape, dtype=call.dtype, device=call.input.device
         )
         new.call, new.used_as = call, Code.LAYER_OUTPUT_USED
-        new._result = new._numbers = new._graph = None
+        new._output = new._without_graph = new._graph = None
         return new
 
     @staticmethod
@@ -168,29 +151,29 @@ class Deferred(Tensor):
     @property
     def is_used(self) -> bool:
         """Whether anything but a batch norm has seen the output."""
-        return self._result is not None or self._numbers is not None
+        return self._output is not None or self._without_graph is not None
 
-    def result(self, why: Code = Code.LAYER_OUTPUT_USED) -> Tensor:
-        """The layer's output, from now on. Above autograd only."""
+    def materialize(self, why: Code = Code.LAYER_OUTPUT_USED) -> Tensor:
+        """Run the layer, if it has not run: its output. Above autograd only."""
         with torch_eager.torch_functions_off():
             if self.grad_fn is not self._graph or self._version:
-                # An conv_bn.Function wrote into it: its graph is this tensor's, not the layer's.
-                return _Reveal.apply(self)
-            if self._result is None:
+                # An autograd.Function wrote into it: its graph is this tensor's, not the layer's.
+                return _Materialize.apply(self)
+            if self._output is None:
                 self.used_as = why
-                self._result = self.call.run()
+                self._output = self.call.run()
                 self.call.on_use(why)
-            return self._result
+            return self._output
 
-    def numbers(self) -> Tensor:
+    def materialize_below_autograd(self) -> Tensor:
         """The same without a graph."""
         with torch_eager.torch_functions_off(), torch.no_grad():
-            if self._result is not None:
-                return self._result.detach()
-            if self._numbers is None:
-                self._numbers = self.call.run_below_autograd()
+            if self._output is not None:
+                return self._output.detach()
+            if self._without_graph is None:
+                self._without_graph = self.call.run_below_autograd()
                 self.call.on_use(self.used_as)
-            return self._numbers
+            return self._without_graph
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -198,29 +181,22 @@ class Deferred(Tensor):
         if func in _METADATA:
             with torch_eager.torch_functions_off():
                 return func(*args, **kwargs)
-        if func in BATCH_NORMS:
-            bn = BatchNormCall.read(func, args, kwargs)
-            if bn is not None and decide(bn.input, bn)[0].fused:
-                return fuse(bn.input.call, bn)
         if func in _SHAPE_LIKE and len(args) == 2 and not isinstance(args[0], Deferred):
             return _SHAPE_LIKE[func](args[0], args[1].shape)
         if func in _VIEWS and (rows := _as_rows(func, args, kwargs)) is not None:
             return rows
 
-        def reveal(value: Any) -> Any:
-            return value.result() if isinstance(value, Deferred) else value
-
-        return func(*pytree.tree_map(reveal, args), **pytree.tree_map(reveal, kwargs))
+        return func(*materialized(args), **materialized(kwargs))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        def reveal(value: Any) -> Any:
-            return value.numbers() if isinstance(value, Deferred) else value
+        def elements(value: Any) -> Any:
+            return value.materialize_below_autograd() if isinstance(value, Deferred) else value
 
-        return func(*pytree.tree_map(reveal, args), **pytree.tree_map(reveal, kwargs or {}))
+        return func(*pytree.tree_map(elements, args), **pytree.tree_map(elements, kwargs or {}))
 
 
-# Questions that a tensor without numbers can answer.
+# Questions that a tensor without elements can answer.
 _METADATA = {
     *(
         getattr(Tensor, name).__get__
@@ -245,7 +221,7 @@ _VIEWS = {Tensor.flatten, torch.flatten, Tensor.reshape, torch.reshape, Tensor.v
 def _as_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deferred | None:
     """``linear(x)`` [..., C] viewed as [rows, C] is ``linear`` of the rows of ``x``."""
     c = args[0] if args else None
-    if not isinstance(c, Deferred) or c.is_used or c.call.geometry is not None:
+    if not isinstance(c, Deferred) or c.is_used or c.call.conv is not None:
         return None
     call = c.call
     if len(call.shape) < 3 or Context.now(call.device_type) != call.context:
@@ -260,9 +236,16 @@ def _as_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deferr
         return Deferred.of(dataclasses.replace(call, input=rows, shape=tuple(shape)))
 
 
+def materialized(value: Any) -> Any:
+    """``value`` with the tensors that deferred outputs in it stand for."""
+    if not any(isinstance(v, Deferred) for v in pytree.tree_leaves(value)):
+        return value
+    return pytree.tree_map(lambda v: v.materialize() if isinstance(v, Deferred) else v, value)
+
+
 def live(references: list[weakref.ref[Deferred]]) -> Iterator[Deferred]:
-    """Deferred outputs that somebody still holds and that have not run."""
+    """Deferred outputs that somebody still holds and whose layer has not run."""
     for reference in references:
         deferred = reference()
-        if deferred is not None and deferred._result is None:
+        if deferred is not None and deferred._output is None:
             yield deferred

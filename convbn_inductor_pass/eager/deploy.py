@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,22 +18,12 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from ..codes import Code
-from ..functional.folded import fold_affine
+from ..functional import BatchNorm, fold_affine
 from ..graph.layout import Layout
 from .region import Event
 
-__all__ = [
-    "CountCalls",
-    "MergeAfterForward",
-    "Merged",
-    "MergedBatchNorm",
-    "count_calls",
-    "merge_pairs",
-    "run_once",
-    "take_counts",
-    "tensor_paths",
-    "undo",
-]
+__all__ = ["CountCalls", "Merged", "MergedBatchNorm", "count_calls", "merge_pairs", "run_once"]
+__all__ += ["take_counts", "tensor_paths", "undo"]
 
 _LAYERS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
@@ -55,17 +45,6 @@ class Merged:
     bias: nn.Parameter | None
     norms: list[str]
     norm: nn.Module
-
-
-@dataclasses.dataclass(eq=False)
-class MergeAfterForward:
-    """Forward hook that calls ``finish(model)``, a function of a module, for pickling."""
-
-    finish: Callable[[nn.Module], None]
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.finish(module)
 
 
 @dataclasses.dataclass(eq=False)
@@ -175,25 +154,19 @@ def _is_free(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return type(module) in _NORMS or _is_timm_norm_act(module)
-
-
-def _is_timm_norm_act(module: nn.Module) -> bool:
-    """Whether this is timm's batch norm that goes on with ``drop`` and ``act``."""
+    """Whether it is PyTorch's own, or timm's batch norm that goes on with ``drop`` and ``act``."""
     kind = type(module)
-    return kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm.")
+    is_timms = kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm.")
+    return kind in _NORMS or is_timms
 
 
 def _merge(modules: dict[str, nn.Module], layer_path: str, norm: nn.Module, eps: float) -> Merged:
     layer: Any = modules[layer_path]
-    transposed = isinstance(layer, _ConvTransposeNd)
-    layout = Layout(transposed, getattr(layer, "groups", 1))
+    layout = Layout(isinstance(layer, _ConvTransposeNd), getattr(layer, "groups", 1))
     bn: Any = norm
     with torch.no_grad():
-        weight, bias = fold_affine(
-            *(layer.weight, layer.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var),
-            *(eps, layout, layer.weight.dtype),
-        )
+        tensors = BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, eps)
+        weight, bias = fold_affine(layer.weight, layer.bias, tensors, layout, layer.weight.dtype)
     norm_paths = [path for path, module in modules.items() if module is norm]
     merged = Merged(layer_path, layer.weight, layer.bias, norm_paths, norm)
     layer.weight, layer.bias = (

@@ -5,71 +5,77 @@ What cannot be read is None: then the convolution runs at once, and complains if
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Geometry"]
+from ..functional import Conv
+
+__all__ = ["output_shape", "pad_unevenly", "read_conv"]
 
 
-class Geometry(NamedTuple):
-    """What :func:`~convbn_inductor_pass.autograd.conv_bn_eval` takes beside tensors."""
+def read_conv(bound: dict[str, Any], spatial: int, transposed: bool) -> Conv | None:
+    """From the arguments of a call by name; one integer stands for all dimensions.
 
-    stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
+    ``padding="same"`` is half of what it adds, rounded down: see :func:`pad_unevenly`.
+    """
 
-    @classmethod
-    def read(cls, bound: dict[str, Any], spatial: int, transposed: bool) -> Geometry | None:
-        """From the arguments of a call by name; one number stands for all dimensions."""
+    def expanded(name: str, default: int) -> Any:
+        value = bound.get(name, default)
+        values = (value,) if isinstance(value, int) else tuple(value)
+        return values * spatial if len(values) == 1 else values
 
-        def expanded(name: str, default: int) -> Any:
-            value = bound.get(name, default)
-            values = (value,) if isinstance(value, int) else tuple(value)
-            return values * spatial if len(values) == 1 else values
+    stride, dilation = expanded("stride", 1), expanded("dilation", 1)
+    padding = bound.get("padding", 0)
+    if not isinstance(padding, str):
+        padding = expanded("padding", 0)
+    elif transposed or padding not in ("same", "valid") or len(dilation) != spatial:
+        return None
+    elif padding == "valid":
+        padding = (0,) * spatial
+    elif set(stride) == {1} and all(type(d) is int for d in dilation):
+        padding = tuple(total // 2 for total in _same_padding(bound["weight"], dilation))
+    else:
+        return None
+    groups = bound.get("groups", 1)
+    conv = Conv(stride, padding, dilation, transposed, expanded("output_padding", 0), groups)
+    lists = (v for v in conv if isinstance(v, tuple))
+    if any(len(v) != spatial or not all(type(i) is int for i in v) for v in lists):
+        return None
+    return conv if type(groups) is int and groups > 0 else None
 
-        padding = bound.get("padding", 0)
-        if not isinstance(padding, str):
-            padding = expanded("padding", 0)
-        elif transposed or padding not in ("same", "valid"):
-            return None
-        geometry = cls(
-            expanded("stride", 1),
-            padding,
-            expanded("dilation", 1),
-            transposed,
-            expanded("output_padding", 0),
-            bound.get("groups", 1),
-        )
-        lists = (v for v in geometry if isinstance(v, tuple))
-        if any(len(v) != spatial or not all(type(i) is int for i in v) for v in lists):
-            return None
-        return geometry if type(geometry.groups) is int and geometry.groups > 0 else None
 
-    def output_shape(self, x: Tensor, weight: Tensor) -> tuple[int, ...] | None:
-        """Shape of the result [N, C_out, *spatial]; None if the call is wrong or empty."""
-        kernel = tuple(weight.shape[2:])
-        if self.transposed:
-            c_in, c_out = weight.shape[0], weight.shape[1] * self.groups
+def pad_unevenly(x: Tensor, weight: Tensor, dilation: tuple[int, ...]) -> Tensor:
+    """``x`` with the one more on the right that ``padding="same"`` adds for an even kernel.
+
+    ``aten::conv2d.padding`` pads first, too, and saves the padded input for backward.
+    """
+    extra = [total % 2 for total in _same_padding(weight, dilation)]
+    return F.pad(x, [n for e in reversed(extra) for n in (0, e)]) if any(extra) else x
+
+
+def _same_padding(weight: Tensor, dilation: tuple[int, ...]) -> list[int]:
+    return [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+
+
+def output_shape(conv: Conv, x: Tensor, weight: Tensor) -> tuple[int, ...] | None:
+    """Shape of the result [N, C_out, *spatial]; None if the call is wrong or empty."""
+    if conv.transposed:
+        c_in, c_out = weight.shape[0], weight.shape[1] * conv.groups
+    else:
+        c_in, c_out = weight.shape[1] * conv.groups, weight.shape[0]
+    if x.shape[1] != c_in or c_in % conv.groups or c_out % conv.groups or min(conv.stride) < 1:
+        return None
+    if min(*conv.padding, *conv.dilation, *conv.output_padding, 0) < 0:
+        return None
+    sizes = []
+    for i, k in enumerate(weight.shape[2:]):
+        reach = conv.dilation[i] * (k - 1)
+        if conv.transposed:
+            size = (x.shape[i + 2] - 1) * conv.stride[i] - 2 * conv.padding[i] + reach
+            size += conv.output_padding[i] + 1
         else:
-            c_in, c_out = weight.shape[1] * self.groups, weight.shape[0]
-        if x.shape[1] != c_in or c_in % self.groups or c_out % self.groups or min(self.stride) < 1:
-            return None
-        if self.padding == "same":
-            return (x.shape[0], c_out, *x.shape[2:]) if set(self.stride) == {1} else None
-        padding = (0,) * len(kernel) if isinstance(self.padding, str) else self.padding
-        if min(*padding, *self.dilation, *self.output_padding, 0) < 0:
-            return None
-        sizes = []
-        for i, k in enumerate(kernel):
-            reach = self.dilation[i] * (k - 1)
-            if self.transposed:
-                size = (x.shape[i + 2] - 1) * self.stride[i] - 2 * padding[i] + reach
-                size += self.output_padding[i] + 1
-            else:
-                size = (x.shape[i + 2] + 2 * padding[i] - reach - 1) // self.stride[i] + 1
-            sizes.append(size)
-        return (x.shape[0], c_out, *sizes) if min(sizes) > 0 else None
+            size = (x.shape[i + 2] + 2 * conv.padding[i] - reach - 1) // conv.stride[i] + 1
+        sizes.append(size)
+    return (x.shape[0], c_out, *sizes) if min(sizes) > 0 else None

@@ -1,10 +1,10 @@
 """Forward hooks that open a region where a model runs, whatever its code looks like.
 
 ``Enter`` and ``Exit`` are forward hooks on every module that contains a batch norm. The
-outermost one that is called opens a :class:`~convbn_inductor_pass.region.Region` that is active
-until its forward ends, in this thread. Hooks hold no module, so that models with them can be
-copied, pickled and replicated. A module *called* under ``torch.utils.checkpoint`` opens a region
-of its own, in the forward and when it is recomputed.
+outermost one that is called opens a :class:`Region` that is active until its forward ends, in this
+thread. Hooks hold no module, so that models with them can be copied, pickled and replicated. A
+module *called* under ``torch.utils.checkpoint`` opens a region of its own, in the forward and when
+it is recomputed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from .._torch import eager as torch_eager
-from .region import Ledger, Region, reveal
+from .deferred import materialized
+from .region import Ledger, Region
 
 __all__ = ["Enter", "Exit", "Resume", "Suspend"]
 
@@ -93,7 +94,7 @@ class Exit:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if _aside() or not _stack.pop(module) or _stack.region() is not None:
             return None
-        return reveal(output)
+        return materialized(output)
 
 
 class Suspend:
@@ -105,7 +106,7 @@ class Suspend:
             return None
         region.run_live()
         _stack.push(module, None)
-        return reveal(args)
+        return materialized(args)
 
 
 class Resume:

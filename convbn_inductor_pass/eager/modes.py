@@ -1,7 +1,7 @@
 """``turn_on`` and ``turn_off``: the four modes of conv-BN blocks, without ``torch.compile``.
 
     ======  ====================  =================================  =========================
-    mode    statistics            parameters that are trained        kept for backward
+    mode    statistics            parameters that are trained        saved for backward
     ======  ====================  =================================  =========================
     train   of the batch          conv and batch norm                conv's input and output
     eval    running               conv and batch norm                conv's input and output
@@ -18,10 +18,12 @@ Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.1
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -35,13 +37,12 @@ from .region import Event, Ledger
 __all__ = ["decisions", "turn_off", "turn_on"]
 
 Mode = Literal["train", "eval", "tune", "deploy"]
-_HOOKS = (Enter, Exit, Suspend, Resume, deploy.CountCalls, deploy.MergeAfterForward)
 _ATTRIBUTE = "_convbn_mode"
 
 
 @dataclasses.dataclass
 class _State:
-    """Kept on the model: what is needed to undo :func:`turn_on`. Holds paths, not modules."""
+    """Stands on the model: what is needed to undo :func:`turn_on`. Holds paths, not modules."""
 
     mode: Mode
     training: dict[str, bool]
@@ -58,20 +59,20 @@ def turn_on(
 ) -> nn.Module:
     """Put the conv-BN blocks of a model in one of four modes, in place.
 
-    Blocks are found while the model runs, from what it computes: modules may be nested,
-    wrapped, reused or called as functions. In ``"tune"`` mode a pair that cannot be shown to
-    be safe runs as written (see :func:`decisions`): where the convolution's output is used
-    elsewhere, where the batch norm is back in training mode or has no running statistics, ...
-    Parameters, buffers and ``state_dict`` stay as they are.
+    Blocks are found while the model runs, from what it computes: modules may be nested, wrapped,
+    reused or called as functions. In ``"tune"`` mode a pair runs as written where fusing it cannot
+    be shown to be legal (see :func:`decisions`): the convolution's output is used elsewhere, the
+    batch norm is back in training mode or has no running statistics, ... Parameters, buffers and
+    ``state_dict`` stay as they are.
 
-    ``model.train()`` puts batch norms in training mode as ever; call ``turn_on`` again after
-    it. Under ``torch.compile`` this steps aside, and the compiled pass does the work.
+    ``model.train()`` puts batch norms in training mode as ever; call ``turn_on`` again after it.
+    Under ``torch.compile`` this steps aside, and the compiled pass does the work.
 
     Args:
         model: the model. Copies and pickles of it keep the mode.
-        mode: ``"train"``, ``"eval"``: the batch norms' own modes. ``"tune"``: eval mode with
-            one convolution per block. ``"deploy"``: the blocks become plain convolutions with
-            new parameters, each batch norm an empty ``nn.Sequential``.
+        mode: ``"train"``, ``"eval"``: the batch norms' own modes. ``"tune"``: eval mode with one
+            convolution per block. ``"deploy"``: the blocks become plain convolutions with new
+            parameters, each batch norm an empty ``nn.Sequential``.
         modules: paths of submodules (``["backbone"]``) to restrict this to.
         example_inputs: for ``"deploy"``, inputs of one forward, under ``no_grad`` and in
             evaluation mode, in which the blocks are found. Without, they are merged after the
@@ -90,11 +91,8 @@ def turn_on(
     if example_inputs is not None and mode != "deploy":
         raise ValueError(f"example_inputs are for mode 'deploy', not {mode!r}")
     scopes = _scopes(model, modules)
-    before = getattr(model, _ATTRIBUTE, None)
     _check_pairs_possible(scopes)
-    if before is not None:
-        turn_off(model)
-        scopes = _scopes(model, modules)
+    turn_off(model)
     state = _State(mode, {}, Ledger())
     norms = {m for scope in scopes.values() for m in scope.modules() if isinstance(m, _BatchNorm)}
     for path, module in model.named_modules():
@@ -114,9 +112,9 @@ def turn_on(
         )
         if example_inputs is not None:
             deploy.run_once(model, example_inputs)
-            _finish_merge(model, state)
+            _merge(model)
         else:
-            model.register_forward_hook(deploy.MergeAfterForward(_finish_after_forward))
+            model.register_forward_hook(_MergeAfterForward())
     return model
 
 
@@ -145,28 +143,36 @@ def turn_off(model: nn.Module) -> nn.Module:
 def decisions(model: nn.Module) -> tuple[Record, ...]:
     """What tune mode did with each batch norm in the last forward, and why.
 
-    One record per call of a batch norm; codes and records are those of the compiled pass. Empty
+    One record per call of a batch norm; codes are those of the compiled pass, too. Empty
     if tune mode is off or no forward has run.
     """
     state: _State | None = getattr(model, _ATTRIBUTE, None)
     if state is None:
         return ()
     names = deploy.tensor_paths(model)
-    found: dict[tuple[int, int], Event] = {}
+    made: dict[tuple[int, int], Record] = {}
     for events in list(state.ledger.forwards.values()):
         for key, e in events.items():
             if e.code is not None:
-                found.setdefault(key, e)
-    records = []
-    for e in found.values():
-        layer, norm = (names.get(id(r()), "") if r is not None else "" for r in (e.weight, e.key))
-        shape, dtype = e.call if e.call is not None else ((), None)
-        size = 0 if dtype is None else dtype.itemsize
-        for n in shape:
-            size *= n
-        code = Code.FUSED if e.code is None else e.code
-        records.append(Record(code, e.detail, layer, norm, "", tuple(shape), size))
-    return tuple(records)
+                made.setdefault(key, _record(e, e.code, names))
+    return tuple(made.values())
+
+
+def _record(e: Event, code: Code, names: dict[int, str]) -> Record:
+    layer, norm = (names.get(id(r()), "") if r is not None else "" for r in (e.weight, e.key))
+    shape, dtype = e.call or ((0,), torch.float32)
+    size = math.prod(shape) * dtype.itemsize
+    return Record(
+        pass_name="eager",
+        kind="batch norm",
+        code=code,
+        detail=e.detail,
+        layer=layer,
+        batch_norm=norm,
+        output_shape=shape if e.call else (),
+        output_bytes=size,
+        bytes_saved=size if code is Code.FUSED else 0,
+    )
 
 
 def _scopes(model: nn.Module, modules: Sequence[str] | None) -> dict[str, nn.Module]:
@@ -225,14 +231,20 @@ def _remove_hooks(model: nn.Module) -> None:
                 module._forward_hooks_always_called.pop(key, None)
 
 
-def _finish_merge(model: nn.Module, state: _State) -> None:
+class _MergeAfterForward:
+    """Forward hook: deploy mode without example inputs."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            _merge(module)
+
+
+_HOOKS = (Enter, Exit, Suspend, Resume, deploy.CountCalls, _MergeAfterForward)
+
+
+def _merge(model: nn.Module) -> None:
+    state: _State = getattr(model, _ATTRIBUTE)
     calls = deploy.take_counts(model)
     _remove_hooks(model)
     events = [e for f in list(state.ledger.forwards.values()) for e in f.values()]
     state.merged = deploy.merge_pairs(model, events, calls)
-
-
-def _finish_after_forward(model: nn.Module) -> None:
-    state: _State | None = getattr(model, _ATTRIBUTE, None)
-    if state is not None and not state.merged:
-        _finish_merge(model, state)

@@ -11,7 +11,7 @@ A region steps aside
 * where the saved-tensor hooks change within it, because ``torch.utils.checkpoint`` counts what
   is saved and would not find the region again when it recomputes.
 
-At its end, outputs still deferred are run, so that none outlives the forward that made it.
+At its end, outputs still deferred are materialized, so that none outlives its forward.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from .._torch import eager as torch_eager
 from ..codes import Code
 from . import deferred
 from .calls import BATCH_NORMS, LAYERS, BatchNormCall, LayerCall
-from .deferred import Deferred
+from .deferred import Deferred, materialized
 
-__all__ = ["Event", "Ledger", "Region", "reveal"]
+__all__ = ["Event", "Ledger", "Region"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,7 +49,7 @@ class Event:
 
 
 class Ledger:
-    """What one model's hooks know together. Copies start empty.
+    """What the hooks of one model share. Copies start empty.
 
     Attributes:
         forwards: by module that opened a region, the events of its last forward. An event's
@@ -62,9 +62,6 @@ class Ledger:
     def __init__(self) -> None:
         self.forwards: Any = torch_eager.WeakIdKeyDictionary()
         self.plain: Any = torch_eager.WeakIdKeyDictionary()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
-        return Ledger()
 
     def __reduce__(self) -> tuple[type[Ledger], tuple[()]]:
         return Ledger, ()
@@ -79,6 +76,7 @@ class Region(TorchFunctionMode):
         self.events: dict[tuple[int, int], Event] = {}
         ledger.forwards[module] = self.events
         self.frame: FrameType | None = frame
+        self.handled = sys.exc_info()[1]
         self.hooks = torch_eager.saved_tensors_hooks()
         self.live: list[weakref.ref[Deferred]] = []
         self.uses: dict[int, int] = {}
@@ -123,7 +121,7 @@ class Region(TorchFunctionMode):
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(args[0] if args else kwargs.get("input"), Deferred):
-            args, kwargs = reveal((args, kwargs))  # no batch norm came between two layers
+            args, kwargs = materialized((args, kwargs))  # no batch norm came between two layers
         call = None if self.steps_aside else LayerCall.read(func, args, kwargs)
         if call is None:
             return func(*args, **kwargs)
@@ -158,7 +156,7 @@ class Region(TorchFunctionMode):
             event = self.events.setdefault(self._count(identity), Event(None))
         event.code, event.detail, event.eps = code, detail, bn.eps
         event.key = None if identity is None else weakref.ref(identity)
-        if code.fused:
+        if code is Code.FUSED:
             return deferred.fuse(bn.input.call, bn)
         return func(*args, **kwargs)
 
@@ -171,16 +169,18 @@ class Region(TorchFunctionMode):
         } - {None}
         for d in deferred.live(self.live):
             if any(torch_eager.storage_key(t) in written for t in d.call.operands):
-                d.result(Code.INPUT_MUTATED)
+                d.materialize(Code.INPUT_MUTATED)
 
     def run_live(self) -> None:
         for d in deferred.live(self.live):
             if not d.call.is_modified:  # else its use, if there is any, is an error
-                d.result()
+                d.materialize()
 
     def end(self) -> None:
         self.frame = None
-        self.run_live()
+        # Not after an error: checkpoint stops recomputing by one, and counts what is saved.
+        if sys.exc_info()[1] is self.handled:
+            self.run_live()
         self.live.clear()
 
 
@@ -204,10 +204,3 @@ def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         or any(a is True for a in args)  # F.relu(x, True)
         or isinstance(func, torch._ops.OpOverloadPacket)
     )
-
-
-def reveal(value: Any) -> Any:
-    """``value`` with the tensors that deferred outputs in it stand for."""
-    if not any(isinstance(v, Deferred) for v in pytree.tree_leaves(value)):
-        return value
-    return pytree.tree_map(lambda v: v.result() if isinstance(v, Deferred) else v, value)

@@ -23,7 +23,7 @@ __all__ = [
     "Operand",
     "Step",
     "is_cast",
-    "is_quantised",
+    "is_quantized",
     "known_equal",
     "layer_of",
     "operand_per_channel",
@@ -208,7 +208,7 @@ def is_cast(node: fx.Node) -> bool:
     return node.target in _CASTS and tensor is not None and tensor.dtype.is_floating_point
 
 
-def is_quantised(node: fx.Node) -> bool:
+def is_quantized(node: fx.Node) -> bool:
     """Whether a tensor is made of integers, or of numbers of 8 bits, of as many as it has."""
     value, seen, pending = tensor_of(node), {node}, [node]
     while value is not None and pending:

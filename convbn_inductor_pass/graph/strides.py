@@ -1,4 +1,4 @@
-"""Where the strides of a layer's result show, which another kernel may choose in another way."""
+"""Where the strides of a layer's result can be observed: another kernel may choose other ones."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from .._torch import compat, inductor
 from . import layers
 from .layers import tensor_of
 
-__all__ = ["part_is_returned", "strides_are_used", "views_of"]
+__all__ = ["has_returned_view", "is_observed", "views_of"]
 
 
-def part_is_returned(node: fx.Node, parts_of_subclasses: set[fx.Node]) -> bool:
-    """Whether the graph returns a part of ``node``, or of what is generated from it.
+def has_returned_view(node: fx.Node, parts_of_subclasses: set[fx.Node]) -> bool:
+    """Whether the graph returns a view of a part of ``node``, or of what is generated from it.
 
-    Inductor restores the strides of an output that is dense. A slice gets those of the memory
-    that it is cut from. A library's kernel may choose others for that than a generated one, and
+    Inductor restores the strides of an output that is dense. A slice gets those of the memory that
+    it is cut from, which a library's kernel may choose otherwise than a generated one; and
     generated code lays its results out as its inputs are.
 
-    Nor does Inductor restore the strides of all the tensors that a subclass is made of. With
-    another rank they do not depend on how images are laid out.
+    Nor does Inductor restore the strides of each tensor inside of a subclass, given in
+    ``parts_of_subclasses``. With another rank they do not depend on how images are laid out.
     """
     pending, seen = [node], {node}
     result = tensor_of(node)
@@ -42,11 +42,11 @@ def part_is_returned(node: fx.Node, parts_of_subclasses: set[fx.Node]) -> bool:
     return False
 
 
-def strides_are_used(node: fx.Node) -> bool:
-    """Whether something may read the memory of ``node`` by its strides.
+def is_observed(node: fx.Node) -> bool:
+    """Whether an operator may depend on the strides of ``node``.
 
-    A library's kernel may lay its result out in another way than the graph says. Inductor knows
-    that for aten, but for ``as_strided`` and for what others have written.
+    A library's kernel may lay its result out otherwise than the graph says. Inductor accounts for
+    that in aten's operators, but not in ``as_strided`` and in custom operators.
     """
     users = {u for n in (node, *views_of(node)) for u in n.users if u.op == "call_function"}
     return any(compat.reads_strides(u.target) for u in users)

@@ -1,10 +1,12 @@
-"""Keeps Inductor's own folding of constants right under ``freezing=True``.
+"""Guard Inductor's own folding of constants under ``freezing=True``.
 
 Freezing turns weights into constants and folds what is added to or multiplied with a layer's
 output into them (``torch._inductor.fx_passes.binary_folding``). On torch 2.11 to 2.15 it takes a
 weight's first dimension for the output channels and an operand's dimension 1 for the
 channels, whatever the layer and the ranks are, so that some graphs come out wrong or do not
 compile. Its check is made stricter here; what it then leaves is computed as written.
+
+Can go: once the check compares the operand with the layer's output channels.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def _is_right(match: Any) -> bool:
 def why_wrong(binary: torch.fx.Node) -> str:
     """Why Inductor must not fold ``binary``, a call on a layer's output; "" if it may.
 
-    What is not such a call is none of our business, and left to Inductor's own check.
+    Any other call is left to Inductor's own check.
     """
     result, other = binary.args[:2]
     node: Any = result
@@ -74,14 +76,14 @@ def why_wrong(binary: torch.fx.Node) -> str:
         return ""
     weight = tensor_of(node.args[2 if node.target is aten.addmm.default else 1])
     if weight is not None and isinstance(other, float) and _rounds(other, weight.dtype):
-        return "the number does not fit the weight's dtype"
-    # Every number is stored under this one name: a second overwrites the first. It is gone,
-    # and the second's turn comes, after the next round of constant folding.
+        return "the constant does not fit the weight's dtype"
+    # Every constant is stored under this one name: a second overwrites the first, which is gone
+    # after the next round of constant folding; then it is the second's turn.
     if any(n.op == "get_attr" and n.target == "other_tensor" for n in binary.graph.nodes):
-        return "another number is being folded"
+        return "another constant is being folded"
     return ""
 
 
-def _rounds(number: float, dtype: torch.dtype) -> bool:
-    """Whether a number loses more than float32's rounding in ``dtype``."""
-    return dtype.itemsize < 4 and torch.tensor(number, dtype=dtype).item() != number
+def _rounds(constant: float, dtype: torch.dtype) -> bool:
+    """Whether a constant loses more than float32's rounding in ``dtype``."""
+    return dtype.itemsize < 4 and torch.tensor(constant, dtype=dtype).item() != constant

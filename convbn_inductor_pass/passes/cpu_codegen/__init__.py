@@ -1,4 +1,9 @@
-"""What Inductor's C++ code generation does slowly, said to it in another way."""
+"""Workarounds for slow C++ code of Inductor's on CPU.
+
+Outputs, and what is saved for backward, stay the same bit for bit. Each file says which upstream
+behavior it works around, and when it can go: :mod:`masks` (masks are stored and loaded one element
+at a time), :mod:`invariants` (values per channel are computed again for each element).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ __all__ = ["CpuCodegenPass"]
 
 
 class CpuCodegenPass(Pass):
-    """Runs on every graph that code is generated for; no value changes a bit."""
+    """Runs on every graph that code is generated for, after other passes have changed it."""
 
     name = "cpu_codegen"
     hook = "post_grad_custom_pre_pass"

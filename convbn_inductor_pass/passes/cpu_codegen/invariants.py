@@ -1,19 +1,19 @@
-"""Compute what is slow per channel once per channel on CPU, not once for each number.
+"""Compute slow values per channel once per channel on CPU, not once per element.
 
 Before:  y = (x - mean) * (1 / sqrt(var + eps)) * gamma + beta        all in one loop over x
 After:   r = stored(1 / sqrt(var + eps));  y = (x - mean) * r * gamma + beta
 
-Inductor puts what a pointwise kernel is computed from into its loop, however small: a batch norm's
-square root and division are computed again for each pixel, and take as long as all the rest. What
-is stored is what was in a register before, in the same dtype: every bit stays the same. The same
-goes for the gates of squeeze-and-excitation, one number per image and channel.
+Works around: Inductor inlines into a pointwise loop what it is computed from, however small and
+however slow (torch 2.11 to 2.15): a batch norm's square root and division are computed again for
+each pixel, and take as long as all the rest; so are the gates of squeeze-and-excitation, one value
+per image and channel. ``python -m bench run --suite forward`` measures it: ``ours``, ``eval``.
 
-``python -m bench run --suite forward`` measures it: ``ours`` beside ``eval`` in inference
-with 8 images.
+Can go: once Inductor realizes (stores) small expensive buffers that large loops read.
 
-Declines: other devices, where it was not measured; float16 and bfloat16, which would be rounded
-where Inductor does not; results too small or not used often enough to be worth a loop;
-what is made of sums, as in layer norms, which Inductor computes in the loop over their rows.
+What is stored was in a register before, in the same dtype: every bit stays the same. Declines:
+other devices, where it was not measured; float16 and bfloat16, which would be rounded where
+Inductor does not; results too small or not read often enough to be worth a loop; values computed
+from sums, as in layer norms, which Inductor computes in the loop over their rows.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ __all__ = ["store_invariants"]
 
 aten = torch.ops.aten
 
-# One of these for 16 numbers takes about as long as to load, add, multiply and store them.
+# One of these for 16 elements takes about as long as to load, add, multiply and store them.
 _SLOW = {
     *(aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default, aten.div.Tensor),
     *(aten.pow.Tensor_Scalar, aten.exp.default, aten.sigmoid.default, aten.tanh.default),
 }
-_LEAST_ELEMENTS = 1 << 14  # that are computed from it: some microseconds
+_LEAST_ELEMENTS = 1 << 14  # of what is computed from it: some microseconds
 _LEAST_REUSE = 16
 
 
 def store_invariants(graph: fx.Graph) -> int:
-    """Have small results that large ones are computed from stored, if they are slow to compute.
+    """Have small values that large ones are computed from stored, if they are slow to compute.
 
-    ``graph`` is in aten IR. Returns how many.
+    ``graph`` is in aten IR. Returns how many are.
     """
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
@@ -85,7 +85,7 @@ def _can_be_stored(node: fx.Node, value: Tensor) -> bool:
 def _is_slow(node: fx.Node, stored: dict[fx.Node, None]) -> bool:
     """Whether Inductor would compute something slow again for each use of ``node``.
 
-    From nothing but inputs of the graph, results of libraries, and what is stored already.
+    From nothing but inputs of the graph, results of library calls, and what is stored already.
     """
     is_slow, seen, todo = False, {node}, [node]
     while todo:

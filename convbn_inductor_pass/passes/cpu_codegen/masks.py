@@ -1,4 +1,4 @@
-"""Store and load the masks that are kept for backward in another way than Inductor's on CPU.
+"""Store and load the masks that are saved for backward otherwise than Inductor does on CPU.
 
 Forward, before:   mask = le(y, 0)
 Forward, after:    mask = as_mask(convert(where(le(y, 0), 1.0, 0.0), uint8))
@@ -6,17 +6,17 @@ Forward, after:    mask = as_mask(convert(where(le(y, 0), 1.0, 0.0), uint8))
 Backward, before:  where(mask, 0, dy)
 Backward, after:   where(ne(convert(as_bytes(mask), float32), 0), 0, dy)
 
-Once a convolution's output is no longer kept, the cheapest thing for the partitioner to keep of
-a ReLU is often its mask, one byte per element. Inductor's vectorised code stores and loads masks
-with ``VecMask::store`` and ``VecMask::from``, whose loops GCC does not vectorise with the flag
-``-fno-tree-loop-vectorize`` that Inductor gives it: measured with AVX-512, 7 nanoseconds per
-element stored and 2 per element loaded, where conversions of floats to and from bytes take 0.1.
-``ops.as_mask`` and ``ops.as_bytes`` copy bytes that are 0 or 1 from one dtype to the other as they
-are. What is kept, and every bit of it, stays the same.
+Works around: Inductor's vectorized code stores and loads masks with ``VecMask::store`` and
+``VecMask::from``, whose loops over elements GCC does not vectorize with the flag
+``-fno-tree-loop-vectorize`` that Inductor gives it (torch 2.11 to 2.15). On a busy core with
+AVX-512 a mask takes 37 to 54 ns per element stored and 15 to 20 loaded, a byte 0.7 and 1.8. Once a
+convolution's output is not saved, the partitioner often saves a ReLU's mask, a byte per element.
 
-Declines: other devices, masks so small that a call costs more than it gains, masks that are no
-result of pointwise operations (nothing generated stores them), and generated C++ wrappers,
-which would have to call back into Python.
+Can go: once ``VecMask`` is stored and loaded with vector instructions, or masks are saved as bits.
+
+What is saved, and every bit of it, stays the same. Declines: other devices; masks so small that a
+call costs more than it gains; masks that are no result of pointwise operators (no generated code
+stores them); generated C++ wrappers, which would have to call back into Python.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from ..._torch import compat, inductor
-from ..forward_folding import operators
+from . import operators
 
 __all__ = ["rewrite_masks"]
 
@@ -43,8 +43,8 @@ def rewrite_masks(graph: fx.Graph) -> int:
     output = next(iter(graph.find_nodes(op="output")), None)
     if output is None or not inductor.for_python():
         return 0
-    inputs = graph.find_nodes(op="placeholder")
-    if any(n.name.startswith("tangents_") for n in inputs):
+    if inductor.is_backward(graph):
+        inputs = graph.find_nodes(op="placeholder")
         return _rewrite_loads(graph, [n for n in inputs if _is_large_mask(n)])
     masks = [n for n in output.all_input_nodes if _is_large_mask(n) and _is_computed(n)]
     return _rewrite_stores(graph, masks, output)
@@ -60,13 +60,13 @@ def _rewrite_loads(graph: fx.Graph, masks: list[fx.Node]) -> int:
         value = mask.meta["val"]
         with graph.inserting_before(min(users, key=order.__getitem__)):
             stored = graph.call_function(operators.as_bytes, (mask,))
-            numbers = graph.call_function(
+            floats = graph.call_function(
                 prims.convert_element_type.default, (stored, torch.float32)
             )
-            loaded = graph.call_function(aten.ne.Scalar, (numbers, 0))
+            loaded = graph.call_function(aten.ne.Scalar, (floats, 0))
         with compat.fake_mode_of(value):
             stored.meta["val"] = torch.empty_like(value, dtype=torch.uint8)
-            numbers.meta["val"] = torch.empty_like(value, dtype=torch.float32)
+            floats.meta["val"] = torch.empty_like(value, dtype=torch.float32)
             loaded.meta["val"] = torch.empty_like(value)
         for user in users:
             user.replace_input_with(mask, loaded)
@@ -82,21 +82,21 @@ def _rewrite_stores(graph: fx.Graph, masks: list[fx.Node], output: fx.Node) -> i
             ones, zeros = (
                 graph.call_function(
                     aten.full.default,
-                    ([], number),
+                    ([], value_of_mask),
                     {"dtype": torch.float32, "device": value.device, "pin_memory": False},
                 )
-                for number in (1, 0)
+                for value_of_mask in (1, 0)
             )
-            numbers = graph.call_function(aten.where.self, (mask, ones, zeros))
-            stored = graph.call_function(prims.convert_element_type.default, (numbers, torch.uint8))
-            kept = graph.call_function(operators.as_mask, (stored,))
+            floats = graph.call_function(aten.where.self, (mask, ones, zeros))
+            stored = graph.call_function(prims.convert_element_type.default, (floats, torch.uint8))
+            saved = graph.call_function(operators.as_mask, (stored,))
         with compat.fake_mode_of(value):
             for scalar in (ones, zeros):
                 scalar.meta["val"] = torch.empty((), device=value.device)
-            numbers.meta["val"] = torch.empty_like(value, dtype=torch.float32)
+            floats.meta["val"] = torch.empty_like(value, dtype=torch.float32)
             stored.meta["val"] = torch.empty_like(value, dtype=torch.uint8)
-        kept.meta = dict(mask.meta)
-        output.replace_input_with(mask, kept)
+        saved.meta = dict(mask.meta)
+        output.replace_input_with(mask, saved)
     return len(masks)
 
 

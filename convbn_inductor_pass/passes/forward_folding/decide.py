@@ -1,161 +1,79 @@
-"""The kernel half: a layer and the affine map after it become one layer with a scaled weight.
+"""Decide about candidates: is folding legal, and does it pay?
 
-    y = act(affine(conv(x, W, b)) [+ other])   =>   y = conv(x, s * W, shift) with act and + inside
-
-The scaled weight is computed in each call from the live parameters, so that nothing goes
-stale after an optimizer step, unlike with ``freezing=True``. On CPU the layer becomes oneDNN's
-convolution with a fused epilogue; the addition of a residual is fused by Inductor's own
-patterns for it. On GPUs it may become cuDNN's, with the residual. Runs on aten IR as a post-grad
-pass: find, decide, choose, rewrite.
+Each check is a row of a table: a code, and a function that returns the detail of a refusal, or None
+to pass. The first refusal decides.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from GONE.forward_branches import with_merged
 from torch import fx
 
 from ..._torch import compat, inductor
-from ...codes import ForwardCode
+from ...codes import Code
 from ...config import Options
-from ...graph import affine, layers
-from ...graph.affine import AffineChain
-from ...graph.builder import Builder
+from ...graph import affine, layers, strides
 from ...graph.layers import tensor_of
-from ...graph.provenance import layer_path, module_path
-from ...graph.strides import part_is_returned, strides_are_used
+from ...graph.provenance import module_path
+from . import kernels
+from .candidate import FoldCandidate
 
-# GONE import choice
-# GONE import kept
-from . import epilogue, kernels
-from .candidate import ForwardDecision, Surroundings
-from .epilogue import Activation
-from .rewrite import compute_as_linear, fold_forward, merge_branches
-
-__all__ = ["analyze", "apply"]
-
-aten = torch.ops.aten
+__all__ = ["Context", "Decision", "decide"]
 
 
-def analyze(graph: fx.Graph, options: Options, *, measure: bool = False) -> list[ForwardDecision]:
-    """Decide about every layer of ``graph`` that something foldable follows; changes nothing.
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What decisions depend on besides the candidate.
 
-    ``measure`` lets ``forward="auto"`` time what was not timed before on this machine.
+    Attributes:
+        options: the user's.
+        position: of each node in the graph.
+        writes: positions of the nodes that write to memory, ascending.
+        parts_of_subclasses: nodes that the graph returns inside of tensor subclasses.
+        inside_higher_order_op: whether the graph is the body of one.
     """
-    if any(n.op == "placeholder" and n.name.startswith("tangents_") for n in graph.nodes):
-        return []  # a backward graph
-    surroundings = Surroundings.of(graph)
-    decisions: list[ForwardDecision] = []
-    for chain in affine.find_chains(graph):
-        decision = _decide(chain, surroundings, options, measure)
-        if decision is not None:
-            decisions.append(decision)
-            if decision.kernel == kernels.CUDNN and decision.residual is not None:
-                surroundings.taken.add(decision.residual.last)
-    if surroundings.may_keep(options):
-        decisions = with_merged(decisions, graph, surroundings, options, measure)
-    # In the order in which they are rewritten: scaled weights are shared forwards.
-    return sorted(decisions, key=lambda d: surroundings.order[d.place])
+
+    options: Options
+    position: dict[fx.Node, int]
+    writes: list[int]
+    parts_of_subclasses: set[fx.Node]
+    inside_higher_order_op: bool
+
+    @classmethod
+    def of(cls, graph: fx.Graph, options: Options) -> Context:
+        position = {node: i for i, node in enumerate(graph.nodes)}
+        writes = [position[n] for n in graph.nodes if compat.is_mutable(n.target)]
+        parts = inductor.parts_of_subclasses(graph)
+        return cls(options, position, writes, parts, not inductor.is_outermost(graph))
 
 
-def _decide(
-    chain: AffineChain, around: Surroundings, options: Options, measure: bool
-) -> ForwardDecision | None:
-    layer, order, writes = chain.layer, around.order, around.writes
-    chain, activation = _with_activation(chain)
-    residual = epilogue.residual_after(chain.last) if activation is None else None
-    result = tensor_of(chain.last)
-    # The layer's kernel would add it to numbers where the layer has them, before any move.
-    is_moved = any(s.kind == "move" for s in chain.steps)
-    if result is None or result.dtype != layer.out.dtype or is_moved:
-        residual = None
-    if residual is not None and residual.last in around.taken:
-        residual = None
-    folding = kernels.folding_kernels(
-        chain,
-        activation,
-        residual,
-        may_pack=around.may_keep(options),
-        is_channels_last=around.is_channels_last,
-    )
-    if not chain.steps and activation is None and kernels.CUDNN not in folding:
-        return None  # nothing to gain
-    if options.forward == "fold" and folding[0] == kernels.ATEN and not chain.steps:
-        return None  # its own operator computes no activation
-    whole = ForwardDecision(
-        chain,
-        ForwardCode.FOLDED,
-        folding[0],
-        activation,
-        residual,
-        "",
-        *choice.bytes_moved(chain, activation, residual, folding[0]),
-    )
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What was decided about a candidate; ``detail`` names the nodes that it was about."""
 
-    def decision(code: ForwardCode, detail: str = "") -> ForwardDecision:
-        return dataclasses.replace(whole, code=code, detail=detail)
-
-    paths = (layer_path(layer.node), *(module_path(s.node) for s in chain.steps))
-    if not options.permits(*paths):
-        return decision(ForwardCode.DENIED, " and ".join(filter(None, dict.fromkeys(paths))))
-    if layer.out.dtype not in _DTYPES or not _DTYPES[layer.out.dtype].issuperset(_dtypes(chain)):
-        code = ForwardCode.UNSUPPORTED_DTYPE
-        if layer.out.dtype == torch.float16:
-            code = ForwardCode.FLOAT16_RANGE
-        return decision(code, str(layer.out.dtype))
-    if layers.is_quantised(layer.weight):
-        return decision(ForwardCode.QUANTISED, str(layer.weight))
-    if not affine.numbers_fit(chain):
-        return decision(ForwardCode.NUMBER_RANGE)
-    end = chain.last if activation is None else activation.last
-    ends = (end,) if residual is None else (end, residual.last)
-    first, last = order[layer.node], order[ends[-1]]
-    if bisect.bisect_right(writes, first) != bisect.bisect_left(writes, last):
-        return decision(ForwardCode.WRITE_BETWEEN, f"between {layer.node} and {ends[-1]}")
-    if inductor.in_subgraph():
-        return decision(ForwardCode.SUBGRAPH)
-    if part_is_returned(end, around.parts):
-        return decision(ForwardCode.VIEW_RETURNED, str(chain.last))
-    if any(strides_are_used(node) for node in ends):
-        return decision(ForwardCode.STRIDES_USED, str(end))
-    if options.forward == "fold":
-        return _computed_by(whole, folding[0])
-    # From here on only speed decides: codes that are ``sound``.
-    costs = choice.choose(
-        chain,
-        activation,
-        residual,
-        folding,
-        is_channels_last=around.is_channels_last,
-        measure=measure,
-    )
-    whole = dataclasses.replace(
-        whole, seconds_exact=costs.seconds_exact, seconds_folded=costs.seconds_folded
-    )
-    return (
-        decision(ForwardCode.SLOWER) if costs.kernel is None else _computed_by(whole, costs.kernel)
-    )
+    candidate: FoldCandidate
+    code: Code
+    detail: str = ""
 
 
-def _computed_by(decision: ForwardDecision, kernel: str) -> ForwardDecision | None:
-    """``decision`` to rewrite, for a kernel and with the epilogue that it computes."""
-    activation = None if kernel in (kernels.ATEN, kernels.UNFOLDED_LINEAR) else decision.activation
-    adds = kernel in kernels.ADDING
-    residual = decision.residual if adds else None
-    is_linear = kernel == kernels.UNFOLDED_LINEAR
-    code = ForwardCode.AS_LINEAR if is_linear else ForwardCode.FOLDED
-    if kernel == kernels.ATEN and not decision.chain.steps:
-        return None  # nothing to gain
-    return dataclasses.replace(
-        decision, code=code, kernel=kernel, activation=activation, residual=residual
-    )
+def decide(candidate: FoldCandidate, context: Context) -> Decision:
+    """FOLDED, or the code of the first check that refuses. Changes nothing."""
+    for code, check in (*LEGALITY, *PROFIT):
+        detail = check(candidate, context)
+        if detail is not None:
+            return Decision(candidate, code, detail)
+    return Decision(candidate, Code.FOLDED)
 
 
-# What a layer's dtype may meet in its chain.
+def _is_float16(c: FoldCandidate, _: Context) -> str | None:
+    return str(c.layer.node) if c.layer.out.dtype == torch.float16 else None
+
+
+# The dtypes that a layer of each dtype may meet in its chain.
 _DTYPES = {
     torch.float32: {torch.float32},
     torch.bfloat16: {torch.bfloat16, torch.float32},
@@ -163,65 +81,79 @@ _DTYPES = {
 }
 
 
-def _dtypes(chain: AffineChain) -> Iterator[torch.dtype]:
-    for node in (chain.layer.input, chain.layer.weight, *(s.node for s in chain.steps)):
+def _has_other_dtypes(c: FoldCandidate, _: Context) -> str | None:
+    dtype = c.layer.out.dtype
+    if dtype in _DTYPES and _DTYPES[dtype].issuperset(_dtypes(c)):
+        return None
+    return " and ".join(map(str, dict.fromkeys((dtype, *_dtypes(c)))))
+
+
+def _dtypes(c: FoldCandidate) -> Iterator[torch.dtype]:
+    for node in (c.layer.input, c.layer.weight, *(s.node for s in c.chain.steps)):
         tensor = tensor_of(node)
         if tensor is not None:
             yield tensor.dtype
 
 
-def _with_activation(chain: AffineChain) -> tuple[AffineChain, Activation | None]:
-    """The chain up to where an activation begins, and the activation.
-
-    Some begin with a step of an affine map themselves, as hardsigmoid does with ``x + 3``: the
-    cut that leaves least behind is taken.
-    """
-    if not kernels.takes_activation(chain.layer):
-        return chain, None
-    best: tuple[AffineChain, Activation | None] = chain, None
-    for end in range(len(chain.steps), -1, -1):
-        cut = dataclasses.replace(chain, steps=chain.steps[:end])
-        found = None
-        if _has_shape_of(cut, chain.layer.out):
-            found = epilogue.activation_after(cut.last, chain.layer.out.dtype)
-        if found is not None and (best[1] is None or best[1].last < found.last):
-            best = cut, found
-        if end and chain.steps[end - 1].reads_a_tensor:
-            break
-    return best
+def _is_quantized(c: FoldCandidate, _: Context) -> str | None:
+    return str(c.layer.weight) if layers.is_quantized(c.layer.weight) else None
 
 
-def _has_shape_of(chain: AffineChain, out: torch.Tensor) -> bool:
-    """Whether the chain's result has the layer's shape, as what is computed number by number."""
-    result = tensor_of(chain.last)
-    return result is not None and layers.same_sizes(result.shape, out.shape)
+def _constants_overflow(c: FoldCandidate, _: Context) -> str | None:
+    return None if affine.constants_fit(c.chain) else str(c.chain.last)
 
 
-def apply(decisions: list[ForwardDecision], graph: fx.Graph) -> int:
-    """Rewrite the graph as decided; returns the number of layers rewritten.
+def _is_written_between(c: FoldCandidate, context: Context) -> str | None:
+    """The new call comes last, and reads what the layer read before the write."""
+    first, last = context.position[c.layer.node], context.position[c.last]
+    writes = context.writes
+    if bisect.bisect_right(writes, first) == bisect.bisect_left(writes, last):
+        return None
+    return f"between {c.layer.node} and {c.last}"
 
-    Weights scaled in the same way are scaled once: a head that is applied to several levels
-    of a pyramid shares them.
-    """
-    wanted = [d for d in decisions if d.code.rewritten]
-    if not wanted:
-        return 0
-    writes = any(compat.is_mutable(n.target) for n in graph.nodes)
-    build = Builder(graph, share=not writes)
-    with inductor.update_metadata(graph):
-        try:
-            for decision in wanted:
-                chain, activation, residual = decision.chain, decision.activation, decision.residual
-                with graph.inserting_before(decision.place), compat.fake_mode_of(chain.layer.out):
-                    if decision.branches is not None:
-                        merge_branches(decision.branches, activation, build)
-                    elif decision.code is ForwardCode.MERGED:
-                        continue  # gone with the widest of its branches, or soon to go
-                    elif decision.code is ForwardCode.AS_LINEAR:
-                        compute_as_linear(chain.layer, build)
-                    else:
-                        fold_forward(chain, activation, residual, decision.kernel, build)
-        finally:
-            # If one fails, too: Inductor must not see packed weights.
-            kept.keep_packed(graph)
-    return len(wanted)
+
+def _is_inside_higher_order_op(_: FoldCandidate, context: Context) -> str | None:
+    """There the strides of results have to be those that were traced, as cond's branches'."""
+    return "" if context.inside_higher_order_op else None
+
+
+def _has_returned_view(c: FoldCandidate, context: Context) -> str | None:
+    returned = strides.has_returned_view(c.end, context.parts_of_subclasses)
+    return str(c.end) if returned else None
+
+
+def _has_observed_strides(c: FoldCandidate, _: Context) -> str | None:
+    found = [node for node in (c.end, c.last) if strides.is_observed(node)]
+    return str(found[0]) if found else None
+
+
+def _is_denied(c: FoldCandidate, context: Context) -> str | None:
+    paths = dict.fromkeys(module_path(n) for n in (c.layer.node, *(s.node for s in c.chain.steps)))
+    return None if context.options.allows(*paths) else " and ".join(filter(None, paths))
+
+
+def _moves_more_bytes(c: FoldCandidate, context: Context) -> str | None:
+    if context.options.forward == "fold" or kernels.moves_fewer_bytes(c):
+        return None
+    return ""
+
+
+Check = Callable[[FoldCandidate, Context], str | None]
+
+LEGALITY: tuple[tuple[Code, Check], ...] = (
+    (Code.FLOAT16_RANGE, _is_float16),
+    (Code.UNSUPPORTED_DTYPE, _has_other_dtypes),
+    (Code.QUANTIZED, _is_quantized),
+    (Code.CONSTANT_RANGE, _constants_overflow),
+    (Code.INPUT_MUTATED, _is_written_between),
+    (Code.INSIDE_HIGHER_ORDER_OP, _is_inside_higher_order_op),
+    (Code.VIEW_RETURNED, _has_returned_view),
+    (Code.STRIDES_OBSERVED, _has_observed_strides),
+)
+"""Checks without which a result would be wrong, or might be."""
+
+PROFIT: tuple[tuple[Code, Check], ...] = (
+    (Code.DENIED, _is_denied),
+    (Code.MORE_BYTES, _moves_more_bytes),
+)
+"""Checks of whether folding is wanted, and pays."""

@@ -1,8 +1,8 @@
-"""What follows a folded layer and can be computed by the layer's own kernel: its epilogue.
+"""The epilogue of a folded layer: an activation, or the addition of a residual, after it.
 
-An activation is recognised by what it decomposes to: its functional form is traced once with
-Inductor's decompositions of the running version of PyTorch, and the nodes that follow a layer
-are held against that, so that no spelling is written down here.
+An activation is recognized by its decomposition: its functional form is traced once with Inductor's
+decompositions of the running version of PyTorch, and the nodes after a layer are compared with
+that, so that no spelling is written down here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from ..._torch import compat, inductor
 from ...graph.layers import same_sizes, tensor_of
 
-__all__ = ["IN_PLACE", "Activation", "Residual", "activation_after", "residual_after"]
+__all__ = ["Activation", "Residual", "activation_after", "residual_after"]
 
 aten = torch.ops.aten
 _MAX_NODES = 16  # of an activation; tanh's GELU in bfloat16 has 12
@@ -27,10 +27,11 @@ _MAX_NODES = 16  # of an activation; tanh's GELU in bfloat16 has 12
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """An activation function and the nodes that compute it.
+    """An activation function.
 
-    ``name``, ``scalars`` and ``algorithm`` are what oneDNN's convolution takes; ``last`` is the
-    node of the result.
+    Attributes:
+        name, scalars, algorithm: as oneDNN's convolution takes them.
+        last: the node of its result.
     """
 
     name: str
@@ -49,10 +50,10 @@ class Residual:
 
 
 def activation_after(node: fx.Node, dtype: torch.dtype) -> Activation | None:
-    """The longest activation that is computed from ``node``, which nothing else uses.
+    """The longest activation of ``node``, if ``node`` has no other use; its result is in ``dtype``.
 
-    Its result is in ``dtype``. If ``node`` is not, as where it has not been rounded to the
-    layer's dtype yet, the activation ends with the cast.
+    Where ``node`` is in another dtype, as one that is not rounded to the layer's dtype yet, the
+    activation ends with the cast.
     """
     tensor = tensor_of(node)
     if tensor is None or tensor.dtype not in _TABLED:
@@ -99,14 +100,14 @@ def residual_after(node: fx.Node) -> Residual | None:
 
 
 def _is_pointwise_of(node: fx.Node, region: list[fx.Node], like: Tensor) -> bool:
-    """Whether ``node`` is computed number by number from nodes of ``region`` alone."""
+    """Whether ``node`` is computed element by element from nodes of ``region`` alone."""
     value = tensor_of(node)
     return (
         node.op == "call_function"
         and value is not None
         and same_sizes(value.shape, like.shape)
         and all(n in region for n in node.all_input_nodes)
-        and (compat.is_pointwise(node.target))
+        and compat.is_pointwise(node.target)
     )
 
 
@@ -129,7 +130,7 @@ def _is_idle_cast(node: fx.Node) -> bool:
 
 
 def _expression(node: fx.Node, x: fx.Node) -> tuple[str, tuple[float, ...]]:
-    """``node`` as an expression of ``x``: text with a # for each number, and the numbers."""
+    """``node`` as an expression of ``x``: text with a # for each constant, and the constants."""
     if node is x:
         return "x", ()
     if _is_idle_cast(node) and isinstance(node.args[0], fx.Node):
@@ -138,8 +139,8 @@ def _expression(node: fx.Node, x: fx.Node) -> tuple[str, tuple[float, ...]]:
 
     def text(value: Any) -> str:
         if isinstance(value, fx.Node):
-            inner, numbers = _expression(value, x)
-            constants.extend(numbers)
+            inner, more = _expression(value, x)
+            constants.extend(more)
             return inner
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             constants.append(value)
@@ -153,7 +154,7 @@ def _expression(node: fx.Node, x: fx.Node) -> tuple[str, tuple[float, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """One spelling of an activation: the numbers in it, of which some are its parameters."""
+    """One spelling of an activation: the constants in it, of which some are its parameters."""
 
     name: str
     algorithm: str
@@ -161,7 +162,7 @@ class _Entry:
     parameters: tuple[int, ...]
 
     def match(self, constants: tuple[float, ...]) -> tuple[float, ...] | None:
-        """The activation's parameters, if the numbers are those of this spelling."""
+        """The activation's parameters, if the constants are those of this spelling."""
         if len(constants) != len(self.constants):
             return None
         pairs = zip(constants, self.constants, strict=True)
@@ -174,7 +175,7 @@ class _Entry:
 
 
 _TABLED = (torch.float32, torch.bfloat16)
-# Numbers that no spelling contains by itself, to see where parameters end up.
+# Constants that no spelling contains by itself, to see where parameters end up.
 _A, _B = -0.71828, 0.31416
 _ACTIVATIONS: tuple[tuple[str, str, tuple[float, ...], Callable[[Tensor], Tensor]], ...] = (
     ("relu", "", (), F.relu),
@@ -193,20 +194,6 @@ _ACTIVATIONS: tuple[tuple[str, str, tuple[float, ...], Callable[[Tensor], Tensor
     ("hardtanh", "", (_A, _B), lambda x: F.hardtanh(x, _A, _B)),
     ("hardtanh", "", (_A, _B), lambda x: x.clamp(_A, _B)),
 )
-
-
-# One function for each activation by name, for timing: generated kernels work in place.
-IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": aten.relu_,
-    "sigmoid": aten.sigmoid_,
-    "tanh": aten.tanh_,
-    "swish": aten.silu_,
-    "hardswish": aten.hardswish_,
-    "hardsigmoid": aten.hardsigmoid_,
-    "gelu": aten.gelu_,
-    "leaky_relu": aten.leaky_relu_,
-    "hardtanh": aten.hardtanh_,
-}
 
 
 @functools.cache

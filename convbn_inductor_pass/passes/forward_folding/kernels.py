@@ -1,104 +1,107 @@
-"""The ways to compute a layer and what follows it, and which of them can take a given layer.
+"""Candidate kernels for a folded layer: which of them can take it, and the bytes moved.
 
-To add one: its name and its condition here, what it emits in ``forward_rewrite``, and the
-calls to time in ``ways``.
+To add one: a row of ``KERNELS`` here, and what it emits in :mod:`rewrite`.
+
+The cost model counts what is read and written besides the layer's own input and output. As
+written, a generated kernel reads the layer's output and writes the result of the affine map and its
+epilogue. Folded, that kernel is gone if the layer's own computes all of it; instead the weight is
+read and written once more. Where a user of the result is computed in the same generated kernel as
+the affine map anyway (a reduction, another pointwise function), nothing is gained.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from GONE.branches import Branches
-from GONE.kept import is_parameter, made_of_parameters
 from torch import fx
 
 from ..._torch import compat, inductor
 from ...graph import layers
-from ...graph.affine import AffineChain
-from ...graph.layers import CHANNELS_LAST, Layer, tensor_of
-from .epilogue import Activation, Residual
+from ...graph.layers import Layer, tensor_of
+from .candidate import FoldCandidate
 
 __all__ = [
-    "ADDING",
     "ATEN",
     "CUDNN",
-    "LINEAR",
     "ONEDNN",
-    "PACKED",
-    "UNFOLDED_LINEAR",
-    "can_merge",
-    "folding_kernels",
-    "takes_activation",
+    "bytes_moved",
+    "gains",
+    "has_epilogue",
+    "kernel_for",
+    "moves_fewer_bytes",
 ]
 
-aten = torch.ops.aten
-
-ATEN = "aten"
-"""The layer's own operator with a scaled weight and shifted bias; no activation inside."""
-ONEDNN = "onednn"
-"""oneDNN's convolution, the activation inside; a residual is added by Inductor's patterns."""
-PACKED = "onednn, packed"
-"""The same with a weight that is kept in oneDNN's layout, see :mod:`kept`."""
 CUDNN = "cudnn"
 """cuDNN's convolution, with the ReLU and a residual before it inside."""
-LINEAR = "linear"
-"""oneDNN's linear layer, also for convolutions with a kernel of one; the activation inside."""
-UNFOLDED_LINEAR = "unfolded linear"
-"""The same with the weight as it is; what follows is left to generated code."""
+ONEDNN = "onednn"
+"""oneDNN's convolution, the activation inside; a residual is added by Inductor's own patterns."""
+ATEN = "aten"
+"""The layer's own operator with a scaled weight and a shifted bias, without an epilogue."""
 
-ADDING = (ONEDNN, PACKED, CUDNN)
-"""Those that add a residual, the first two where Inductor's own patterns see to it."""
+# A layer for which both move as many bytes came out slower when folded: the scale and the shift are
+# small kernels of their own, and the weight is read with less locality.
+_MARGIN = 2
 
 
-def folding_kernels(
-    chain: AffineChain,
-    activation: Activation | None,
-    residual: Residual | None,
-    *,
-    may_pack: bool,
-    is_channels_last: bool,
-) -> tuple[str, ...]:
-    """Kernels that can compute the folded layer; the first one is the default.
+def kernel_for(candidate: FoldCandidate, *, is_channels_last: bool) -> str:
+    """The first kernel that takes ``candidate`` with all of its epilogue; "" if there is none.
 
-    ``may_pack`` says whether weights may be kept between calls, ``is_channels_last`` whether
-    Inductor makes what goes through a convolution channels-last.
+    ``is_channels_last`` says whether Inductor makes what goes through convolutions channels-last.
     """
-    layer, kernels = chain.layer, []
-    takes_post_ops = _takes_post_ops(layer) and (
-        activation is not None or not _may_raise(layer, chain.last)
-    )
-    if takes_post_ops and _is_channels_last(layer):
-        kernels.append(ONEDNN)
-    kernels.append(ATEN)
-    if takes_post_ops and may_pack and _may_stay_packed(chain):
-        kernels.append(PACKED)
-    if _takes_linear(layer):
-        kernels.append(LINEAR)
-    ends_in_relu = (
-        residual.relu if residual else activation is not None and activation.name == "relu"
-    )
-    if is_channels_last and ends_in_relu and _takes_cudnn(layer):
-        kernels.append(CUDNN)
-    return tuple(kernels)
+    return next((name for name, takes in KERNELS if takes(candidate, is_channels_last)), "")
 
 
-def can_merge(branches: Branches, activation: Activation | None) -> bool:
-    """Whether oneDNN's convolution can take the place of branches, with a weight that is kept."""
-    wide = branches.wide
-    adds_safely = wide.out.dtype != torch.bfloat16 or not branches.others
+def gains(candidate: FoldCandidate, kernel: str) -> bool:
+    """Whether ``kernel`` computes more than the layer as it is written."""
+    return bool(candidate.chain.steps) or candidate.activation is not None or kernel == CUDNN
+
+
+def has_epilogue(layer: Layer) -> bool:
+    """Whether a kernel can compute an activation after this layer."""
+    return _is_onednn_layer(layer) or _is_cudnn_layer(layer)
+
+
+def _cudnn_takes(c: FoldCandidate, is_channels_last: bool) -> bool:
+    is_relu = c.activation is not None and c.activation.name == "relu"
+    ends_in_relu = is_relu if c.residual is None else c.residual.relu
+    return is_channels_last and ends_in_relu and _is_cudnn_layer(c.layer)
+
+
+def _onednn_takes(c: FoldCandidate, _: bool) -> bool:
+    may_add = c.activation is None and _may_add_and_raise(c.layer, c.chain.last)
+    return _is_onednn_layer(c.layer) and _is_known_channels_last(c.layer) and not may_add
+
+
+def _aten_takes(c: FoldCandidate, _: bool) -> bool:
+    return c.activation is None and c.residual is None
+
+
+KERNELS: tuple[tuple[str, Callable[[FoldCandidate, bool], bool]], ...] = (
+    (CUDNN, _cudnn_takes),
+    (ONEDNN, _onednn_takes),
+    (ATEN, _aten_takes),
+)
+
+
+def _is_cudnn_layer(layer: Layer) -> bool:
+    """Whether cuDNN may have a convolution with an epilogue for this layer."""
+    sizes = (*layer.out.shape, *_sizes(layer.input), *_sizes(layer.weight))
     return (
-        _takes_post_ops(wide)
-        and (activation is not None or (adds_safely and not _may_raise(wide, branches.last)))
-        and all(map(_may_stay_packed, branches.chains))
+        layer.is_conv
+        and not layer.layout.transposed
+        and layer.layout.groups == 1  # of others, it has few
+        and layer.out.ndim == 4  # of others, Inductor makes nothing channels-last on GPUs
+        and layer.out.dtype in (torch.float32, torch.bfloat16)
+        # There may be none for another size. Nothing to compute, nothing to gain.
+        and all(isinstance(size, int) and size > 0 for size in sizes)
+        and inductor.has_cudnn_epilogues(layer.out.device)
+        and inductor.for_python()
     )
 
 
-def takes_activation(layer: Layer) -> bool:
-    """Whether some kernel can compute an activation after this layer."""
-    return _takes_post_ops(layer) or _takes_linear(layer) or _takes_cudnn(layer)
-
-
-def _takes_post_ops(layer: Layer) -> bool:
-    """Whether oneDNN's convolution with post-ops can compute this layer."""
+def _is_onednn_layer(layer: Layer) -> bool:
+    """Whether oneDNN has a convolution with an epilogue for this layer."""
     return (
         layer.is_conv
         and not layer.layout.transposed
@@ -109,88 +112,68 @@ def _takes_post_ops(layer: Layer) -> bool:
     )
 
 
-def _takes_cudnn(layer: Layer) -> bool:
-    """Whether cuDNN may have a convolution with an epilogue for this layer; a trial tells."""
-    sizes = (*layer.out.shape, *_sizes(layer.input), *_sizes(layer.weight))
-    return (
-        layer.is_conv
-        and not layer.layout.transposed
-        and layer.out.ndim == 4  # of others, Inductor makes nothing channels-last on GPUs
-        and layer.out.dtype in (torch.float32, torch.bfloat16)
-        # What is right for one size may not be there. Nothing to compute, nothing to gain.
-        and all(isinstance(size, int) and size > 0 for size in sizes)
-        and inductor.has_cudnn_epilogues(layer.out.device)
-        and inductor.for_python()
-    )
-
-
 def _sizes(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
     tensor = tensor_of(node)
     return () if tensor is None else tuple(tensor.shape)
 
 
-def _is_channels_last(layer: Layer) -> bool:
+def _is_known_channels_last(layer: Layer) -> bool:
     """Whether oneDNN's convolution sees that its input is channels-last, as Inductor made it.
 
-    One channel, or maps of one number, are contiguous as well, and oneDNN's result then is, which
-    Inductor does not expect. A packed weight tells.
+    An input of one channel, or of 1x1 maps, is contiguous as well. oneDNN's result then is, too,
+    which Inductor does not expect.
     """
-    x = tensor_of(layer.input)
-    surely = compat.surely  # and no guard on sizes that are not known
-    return x is not None and surely(x.shape[1] != 1) and any(surely(n != 1) for n in x.shape[2:])
+    _, channels, *maps = _sizes(layer.input)
+    surely = compat.surely  # makes no guard on symbolic sizes
+    return surely(channels != 1) and any(surely(size != 1) for size in maps)
 
 
-def _may_raise(layer: Layer, last: fx.Node) -> bool:
+def _may_add_and_raise(layer: Layer, last: fx.Node) -> bool:
     """Whether Inductor might let oneDNN's convolution add what comes after ``last``, and raise.
 
     Where oneDNN does not both add and rectify (a grouped convolution; an input that counts as
-    contiguous, as 1x1 maps do), PyTorch does it with a kernel that has no bfloat16 and raises
+    contiguous, as 1x1 maps do), PyTorch does so with a kernel that has no bfloat16 and raises
     (2.11 to 2.15).
     """
     is_narrow = layer.out.dtype == torch.bfloat16
-    return is_narrow and any(u.target is aten.add.Tensor for u in last.users)
+    return is_narrow and any(u.target is torch.ops.aten.add.Tensor for u in last.users)
 
 
-def _may_stay_packed(chain: AffineChain) -> bool:
-    """Whether the scaled weight is the same in many calls, as far as the graph tells.
+def moves_fewer_bytes(candidate: FoldCandidate) -> bool:
+    """Whether folding moves fewer bytes, with a margin for what is not counted."""
+    exact, folded = bytes_moved(candidate)
+    return _MARGIN * folded < exact
 
-    It is made of parameters alone. The layout that oneDNN wants depends on the input's size, which
-    has to be known; another one makes it slow, up to forty times.
+
+def bytes_moved(candidate: FoldCandidate) -> tuple[int, int]:
+    """Bytes moved as written and folded, besides the layer's own input and output.
+
+    Hints where sizes are symbolic.
     """
-    layer = chain.layer
-    weight = layers.without_casts(layer.weight)
-    x, live = tensor_of(layer.input), tensor_of(weight)
-    if x is None or live is None or not inductor.for_python():
-        return False
-    return (
-        all(isinstance(size, int) for size in x.shape)
-        and is_parameter(weight)
-        and _is_dense(live)
-        and all(made_of_parameters(n, layer.channels) for n in chain.scaling_operands)
-    )
+    chain, out = candidate.chain, candidate.layer.out
+    fused = bool(candidate.epilogue)
+    kernel_goes = fused or (_ends_a_kernel(chain.last) and not _adds_bias_apart(candidate))
+    exact = 2 * compat.size_hint(out.numel()) * out.element_size() if kernel_goes else 0
+    return exact, _weight_bytes(candidate.layer) if chain.scales else 0
 
 
-def _is_dense(weight: torch.Tensor) -> bool:
-    """Whether a convolution's weight lies in memory without gaps and repeats, in a usual order."""
-    channels_last = CHANNELS_LAST[weight.ndim]
-    return weight.is_contiguous() or weight.is_contiguous(memory_format=channels_last)
+def _weight_bytes(layer: Layer) -> int:
+    wide, narrow = tensor_of(layers.without_casts(layer.weight)), tensor_of(layer.weight)
+    if wide is None or narrow is None:
+        raise ValueError(f"{layer.node} has no metadata")
+    # A weight that autocast casts down is read and written anyway, in the same kernel.
+    if wide is not narrow:
+        return 0
+    return compat.size_hint(narrow.numel()) * (wide.element_size() + narrow.element_size())
 
 
-def _takes_linear(layer: Layer) -> bool:
-    """Whether the layer is a matrix product that oneDNN's linear layer can compute."""
-    weight = tensor_of(layer.weight)
-    on_cpu = layer.out.device.type == "cpu" and layer.out.dtype in (torch.float32, torch.bfloat16)
-    if weight is None or not on_cpu or not inductor.has_onednn_epilogues(layer.out.dtype):
-        return False
-    if not inductor.for_python():
-        return False
-    if not layer.is_conv:
-        return True
-    padding = layer.node.args[4]
-    return (
-        not layer.layout.transposed
-        and layer.layout.groups == 1
-        and all(isinstance(size, int) for size in (*layer.out.shape[1:], *weight.shape))
-        and all(size == 1 for size in weight.shape[2:])
-        and all(p == 0 for p in padding)  # type: ignore[union-attr]
-    )
+def _adds_bias_apart(candidate: FoldCandidate) -> bool:
+    """Whether Inductor takes the bias off the layer and into a generated kernel, as on GPUs."""
+    layer = candidate.layer
+    has_bias = candidate.chain.shifts or layer.bias is not None
+    return layer.is_conv and has_bias and layer.out.device.type != "cpu"
+
+
+def _ends_a_kernel(node: fx.Node) -> bool:
+    """Whether ``node`` is written to memory, since a user of it is not generated code."""
+    return any(u.op == "output" or not inductor.is_generated(u.target) for u in node.users)

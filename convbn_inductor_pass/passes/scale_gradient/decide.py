@@ -135,6 +135,11 @@ class _Site:
         found = [m for g in gradients if g.node not in self.claimed and (m := _match(self, g))]
         return max(found, key=lambda m: (m.gradient.wanted, len(m.reductions)), default=None)
 
+    @functools.cached_property
+    def saved_by(self) -> fx.Node | None:
+        """What the layer's output is saved for anyway, if it is."""
+        return _saved_by(self)
+
     @property
     def matched(self) -> Match:
         if self.match is None:  # the row OTHER_GRADIENT comes first
@@ -155,7 +160,9 @@ def decide(graph: fx.Graph, options: Options) -> list[Decision]:
     for candidate in find_candidates(graph, backward):
         site = _Site(candidate, options, backward, trained, written, claimed)
         code, detail = next(_objections(site), (Code.FUSED, ""))
-        match = site.match if code is Code.FUSED else None
+        if code is Code.FUSED and site.saved_by:
+            code, detail = Code.WEIGHT_COPY, f"by {site.saved_by}"
+        match = site.match if code.rewritten else None
         decisions.append(Decision(candidate, code, detail, match))
         if match is not None and match.gradient.node is not None:
             claimed.add(match.gradient.node)
@@ -255,6 +262,23 @@ def _layer_frozen(s: _Site) -> str | None:
 
 
 def _saved_anyway(s: _Site) -> str | None:
+    return f"by {s.saved_by}" if s.saved_by and not _copies_weight(s) else None
+
+
+def _copies_weight(s: _Site) -> bool:
+    """Whether backward takes a copy of the weight in half precision, as autocast makes it.
+
+    The partitioner saves that copy. The scaled weight is recomputed from the parameter.
+    """
+    weight = s.layer.weight
+    while is_move(weight):
+        weight = weight.all_input_nodes[0]
+    is_copy = layers.without_casts(weight) is not weight
+    used = any(user in s.backward for user in users_of(weight))
+    return is_copy and used and s.options.objective == "memory"
+
+
+def _saved_by(s: _Site) -> fx.Node | None:
     """A call for which the layer's output is saved, though it is not summed over.
 
     Either one that needs the output itself, or what the sum is over, and is computed by a library;
@@ -264,7 +288,7 @@ def _saved_anyway(s: _Site) -> str | None:
     match, backward = s.matched, s.backward
     reasons = [_library_call(r, s.layer, backward) for r in match.reductions]
     if all(reasons):
-        return f"by {reasons[0]}"
+        return reasons[0]
     products = {r.product for r in match.reductions}
     size = compat.size_hint(s.layer.out.numel())
     seen = set(s.candidate.values)
@@ -278,7 +302,7 @@ def _saved_anyway(s: _Site) -> str | None:
                 continue
             if user in backward:
                 if not is_move(user):
-                    return f"by {user}"
+                    return user
                 continue
             others = [n for n in user.all_input_nodes if n not in seen]
             if tensor.dtype.is_floating_point and not any(is_large(n, size) for n in others):

@@ -264,9 +264,15 @@ def scalings_to(node: fx.Node, dim: int, backward: set[fx.Node]) -> dict[fx.Node
 
 def _scaling_step(node: fx.Node, of: fx.Node, dim: int) -> tuple[int, Sequence[Step]] | None:
     """The steps by which ``node`` scales ``of``, and where ``of`` has the channels."""
-    for before in range(len(_shape(of))):
+    rank = len(_shape(of))
+    for before in (dim, *(d for d in range(rank) if d != dim)):  # mostly where it was
         steps = layers.read_step(node, of, before)
-        if steps and steps[-1].dim == dim and all(s.kind in _SCALINGS for s in steps):
+        if (
+            before < rank
+            and steps
+            and steps[-1].dim == dim
+            and all(s.kind in _SCALINGS for s in steps)
+        ):
             return before, steps
     return None
 

@@ -68,8 +68,7 @@ def _code(bn: BatchNormCall, decision: Decision | None, trained: set[fx.Node]) -
 
 
 def _record(kind: Kind, layer: Layer | None, code: Code, detail: str, at: fx.Node) -> NamedRecord:
-    out = None if layer is None else tensor_of(layer.node)
-    size = 0 if out is None else compat.size_hint(out.numel()) * out.element_size()
+    saved = {Code.FUSED: layer and layer.node, Code.WEIGHT_COPY: layer and layer.weight}
     record = Record(
         pass_name="scale_gradient",
         kind=kind,
@@ -78,8 +77,13 @@ def _record(kind: Kind, layer: Layer | None, code: Code, detail: str, at: fx.Nod
         layer="" if layer is None else name_of(layer.node),
         batch_norm=name_of(at) if kind == "batch norm" else "",
         source=source_line(at),
-        output_shape=() if out is None else compat.shape_of(out),
-        output_bytes=size,
-        bytes_saved=size if code is Code.FUSED else 0,
+        output_shape=() if layer is None else compat.shape_of(layer.out),
+        output_bytes=0 if layer is None else _bytes(layer.node),
+        bytes_saved=_bytes(saved.get(code)),
     )
     return ("" if layer is None else layer.node.name), record
+
+
+def _bytes(node: fx.Node | None) -> int:
+    tensor = tensor_of(node)
+    return 0 if tensor is None else compat.size_hint(tensor.numel()) * tensor.element_size()

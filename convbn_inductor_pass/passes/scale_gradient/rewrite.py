@@ -6,7 +6,7 @@ In float16, ``g`` is first brought into the middle of the range by a power of tw
     sum(g * c) = <dWg', W> / t + b * sum(g)
 
 ``dWg`` is ``dW / S``: where S is small it leaves float16's range though eval mode's ``dW`` does
-not. :func:`_power_of_two` says how t is chosen.
+not. :mod:`convbn_inductor_pass.functional.half` says how t is chosen.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def apply(decisions: list[Decision], graph: fx.Graph) -> int:
     order = {node: i for i, node in enumerate(graph.nodes)}
     wanted = [(_place(d.match, order), d, d.match) for d in decisions if d.match is not None]
     wanted.sort(key=lambda w: order[w[0]])
-    build = Builder(graph)
+    build = Builder(graph, structural=False)
     unused: list[fx.Node] = []
     try:
         for place, decision, match in wanted:
@@ -57,6 +57,7 @@ def apply(decisions: list[Decision], graph: fx.Graph) -> int:
                 unused += _Rewriting(decision, match, build).replace()
     finally:
         # If one fails, too: what was replaced so far is right, but may use what stands later.
+        build.finish()
         for node in unused:
             erase_unused(node)
         if wanted:
@@ -109,21 +110,29 @@ class _Rewriting:
         return self.replaced
 
     def _sum_g(self) -> fx.Node:
+        if _tensor(self.g).dtype == self.wide:
+            # As a batch norm's shift has it, so that the partitioner makes the two one.
+            return self._call(aten.sum.dim_IntList, self.g, self.dims)
         return self._call(aten.sum.dim_IntList, self.g, self.dims, False, dtype=self.wide)
 
     def _power_of_two(self) -> fx.Node:
-        """t [C]: the power of two for which ``max(abs(t * g))`` of a channel is in (2**-5, 2**-4].
+        """t [C], as :func:`~convbn_inductor_pass.functional.half.gradient_scale` has it.
 
-        There the sums of ``layer_backward`` neither overflow nor lose bits to denormals. Finite
-        where a channel of ``g`` is all zero.
+        That is ``log2(t) = clamp(max(-2 - ceil(log2(norm(g))), ceil(log2(abs(S))) - 8), -24, 15)``.
         """
-        magnitude = self._call(aten.abs.default, self.build.cast(self.g, self.wide))
-        largest = self._call(aten.amax.default, magnitude, self.dims)
-        exponent = self._call(
-            aten.log2.default, self._call(aten.clamp_min.default, largest, 2.0**-100)
-        )
-        exponent = self._call(aten.add.Tensor, self._call(aten.neg.default, exponent), -4)
-        return self._call(aten.exp2.default, self._call(aten.floor.default, exponent))
+        g = self.build.cast(self.g, self.wide)
+        squares = self._call(aten.sum.dim_IntList, self._call(aten.mul.Tensor, g, g), self.dims)
+        exponent = self._ceil_log2(self._call(aten.sqrt.default, squares))
+        exponent = self._call(aten.add.Tensor, self._call(aten.neg.default, exponent), -2)
+        if self.scale is not None:
+            of_scale = self._ceil_log2(self._call(aten.abs.default, self.scale))
+            least = self._call(aten.add.Tensor, of_scale, -8)
+            exponent = self._call(aten.maximum.default, exponent, least)
+        exponent = self._call(aten.clamp_min.default, exponent, -24.0)
+        return self._call(aten.exp2.default, self._call(aten.clamp_max.default, exponent, 15.0))
+
+    def _ceil_log2(self, value: fx.Node) -> fx.Node:
+        return self._call(aten.ceil.default, self._call(aten.log2.default, value))
 
     def _convolution(self) -> fx.Node:
         """Replace the results of ``convolution_backward``; returns the gradient for ``g``."""
@@ -162,9 +171,9 @@ class _Rewriting:
         self._replace(self.gradient.node, scaled)
         size = _tensor(self.layer.weight).shape
         for user in list(self.gradient.dc.users):
-            # One without users was replaced for another layer with this ``dc``.
+            # It may have been replaced for another layer with this ``dc``.
             is_product = user.target is aten.mm.default and user.args[0] is self.gradient.dc
-            if is_product and user.users:
+            if is_product and user not in self.build.replaced:
                 by: Any = user.args[1]
                 if same_sizes(_tensor(by).shape, (size[1], size[0])):
                     by = self._scaled(by, self.on_weight, Layout())

@@ -2,7 +2,7 @@
 
 As in ``random_graphs``, a function is drawn as Python source, with tensors. Each line is run as
 it is drawn, and left out if it raises: what fits is found by trying. Sizes are drawn from few
-numbers, so that channels, batch, rows and columns are often as many as each other, and
+values, so that channels, batch, rows and columns are often as many as each other, and
 operands along the wrong dimension fit.
 """
 
@@ -37,7 +37,7 @@ _STEPS = (
     "torch.lerp({y}, {o}.expand_as({y}), 0.25)", "torch.rsub({y}, {o})", "{y}.mul_({o})",
     "{y}.add_({o})",
 )  # fmt: skip
-# With numbers, casts, and calls that move numbers.
+# With numbers, casts, and calls that move elements.
 _OTHERS = (
     "-{y}", "{y} * 0.5", "3 - {y}", "{y} / 2", "{y} + 1", "2 * {y} - 1", "{y} * 0", "{y} * True",
     "{y} * {y}", "{y} + {y}", "{y}.contiguous()", "{y}.clone()", "{y}.detach()", "{y}.flip(1)",
@@ -72,21 +72,19 @@ _RESULTS = (
 class _Drawer:
     """One draw: the lines so far, the tensors, and what running the lines has given."""
 
-    def __init__(
-        self, draw: Callable[[st.SearchStrategy], Any], packable: bool, trained: bool, relu: bool
-    ) -> None:
-        self.draw, self.packable, self.relu = draw, packable or relu, relu
+    def __init__(self, draw: Callable[[st.SearchStrategy], Any], trained: bool, relu: bool) -> None:
+        self.draw, self.relu = draw, relu
         self.lines: list[str] = []
         self.tensors: list[TensorSpec] = []
         self.layers: list[str] = []
         self.results: list[str] = []
         self.scope: dict[str, Any] = {"torch": torch, "F": F}
         self.dtype = self.pick(torch.float64, torch.float64, torch.float32, torch.bfloat16)
-        if self.packable:
+        if self.relu:
             self.dtype = self.pick(torch.float32, torch.float32, torch.bfloat16)
         self.autocast = self.dtype is torch.float32 and self.chance(25)
         self.trained, self.grad = trained, trained
-        if not (self.packable or trained):
+        if not (relu or trained):
             self.grad = self.chance(20)
 
     def pick(self, *values: Any) -> Any:
@@ -139,7 +137,7 @@ class _Drawer:
                 f"torch.addmm({bias}, {{x}}, {w}.t(), beta=0.5, alpha=2)",
             )  # fmt: skip
         else:
-            c_in, transposed = shape[1], self.chance(10 if self.packable else 30)
+            c_in, transposed = shape[1], self.chance(10 if self.relu else 30)
             kernel = (self.pick(1, 1, 3, 2),) * d
             groups = self.pick(1, 1, *(g for g in (2, c_in) if not (c_in % g or channels % g)))
             ends = (c_in, channels // groups) if transposed else (channels, c_in // groups)
@@ -196,7 +194,7 @@ class _Drawer:
         for _ in range(self.pick(0, 1, 1, 2, 2, 3, 5)):
             others = ["other"] * (1 if self.relu else 5)
             kind = self.pick(*["step"] * 10, *others, *["norm"] * 3, "write", "result")
-            if kind == "write" and self.packable:
+            if kind == "write" and self.relu:
                 continue
             if kind == "step":
                 line = f"{y} = {self.pick(*_STEPS).format(y=y, o=self.operand(y))}"
@@ -221,7 +219,7 @@ class _Drawer:
             self.run(f"{y} = {self.pick(*_ACTIVATIONS).format(y=y)}")
 
     def function(self) -> RandomFunction:
-        dims = (2,) if self.relu else (2, 2, 2, 3) if self.packable else (2, 2, 2, 1, 3, 0, 0)
+        dims = (2,) if self.relu else (2, 2, 2, 1, 3, 0, 0)
         d = self.pick(*dims)
         batch, sizes = self.pick(1, 1, 2, 4, 0), [self.pick(4, 1, 5, 2) for _ in range(d)]
         self.tensor(
@@ -239,7 +237,7 @@ class _Drawer:
         lines = [*self.lines, f"return {', '.join([*self.results, y])},"]
         names = ", ".join(t.name for t in self.tensors)
         body = textwrap.indent("\n".join(lines), "    ")
-        dynamic = not self.packable and self.pick(False, False, False, True)
+        dynamic = not self.relu and self.pick(False, False, False, True)
         return RandomFunction(
             f"def f({names}):\n{body}", tuple(self.tensors), self.autocast, dynamic
         )
@@ -247,17 +245,13 @@ class _Drawer:
 
 @st.composite
 def random_chains(
-    draw: Callable[[st.SearchStrategy], Any],
-    *,
-    packable: bool = False,
-    trained: bool = False,
-    relu: bool = False,
+    draw: Callable[[st.SearchStrategy], Any], *, trained: bool = False, relu: bool = False
 ) -> RandomFunction:
     """Strategy for functions around affine chains; they run in eager mode.
 
-    ``packable`` draws less of what speaks against keeping packed weights, and ``relu`` of what
-    speaks against a ReLU in the layer's kernel; with ``trained`` most tensors require a gradient.
+    With ``trained`` most tensors require a gradient; ``relu`` draws less of what speaks against a
+    ReLU in the layer's kernel.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _Drawer(draw, packable, trained, relu).function()
+        return _Drawer(draw, trained, relu).function()

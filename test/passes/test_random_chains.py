@@ -1,6 +1,6 @@
-"""Random affine chains: with ``forward="fold"`` nothing is other than in eager mode.
+"""Random affine chains: with ``forward="fold"``, and in training, all is as in eager mode.
 
-By default 60 examples, always the same, up to Inductor's post-grad passes and then eager.
+By default 80 or 120 draws, always the same, up to Inductor's post-grad passes and then eager.
 ``CONVBN_FUZZ_EXAMPLES=5000`` draws that many, ``CONVBN_FUZZ_SEED=7`` other ones, and
 ``CONVBN_FUZZ_INDUCTOR=1`` generates code; a failing example prints as source code.
 """
@@ -11,23 +11,23 @@ import collections
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
-import pytest
 import torch
-from common import fastest, fuzz
-from random_chains import random_chains
+from common import fuzz
 from random_graphs import RandomFunction
 from torch import Tensor
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import _inductor, kernels, testing, timing
+from convbn_inductor_pass import testing
+from convbn_inductor_pass._torch import inductor
+from passes.random_chains import random_chains
 
 INDUCTOR = bool(os.environ.get("CONVBN_FUZZ_INDUCTOR"))
 
-# Of the largest number of the result and of those it was made of: what rounding may change.
+# Of the largest element of the result, and of one: what rounding may change.
 BAND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
@@ -36,7 +36,7 @@ def run(
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Outputs and arguments after a call, and gradients, by name; ``forward=""`` is eager.
 
-    Where nothing has a gradient, it is called a second time, with other numbers.
+    Where nothing has a gradient, it is called a second time, with other values.
     """
     arguments = function.arguments()
     fn = function.function()
@@ -89,7 +89,7 @@ def recorded() -> Iterator[None]:
         yield
 
 
-def check(function: RandomFunction, forward: str, counts: collections.Counter) -> None:
+def check_folding(function: RandomFunction, counts: collections.Counter) -> None:
     try:
         expected = run(function, "")
     except Exception:  # as autograd does, where the backward needs what was written to
@@ -97,7 +97,7 @@ def check(function: RandomFunction, forward: str, counts: collections.Counter) -
         return
     with recorded():
         try:
-            got = run(function, forward)
+            got = run(function, "fold")
         except Exception:
             try:
                 run(function, "exact")
@@ -105,11 +105,11 @@ def check(function: RandomFunction, forward: str, counts: collections.Counter) -
                 counts["raises"] += 1
                 return
             raise  # only with folding
-    records = cbn.forward_records()
+    records = [r for r in cbn.records() if r.pass_name == "forward_folding"]
     counts.update(r.code.name for r in records)
     counts["functions"] += 1
-    counts["folded"] += any(r.code.folded for r in records)
-    counts.update({r.kernel for r in records if r.code.folded})
+    counts["folded"] += any(r.code.rewritten for r in records)
+    counts.update({r.kernel for r in records if r.code.rewritten})
     found = differences(function, got, expected)
     if found or INDUCTOR:
         plain = run(function, "exact")
@@ -122,11 +122,11 @@ def check(function: RandomFunction, forward: str, counts: collections.Counter) -
 
 
 def _strides(tensor: Tensor) -> list[int]:
-    """Those that say where a number lies."""
+    """Those that say where an element lies."""
     return [s for size, s in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
 
 
-def check_scales(function: RandomFunction, counts: collections.Counter) -> None:
+def check_gradients(function: RandomFunction, counts: collections.Counter) -> None:
     """Gradients are eager mode's, and the outputs have the bits that they have without the pass."""
     try:
         expected = run(function, "")
@@ -136,7 +136,7 @@ def check_scales(function: RandomFunction, counts: collections.Counter) -> None:
         return
     with recorded():
         got = run(function, "exact")
-    codes = [r.code for r in cbn.scale_records()]
+    codes = [r.code for r in cbn.records() if r.pass_name == "scale_gradient"]
     counts.update(code.name for code in codes)
     counts["functions"] += 1
     counts["rewritten"] += any(code.rewritten for code in codes)
@@ -150,61 +150,40 @@ def check_scales(function: RandomFunction, counts: collections.Counter) -> None:
     assert not found, found
 
 
-def test_random_gradients_of_scales() -> None:
-    counts: collections.Counter = collections.Counter()
+def check_each(
+    check: Callable[[RandomFunction, collections.Counter], None], examples: int, **options: bool
+) -> collections.Counter:
+    """Check random functions, each once: about half of what hypothesis draws, it has drawn before.
 
-    @fuzz(40)
-    @hypothesis.given(random_chains(trained=True))
+    Returns how often what happened.
+    """
+    counts: collections.Counter = collections.Counter()
+    seen: set[str] = set()
+
+    @fuzz(examples)
+    @hypothesis.given(random_chains(**options))
     def each(function: RandomFunction) -> None:
-        check_scales(function, counts)
+        if str(function) not in seen:
+            check(function, counts)
+            seen.add(str(function))  # not if it failed: then it is run again
 
     each()
     print(dict(counts.most_common()))
+    return counts
+
+
+def test_random_gradients() -> None:
+    counts = check_each(check_gradients, 80, trained=True)
     assert counts["rewritten"] >= counts["functions"] // 8  # else the draws test nothing
 
 
 def test_random_chains() -> None:
-    counts: collections.Counter = collections.Counter()
-
-    @fuzz(60)
-    @hypothesis.given(random_chains())
-    def each(function: RandomFunction) -> None:
-        check(function, "fold", counts)
-
-    each()
-    print(dict(counts.most_common()))
-    assert counts["folded"] > counts["functions"] // 4  # else the draws test nothing
-
-
-@pytest.mark.skipif(not _inductor.has_onednn_epilogues(torch.float32), reason="needs oneDNN")
-def test_random_chains_with_packed_weights(monkeypatch) -> None:
-    monkeypatch.setattr(timing, "seconds", fastest(kernels.PACKED))
-    # As if all arguments were parameters.
-    all_inputs = lambda graph: set(graph.find_nodes(op="placeholder"))  # noqa: E731
-    monkeypatch.setattr(_inductor, "static_inputs", all_inputs)
-    counts: collections.Counter = collections.Counter()
-
-    @fuzz(60)
-    @hypothesis.given(random_chains(packable=True))
-    def each(function: RandomFunction) -> None:
-        check(function, "auto", counts)
-
-    each()
-    print(dict(counts.most_common()))
-    assert counts[kernels.PACKED] > counts["functions"] // 6
+    counts = check_each(check_folding, 120)
+    assert counts["folded"] > counts["functions"] // 4
 
 
 def test_random_chains_before_relu(monkeypatch) -> None:
-    """As on a GPU with cuDNN, whose operator is computed by its parts here."""
-    monkeypatch.setattr(timing, "seconds", fastest(kernels.CUDNN))
-    monkeypatch.setattr(_inductor, "has_cudnn_epilogues", lambda device: True)
-    counts: collections.Counter = collections.Counter()
-
-    @fuzz(60)
-    @hypothesis.given(random_chains(relu=True))
-    def each(function: RandomFunction) -> None:
-        check(function, "auto", counts)
-
-    each()
-    print(dict(counts.most_common()))
-    assert counts[kernels.CUDNN] > counts["functions"] // 8
+    """As with cuDNN: the graph around its operator, which is computed by its parts here."""
+    monkeypatch.setattr(inductor, "has_cudnn_epilogues", lambda device: True)
+    counts = check_each(check_folding, 120, relu=True)
+    assert counts["cudnn"] > counts["functions"] // 8

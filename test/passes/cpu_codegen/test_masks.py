@@ -1,4 +1,4 @@
-"""Masks that the forward keeps on CPU: stored in another way, the same bits and bytes kept."""
+"""Masks that are saved for backward on CPU: stored otherwise, the same bits saved."""
 
 import copy
 
@@ -7,17 +7,18 @@ import torch
 import torch.nn.functional as F
 from common import spread_statistics
 from torch import fx, nn
-from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from convbn_inductor_pass import _compat, masks
+import convbn_inductor_pass as cbn
+from convbn_inductor_pass import testing
+from convbn_inductor_pass.passes.cpu_codegen import masks
 
 aten = torch.ops.aten
 
 
 class Pooled(nn.Module):
-    """Layers whose activations have other users than a convolution, so that masks are kept."""
+    """Layers whose activations have other users than a convolution, so that masks are saved."""
 
     def __init__(self, activation):
         super().__init__()
@@ -35,26 +36,23 @@ class Pooled(nn.Module):
         return x.mean((2, 3))
 
 
-def step(model, x, *, dynamic=False):
-    """Outputs, gradients and what autograd keeps of a compiled step, masks and all."""
-    from torch._inductor import config
+def step(model, x, *, dynamic=False, forward="exact"):
+    """Outputs and gradients, and what autograd saves, of a compiled step."""
+    model, saved = copy.deepcopy(model), []
 
-    torch._dynamo.reset()
-    model, kept = copy.deepcopy(model), []
-
-    def keep(tensor):
-        kept.append(tensor.detach().clone())
+    def pack(tensor):
+        saved.append(tensor.detach().clone())
         return tensor
 
-    compiled = torch.compile(model, dynamic=dynamic)
-    flags = {"efficient_conv_bn_eval_fx_passes": True, "force_disable_caches": True}
-    with config.patch(flags):
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with testing.fresh_compile(), cbn.options(forward=forward):
+        compiled = torch.compile(model, dynamic=dynamic)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             out = compiled(x)
         out.square().sum().backward()
-    return [out.detach(), *(p.grad for p in model.parameters())], kept
+    return [out.detach(), *(p.grad for p in model.parameters())], saved
 
 
+@pytest.mark.parametrize("forward", ["exact", "fold"])
 @pytest.mark.parametrize(
     ("activation", "fmt"),
     [
@@ -63,33 +61,43 @@ def step(model, x, *, dynamic=False):
         (F.hardtanh, torch.contiguous_format),
     ],
 )
-def test_same_bits_and_bytes(activation, fmt, monkeypatch):
+def test_same_bits_and_bytes(activation, fmt, forward, monkeypatch):
+    """Also after forward folding, whose results the masks are then computed from."""
     torch.manual_seed(0)
     model = Pooled(activation).to(memory_format=fmt)
     x = torch.randn(4, 3, 32, 32).to(memory_format=fmt)
-    before = counters["inductor"]["efficient_conv_bn_eval_masks"]
-    results, kept = step(model, x)
-    rewritten = counters["inductor"]["efficient_conv_bn_eval_masks"] - before
-    large = sum(t.dtype == torch.bool and t.numel() >= 1 << 14 for t in kept)
-    assert rewritten == 2 * large  # stored and loaded
-    # torch 2.11 finds something cheaper to keep than ReLU's.
-    if activation is not F.relu or _compat.version >= "2.12.0a0":
-        assert large
+    rewrite, rewritten = masks.rewrite_masks, []
+
+    def counted(graph):
+        rewritten.append(rewrite(graph))
+        return rewritten[-1]
+
+    monkeypatch.setattr(masks, "rewrite_masks", counted)
+    results, saved = step(model, x, forward=forward)
+    large = sum(t.dtype == torch.bool and t.numel() >= 1 << 14 for t in saved)
+    assert sum(rewritten) == 2 * large  # stored and loaded
     monkeypatch.setattr(masks, "rewrite_masks", lambda graph: 0)
-    expected, expected_kept = step(model, x)
+    expected, expected_saved = step(model, x, forward=forward)
     # Masks of two comparisons are stored channels-last now, and sums over them in that order.
     assert torch.equal(results[0], expected[0])
     for a, b in zip(results[1:], expected[1:], strict=True):
         assert a.stride() == b.stride()
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
-    for a, b in zip(kept, expected_kept, strict=True):
+    for a, b in zip(saved, expected_saved, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
 
 
+def test_masks_are_saved_and_rewritten():
+    """Else the test above compares nothing."""
+    torch.manual_seed(0)
+    _, saved = step(Pooled(F.hardtanh), torch.randn(4, 3, 32, 32))
+    assert any(t.dtype == torch.bool and t.numel() >= 1 << 14 for t in saved)
+
+
 def test_dynamic_shapes():
     torch.manual_seed(0)
-    model, x = Pooled(F.relu), torch.randn(4, 3, 32, 32)
+    model, x = Pooled(F.hardtanh), torch.randn(4, 3, 32, 32)
     dynamic, static = step(model, x, dynamic=True), step(model, x)
     for a, b in zip(dynamic[0], static[0], strict=True):
         torch.testing.assert_close(a, b)

@@ -29,20 +29,20 @@ WRONG = {
     "transposed, 1-d": (transposed(spatial=1), (4, 1), scaled),
     "transposed, 3-d": (transposed(spatial=3), (1, 4, 1, 1, 1), scaled),
     "transposed, grouped": (transposed(groups=2), (1, 4, 1, 1), scaled),
-    "transposed, other channels, one number": (transposed(6), (1,), scaled),
-    "transposed, shifted by a number": (transposed(6), (), lambda y, _: y + 2.5),
+    "transposed, other channels, one value": (transposed(6), (1,), scaled),
+    "transposed, shifted by a constant": (transposed(6), (), lambda y, _: y + 2.5),
     "transposed, broadcast": (transposed(1), (4, 1, 1), scaled),
     "along the columns": (nn.Conv2d(4, 6, 1), (1, 6), scaled),
     "along the rows": (nn.Conv3d(4, 6, 1), (1, 6, 1), scaled),
     "alpha": (nn.Conv2d(4, 6, 1), (6, 1, 1), lambda y, o: torch.add(y, o, alpha=3)),
-    "a number": (nn.Conv2d(4, 6, 1), (), lambda y, _: y * 2.0),
-    "another number": (nn.Conv2d(4, 6, 1), (), lambda y, _: y * 3.0),
+    "a constant": (nn.Conv2d(4, 6, 1), (), lambda y, _: y * 2.0),
+    "another constant": (nn.Conv2d(4, 6, 1), (), lambda y, _: y * 3.0),
     "yet another": (nn.Conv2d(4, 6, 1, bias=False), (), lambda y, _: y + 0.25),
 }
 
 
 class Cases(nn.Module):
-    """All of them in one graph: numbers of one spoil those of others."""
+    """All of them in one graph: constants of one spoil those of others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def test_linear_layers():
 
 
 class Right(nn.Module):
-    """What the built-in folding does right: still folded, mixed dtypes and numbers included."""
+    """What the built-in folding does right: still folded, mixed dtypes and constants included."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,54 @@
+"""How the scale of a batch norm is shared between ``g`` and ``W`` in a float16 backward.
+
+Before:  ``dx, dW' = convolution_backward(g, x, A * W)``;              ``dW = A * dW'``
+After:   ``dx, dW' = convolution_backward(t * g, x, (A / t) * W)``;    ``dW = (A / t) * dW'``
+         ``<dW', W>`` in the formula of dgamma becomes ``<dW', W> / t``
+
+with ``A = gamma * invstd``, ``g`` the gradient of the batch norm's output and ``t`` a power of two,
+all per channel. ``norm`` is the square root of the sum of squares over all but channels:
+
+    ``log2(t) = clamp(max(-2 - ceil(log2(norm(g))), ceil(log2(abs(A))) - 8), -24, 15)``
+    ``t = 1`` where ``norm(g)`` is 0 or NaN, or ``A`` is NaN
+
+``norm(g)``, ``A``, ``t`` and ``A / t`` are float32; ``t * g`` and ``(A / t) * W`` are rounded to
+float16 once.
+
+Why: ``dW'`` is rounded to float16 before it is scaled. With ``t = 1`` it is eval mode's dW divided
+by ``A``: it overflows where gamma is small or zero and the loss is scaled, though eval mode's dW
+does not, and it underflows where the gradient is small.
+
+* First term: ``norm(t * g)`` is in (1/8, 1/4]. By Cauchy-Schwarz ``abs(dW') <= norm(x) / 4``,
+  whatever the loss scale: it fits if the root mean square of ``x`` is below 256 at a million
+  positions. The largest ``abs(g)`` would not do: it bounds no sum over many positions.
+* Second term: ``abs(A / t) <= 256``, so that the scaled weight fits if ``abs(W) < 255``
+  (and ``abs(A) <= 2 ** 23``). Where this
+  term is the larger one, ``t * g`` is at most 1/128 of the gradient that eval mode rounds to
+  float16 there, and ``dW'`` at most 1/128 of eval mode's dW.
+* The clamp lets ``t`` fit float16, where multiplying with it is exact down to 2 ** -14.
+
+Declines: nothing. bfloat16 and wider dtypes have the range of float32 and need no ``t``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["gradient_scale"]
+
+
+def gradient_scale(g: Tensor, scale: Tensor) -> Tensor:
+    """``t`` [C], float32, for a float16 gradient ``g`` [N, C, ...] and ``scale`` [C], float32.
+
+    No graph is recorded: rounding up has no gradient, and no gradient depends on ``t``.
+    """
+    with torch.no_grad():
+        positions = [d for d in range(g.ndim) if d != 1]
+        if g.device.type == "cpu":  # where vector_norm is slow in float16
+            norm = g.float().square_().sum(positions).sqrt()
+        else:
+            norm = torch.linalg.vector_norm(g, 2, positions, dtype=torch.float32)
+        by_gradient = -2 - norm.log2().ceil()
+        by_scale = scale.abs().log2().ceil() - 8
+        exponent = torch.maximum(by_gradient, by_scale).clamp(-24, 15)
+        return torch.where((norm > 0) & exponent.isfinite(), exponent, 0.0).exp2()

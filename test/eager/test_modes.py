@@ -1,0 +1,90 @@
+"""The interface: modes, arguments, errors, and that ``turn_off`` restores everything."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from common import Residual
+from eager_helpers import codes
+from eager_models import conv_bn
+from torch import nn
+
+from convbn_inductor_pass import Code, turn_off, turn_on
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "tune", "deploy"])
+def test_turn_off_restores_everything(mode):
+    model, x = Residual(), torch.randn(2, 3, 8, 8)
+    model.bns[0].train()
+    flags = {n: m.training for n, m in model.named_modules()}
+    tensors = dict(model.named_parameters())
+    names = list(model.state_dict())
+    expected = copy.deepcopy(model)(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        turn_on(model, mode)
+    if mode != "train":
+        model(x)
+    assert turn_off(model) is model
+    assert {n: m.training for n, m in model.named_modules()} == flags
+    assert list(model.state_dict()) == names
+    assert all(p is tensors[n] for n, p in model.named_parameters())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert "_convbn_mode" not in vars(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_modes_set_the_batch_norms_only():
+    model = Residual()
+    turn_on(model, "train")
+    assert all(m.training for m in model.bns)
+    assert not model.training
+    turn_off(model).train()
+    turn_on(model, "eval")
+    assert not any(m.training for m in model.bns)
+    assert model.training
+    turn_off(model)
+    assert all(m.training for m in model.bns)
+
+
+def test_restricted_to_modules():
+    model = nn.ModuleDict({"backbone": Residual(), "neck": conv_bn(5, 4)}).eval()
+    model.forward = lambda x: model["neck"](model["backbone"](x)[:, :, None, None])
+    model.train()
+    turn_on(model, modules=["backbone"])
+    assert not model["backbone"].stem_bn.training
+    assert model["neck"][1].training
+    model(torch.randn(4, 3, 8, 8))
+    assert codes(model) == [Code.FUSED] * Residual.pairs
+    assert not model["neck"]._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"mode": "tuned"}, "must be one of 'train', 'eval', 'tune', 'deploy', got 'tuned'"),
+        ({"modules": ["backbon"]}, "no module at 'backbon'.*the first parts here are: 'stem'"),
+        ({"modules": "stem"}, r"such as \['stem'\]"),
+        ({"modules": []}, "no module at"),
+        ({"modules": ["relu"]}, "nothing to pair in 'relu'"),
+        ({"example_inputs": ()}, "example_inputs are for mode 'deploy'"),
+    ],
+)
+@pytest.mark.parametrize("before", [None, "tune"])
+def test_wrong_arguments_change_nothing(kwargs, message, before):
+    model = Residual().train()
+    if before:
+        turn_on(model, before)
+    flags = [m.training for m in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        turn_on(model, **kwargs)
+    assert [m.training for m in model.modules()] == flags
+    assert bool(model._forward_hooks) == (before is not None)
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Linear(2, 2), nn.BatchNorm2d(3)])
+def test_nothing_to_pair(model):
+    with pytest.raises(ValueError, match="nothing to pair in the model"):
+        turn_on(model)
+    assert turn_off(model) is model

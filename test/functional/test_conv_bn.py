@@ -1,0 +1,197 @@
+"""Layer and eval-mode batch norm as one function, against the two written one after the other."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import LAYERS, ConvBN, channels, example_input
+from torch import nn
+
+from convbn_inductor_pass.functional import BatchNorm, Conv, conv_bn_eval, fold_affine
+from convbn_inductor_pass.graph.layout import Layout, scale_weight
+
+# Padding given as a string is the caller's to resolve.
+NAMES = [n for n in LAYERS if n not in ("conv2d_same", "conv2d_valid")]
+
+
+def conv_of(layer):
+    if isinstance(layer, nn.Linear):
+        return None
+    geometry = (layer.stride, layer.padding, layer.dilation)
+    return Conv(*geometry, layer.transposed, layer.output_padding, layer.groups)
+
+
+def fused(model, x, weight, bias, gamma, beta):
+    bn = model.bn
+    norm = BatchNorm(gamma, beta, bn.running_mean, bn.running_var, bn.eps)
+    return conv_bn_eval(x, weight, bias, norm, conv_of(model.layer))
+
+
+def plain(model, x, weight, bias, gamma, beta):
+    parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    c = torch.func.functional_call(model.layer, parameters, x)
+    bn = model.bn
+    return F.batch_norm(c, bn.running_mean, bn.running_var, gamma, beta, False, 0.1, bn.eps)
+
+
+def leaves(model, dtype=torch.float64):
+    layer, bn = model.layer, model.bn
+    sources = (example_input(layer), layer.weight, layer.bias, bn.weight, bn.bias)
+    return [None if t is None else t.detach().to(dtype).requires_grad_() for t in sources]
+
+
+def gradients(call, model, tensors, dy=None):
+    y = call(model, *tensors)
+    return torch.autograd.grad(
+        y, [t for t in tensors if t is not None], torch.ones_like(y) if dy is None else dy
+    )
+
+
+@pytest.fixture(params=NAMES, name="model")
+def _model(request):
+    torch.manual_seed(0)
+    return ConvBN(LAYERS[request.param]()).double()
+
+
+@pytest.mark.parametrize("gamma", ["spread", "zero", "absent"])
+def test_output_and_gradients(model, gamma):
+    """A division by gamma somewhere would give NaN or inf where it is zero."""
+    tensors = leaves(model)
+    if gamma == "zero":
+        with torch.no_grad():
+            tensors[3].zero_()
+    elif gamma == "absent":
+        tensors[3] = tensors[4] = None
+    y = plain(model, *tensors)
+    torch.testing.assert_close(fused(model, *tensors), y, check_stride=True)
+    dy = torch.randn_like(y)
+    got, expected = (gradients(call, model, tensors, dy) for call in (fused, plain))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_gradcheck_and_gradgradcheck(model):
+    tensors = leaves(model)
+    present = [t for t in tensors if t is not None]
+
+    def call(*given):
+        given = iter(given)
+        return fused(model, *[None if t is None else next(given) for t in tensors])
+
+    assert torch.autograd.gradcheck(call, present, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, present, fast_mode=True)
+
+
+@pytest.mark.parametrize("needed", range(5))
+def test_computes_only_what_is_needed(needed):
+    """One tensor requires grad: its gradient is eval mode's, and no convolution runs in vain."""
+    torch.manual_seed(0)
+    model = ConvBN(nn.Conv2d(4, 6, 3)).double()
+    tensors = [t.detach() for t in leaves(model)]
+    tensors[needed].requires_grad_()
+    with torch.profiler.profile() as profile:
+        (got,) = torch.autograd.grad(fused(model, *tensors).square().sum(), tensors[needed])
+    (expected,) = torch.autograd.grad(plain(model, *tensors).square().sum(), tensors[needed])
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    calls = [e for e in profile.events() if e.name == "aten::convolution_backward"]
+    assert len(calls) == (1 if needed in (0, 1, 3) else 0)  # x, weight, gamma
+
+
+def test_saves_no_activation_but_its_input(model):
+    tensors = leaves(model)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        fused(model, *tensors)
+    x = tensors[0]
+    activations = [t for t in saved if t.shape[0] == x.shape[0] and t.ndim == x.ndim]
+    assert [t.data_ptr() for t in activations] == [x.data_ptr()]
+    given = {t.data_ptr() for t in [*tensors, *model.bn.buffers()] if t is not None}
+    assert {t.data_ptr() for t in saved} <= given
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d_grouped", "linear"])
+def test_half_precision(name, dtype):
+    """Wider parameters get gradients in their dtype, as accurate as eval mode's under autocast."""
+    torch.manual_seed(0)
+    model = ConvBN(LAYERS[name]())
+    tensors = leaves(model, torch.float32)
+    y = fused(model, tensors[0].to(dtype), *tensors[1:])
+    with torch.autocast("cpu", dtype):
+        by_eval = plain(model, *tensors)
+    assert y.dtype == by_eval.dtype == dtype
+    dy = torch.randn_like(by_eval)
+    wanted = [t for t in tensors if t is not None]
+    tune = torch.autograd.grad(y, wanted, dy)
+    other = torch.autograd.grad(by_eval, wanted, dy)
+    doubles = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+    exact = gradients(plain, copy.deepcopy(model).double(), doubles, dy.double())
+    for a, b, r in zip(tune, other, exact, strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        error, eval_error = ((t.double() - r).abs().max() / r.abs().max() for t in (a, b))
+        assert error <= 2 * eval_error + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["conv2d", "linear"])
+def test_autocast_around_it_changes_nothing(name, dtype):
+    """Neither in forward nor in a backward that is called under autocast."""
+    torch.manual_seed(0)
+    model = ConvBN(LAYERS[name]())
+    tensors = leaves(model, torch.float32)
+    expected = [fused(model, *tensors), *gradients(fused, model, tensors)]
+    with torch.autocast("cpu", dtype):
+        got = [fused(model, *tensors), *gradients(fused, model, tensors)]
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d", "conv_transpose2d_grouped"])
+def test_scaled_weight_has_the_memory_format_of_the_weight(name, fmt):
+    layer = LAYERS[name]().to(memory_format=fmt)
+    layout = Layout(layer.transposed, layer.groups)
+    scale = torch.rand(channels(layer)) + 0.5
+    scaled = scale_weight(layer.weight, scale, layout)
+    assert scaled.stride() == layer.weight.stride()
+    # What the scale is for: it commutes with the layer.
+    x = example_input(layer)
+    parameters = {"weight": scaled}
+    if layer.bias is not None:
+        parameters["bias"] = layer.bias * scale
+    by_weight = torch.func.functional_call(layer, parameters, x)
+    torch.testing.assert_close(by_weight, layer(x) * scale.view(1, -1, 1, 1))
+
+
+def test_fold_affine_subtracts_the_mean_first():
+    """A large bias and a mean like it: what is left is small and must not be lost."""
+    bias, mean = torch.tensor([4096.25]), torch.tensor([4096.0])
+    bn = BatchNorm(torch.tensor([3.0]), None, mean, torch.tensor([1.0]), 0.0)
+    weight, shift = fold_affine(torch.ones(1, 1), bias, bn, Layout(), torch.float16)
+    assert weight.dtype == shift.dtype == torch.float16
+    assert (weight.item(), shift.item()) == (3.0, 0.75)
+
+
+def test_linear_layer_of_more_dimensions():
+    torch.manual_seed(0)
+    model = ConvBN(nn.Linear(4, 6)).double()
+    _, weight, bias, gamma, beta = leaves(model)
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    tune = fused(model, x, weight, bias, gamma, beta)
+    by_eval = model.bn(F.linear(x, weight, bias).flatten(0, 2))
+    torch.testing.assert_close(tune, by_eval)
+    (got,) = torch.autograd.grad(tune.square().sum(), x)
+    (expected,) = torch.autograd.grad(by_eval.square().sum(), x)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d", "linear"])
+def test_empty_batch(name, dtype):
+    model = ConvBN(LAYERS[name]()).to(dtype)
+    _, *rest = leaves(model, dtype)
+    tensors = [example_input(model.layer, batch=0, dtype=dtype, requires_grad=True), *rest]
+    assert fused(model, *tensors).shape == plain(model, *tensors).shape
+    wanted = [t for t in tensors if t is not None]
+    for t, g in zip(wanted, gradients(fused, model, tensors), strict=True):
+        assert g.shape == t.shape
+        assert not g.any()

@@ -1,0 +1,244 @@
+"""Graphs that folding could get wrong, each with the code of its refusal, or folded and right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._higher_order_ops.while_loop import while_loop
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.torch_version import TorchVersion
+
+from passes.forward_folding.folding import bump, codes, compiled, folded
+
+VERSION = TorchVersion(torch.__version__)
+
+
+def scaled(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
+    return F.conv2d(x, w) * s
+
+
+def scaled_by(*constants: float):
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        y = F.conv2d(x, w)
+        for c in constants:
+            y = y * c if c else y / c
+        return y + 1
+
+    return fn
+
+
+@pytest.mark.parametrize(
+    "constants",
+    [(1e20, 1e20), (1e-20, 1e-30), (1e30, 1e30, 1e-30), (float("inf"),), (float("nan"),), (0.0,)],
+)
+def test_constants_that_do_not_fit_together(constants):
+    """As written they meet the activations one by one, which may be small or large."""
+    x = torch.randn(1, 3, 4, 4) * (1e-20 if constants[0] > 1 else 1e20)
+    w = torch.randn(4, 3, 1, 1)
+    fn = scaled_by(*constants)
+    out, records = folded(fn, x, w)
+    assert codes(records) == ["CONSTANT_RANGE"]
+    torch.testing.assert_close(out, fn(x, w), equal_nan=True)
+
+
+def test_mixed_dtypes():
+    """A float32 layer whose affine map is in float64 keeps that precision."""
+    args = torch.randn(1, 3, 4, 4), torch.randn(4, 3, 1, 1), torch.randn(4, 1, 1).double()
+    out, (record,) = folded(scaled, *args)
+    assert record.code.name == "UNSUPPORTED_DTYPE"
+    assert record.detail == "torch.float32 and torch.float64"
+    torch.testing.assert_close(out, scaled(*args), rtol=0, atol=0)
+
+
+def test_float16():
+    """A weight scaled by 1/sqrt(variance) may not fit."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)).eval().half()
+    with torch.no_grad():
+        model[1].running_var.fill_(0)
+        model[1].weight.fill_(60000)
+    out, records = folded(model, torch.zeros(1, 3, 4, 4, dtype=torch.float16))
+    assert codes(records) == ["FLOAT16_RANGE"]
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [
+        (torch.float32, torch.int8),
+        (torch.bfloat16, torch.int8),
+        (torch.bfloat16, torch.float8_e4m3fn),
+    ],
+)
+def test_quantized_weights_are_left_to_inductor(dtype, stored):
+    """Its patterns for integer weights look for the scale after the product."""
+    torch.manual_seed(0)
+    x, w, s = torch.randn(8, 16, dtype=dtype), torch.randn(4, 16) * 20, torch.randn(4, dtype=dtype)
+    w = w.to(stored)
+    for fn in (
+        lambda x, w, s: F.linear(x, w.to(x.dtype)) * s,
+        lambda x, w, s: F.conv1d(x[..., None], (w.to(x.dtype) - 1)[..., None]) * s[:, None],
+    ):
+        out, records = folded(fn, x, w, s)
+        assert codes(records) == ["QUANTIZED"]
+        torch.testing.assert_close(out, fn(x, w, s))
+
+
+def writes_between(x, w, s):
+    y = F.conv2d(x, w)
+    bump(w)
+    return y * s
+
+
+def test_write_between():
+    """Moved past the write, the layer would read the new weight."""
+    torch.manual_seed(0)
+    x, w, s = torch.randn(1, 3, 4, 4), torch.randn(4, 3, 1, 1), torch.randn(4, 1, 1)
+    expected = writes_between(x, w.clone(), s)
+    out, records = folded(writes_between, x, w.clone(), s)
+    assert codes(records) == ["INPUT_MUTATED"]
+    torch.testing.assert_close(out, expected)
+
+
+def test_input_that_is_written_to():
+    """The write reaches the caller's tensor, not a copy for oneDNN; and comes after the layer."""
+    torch.manual_seed(0)
+    args = torch.randn(2, 3, 7, 7), torch.randn(6, 3, 3, 3), torch.rand(6, 1, 1)
+
+    def fn(x, w, s):
+        before = F.conv2d(x, w) * s
+        x.add_(1)
+        after = F.conv2d(x, w).relu()
+        return before, after
+
+    mine, expected = [t.clone() for t in args], [t.clone() for t in args]
+    out, records = compiled(fn, *mine)
+    assert codes(records) == ["FOLDED", "FOLDED"]
+    torch.testing.assert_close(out, fn(*expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("sliced", [True, False])
+def test_a_view_of_what_is_generated_from_the_layer_is_returned(sliced):
+    """Generated code lays its result out as its input is, and a part of it stays like that."""
+
+    def fn(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
+        y = F.leaky_relu(F.conv2d(x, w * 2) * s + x.mean(), 0.1)
+        return (y + y.sin())[:, :1] if sliced else y + y.sin()
+
+    args = torch.randn(1, 4, 1, 1), torch.randn(4, 4, 1, 1), torch.randn(4, 1, 1)
+    out, records = folded(fn, *args)
+    assert codes(records) == ["VIEW_RETURNED" if sliced else "FOLDED"]
+    torch.testing.assert_close(out, fn(*args))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_subclass_made_of_the_result_is_returned(relu):
+    """Its parts have equal strides, of which Inductor restores the first one's only."""
+    torch.manual_seed(0)
+    x, w, s = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3), torch.randn(4, 1, 1)
+
+    def fn(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
+        y = F.conv2d(x, w) * s
+        return F.relu(y) if relu else y
+
+    args = x, TwoTensor(w, w + 1), s
+    out, records = compiled(fn, *args)
+    assert codes(records) == ["VIEW_RETURNED"] * 2
+    for part in (0, 1):
+        got, expected = ((t.a, t.b)[part] for t in (out, fn(*args)))
+        torch.testing.assert_close(got, expected)
+
+
+@torch.library.custom_op("convbn_test::memory", mutates_args=())
+def memory(x: Tensor) -> Tensor:
+    """The elements of ``x`` as they lie in memory."""
+    return x.as_strided((x.numel(),), (1,)).clone()
+
+
+@memory.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.numel())
+
+
+def test_what_observes_output_strides():
+    """oneDNN's results are channels-last, whatever the graph says."""
+    torch.manual_seed(0)
+    x, w, v = torch.randn(2, 3, 7, 7), torch.randn(6, 3, 3, 3), torch.randn(6, 3, 3, 3)
+    s, other = torch.rand(6, 1, 1), torch.randn(2, 6, 5, 5)
+
+    def fn(x, w, v, s, other):
+        strided = (F.conv2d(x, w) * s).relu().as_strided((2, 4), (1, 2)).sin()
+        added = (F.conv2d(x, v) * s + other).relu().as_strided((2, 4), (1, 2)).cos()
+        return strided, added, memory((F.conv2d(x, w + 1) * s).relu())
+
+    out, records = compiled(fn, x, w, v, s, other)
+    assert set(codes(records)) == {"STRIDES_OBSERVED"}
+    torch.testing.assert_close(out, fn(x, w, v, s, other), rtol=1e-4, atol=1e-4)
+
+
+def in_cond(x, w, s):
+    return torch.cond(
+        x.sum() > 0,
+        lambda x, w, s: (F.conv2d(x, w) * s).relu(),
+        lambda x, w, s: x[:, :1, 1:-1, 1:-1] * s,
+        (x, w, s),
+    )
+
+
+def in_loop(x, w, s):
+    def body(i, y):
+        return i + 1, (F.conv2d(y, w[:3], padding=1) * s[:3]).relu()
+
+    return while_loop(lambda i, y: i < 2, body, (torch.zeros((), dtype=torch.int64), x))[1]
+
+
+@torch.compiler.nested_compile_region
+def _block(x, w, s):
+    return (F.conv2d(x, w) * s).relu()
+
+
+def in_region(x, w, s):
+    return _block(x, w, s) + _block(x.sin(), w, s) + (F.conv2d(x.cos(), w) * s).relu()
+
+
+@pytest.mark.parametrize(
+    ("fn", "count", "outside"), [(in_cond, 1, 0), (in_loop, 1, 0), (in_region, 1, 1)]
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_inside_a_higher_order_operator(fn, count, outside, sign):
+    """Its body has to have the strides that were traced; the graph around it is folded."""
+    torch.manual_seed(0)
+    args = (torch.randn(2, 3, 7, 7).abs() * sign, torch.randn(6, 3, 3, 3), torch.rand(6, 1, 1))
+    out, records = compiled(fn, *args)
+    assert sorted(codes(records)) == ["FOLDED"] * outside + ["INSIDE_HIGHER_ORDER_OP"] * count
+    torch.testing.assert_close(out, fn(*args), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(VERSION < "2.12", reason="where a size depends on data, Dynamo gives up")
+def test_no_guard_on_a_size_that_depends_on_data():
+    conv = torch.nn.Conv2d(3, 4, 1)
+
+    def fn(x: Tensor, keep: Tensor) -> Tensor:
+        return conv(x[:, :, keep.nonzero().flatten()]).relu()
+
+    args = torch.randn(1, 3, 6, 5), torch.tensor([1, 0, 1, 1, 0, 1])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        out, records = folded(fn, *args)
+    assert codes(records) == ["FOLDED"]
+    torch.testing.assert_close(out, fn(*args))
+
+
+def test_batch_that_depends_on_data():
+    linear, scale = torch.nn.Linear(4, 4), torch.randn(4)
+
+    def fn(x: Tensor, keep: Tensor) -> Tensor:
+        x = x[keep.nonzero().flatten()]
+        return (linear(x[None]) * scale)[0].clamp(-1, 1) + x
+
+    args = torch.randn(6, 4), torch.tensor([1, 0, 1, 1, 0, 1])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        out, records = folded(fn, *args)
+    assert codes(records) == ["FOLDED"]
+    torch.testing.assert_close(out, fn(*args))
