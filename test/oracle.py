@@ -71,11 +71,11 @@ class PassRecorder:
     def fused(self) -> int:
         """Batch norms and other scales that are fused."""
         records = [r for result in self.results for r in result.records]
-        return sum(r.code is Code.FUSED for r in records)
+        return sum(r.code.rewritten for r in records)
 
     def add(self, result: PassResult) -> None:
         changed = result.before != result.after
-        if changed != any(r.code is Code.FUSED for r in result.records):
+        if changed != any(r.code.rewritten for r in result.records):
             raise AssertionError(f"{result.records}\n{result.before}\n{result.after}")
         self.results.append(result)
 

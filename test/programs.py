@@ -146,9 +146,11 @@ def bf16() -> torch.autocast:
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
-def written_function(write: str, where: str, extra: str = "") -> Callable[..., Any]:
-    """conv, [write], batch norm, [write] as a function of its own code."""
-    lines = ["c = F.conv2d(x, w, b)", "y = F.batch_norm(c, m, v, g, beta)", "return y * 2"]
+def written_function(
+    write: str, where: str, extra: str = "", layer: str = "conv2d"
+) -> Callable[..., Any]:
+    """layer, [write], batch norm, [write] as a function of its own code."""
+    lines = [f"c = F.{layer}(x, w, b)", "y = F.batch_norm(c, m, v, g, beta)", "return y * 2"]
     at = 1 if where == "between" else 2
     lines[at:at] = write.split("\n")
     source = f"def fn(x, w, b, g, beta, m, v{extra}):\n" + "\n".join("    " + li for li in lines)

@@ -1,4 +1,4 @@
-"""Every code can be had, only FUSED changes the graph, and options decide what is wanted."""
+"""Every code can be had, refusals change nothing, and options decide what is wanted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import ConvBN, Residual
-from programs import PARAMETERS, arguments, bn, carried, check_model, conv_bn, written_function
+from programs import (
+    PARAMETERS,
+    arguments,
+    bf16,
+    bn,
+    carried,
+    check_model,
+    conv_bn,
+    written_function,
+)
 from torch import nn
 
 from convbn_inductor_pass import Code, options, testing
@@ -32,6 +41,11 @@ def speed() -> testing.PassResult:
         return traced(x=(1, 3, 3, 3))
 
 
+def autocast() -> testing.PassResult:
+    with bf16():
+        return traced(lambda *args: F.silu(conv_bn(*args)), grad=("x",))
+
+
 def trains(x, w, b, g, beta, m, v):
     return F.batch_norm(F.conv2d(x, w, b), m, v, g, beta, training=True)
 
@@ -42,6 +56,7 @@ def in_a_body(x, *rest):
 
 CASES: dict[Code, Callable[[], testing.PassResult]] = {
     Code.FUSED: traced,
+    Code.WEIGHT_COPY: autocast,
     Code.NOT_AFTER_LAYER: lambda: traced(lambda x, w, b, *r: bn(F.conv2d(x, w, b).relu(), *r)),
     Code.LAYER_IN_ANOTHER_GRAPH: lambda: traced(lambda x, w, b, *r: bn(x, *r), x=(2, 4, 6, 6)),
     Code.INSIDE_HIGHER_ORDER_OP: lambda: testing.run_pass(in_a_body, *carried()().values())[-1],
@@ -71,7 +86,7 @@ CASES: dict[Code, Callable[[], testing.PassResult]] = {
 def test_code(code):
     result = CASES[code]()
     assert (result.codes or [r.code for r in result.records]) == [code]
-    assert (result.before != result.after) == (code is Code.FUSED)
+    assert (result.before != result.after) == code.rewritten
 
 
 def test_no_code_without_a_case():
