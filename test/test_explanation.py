@@ -47,7 +47,7 @@ class TestExplain:
         model.stem_bn.train()
         freeze(model.convs, nn.Conv2d)
         explanation = cbn.explain(model, torch.randn(2, 3, 8, 8))
-        codes = [r.code.name for r in explanation.records]
+        codes = [r.code.name for r in explanation.batch_norms]
         assert codes == ["BATCH_STATISTICS"] + ["LAYER_FROZEN"] * 4 + ["FUSED"]
         # rich wraps long cells: compare words
         words = " ".join(str(explanation).replace("│", " ").split())

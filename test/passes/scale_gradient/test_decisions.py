@@ -109,10 +109,7 @@ class TestOptions:
             return [r.batch_norm for r in result.records if r.code is Code.FUSED]
 
         everything = ["stem_bn", "bns.0", "bns.1", "bns.2", "bns.3", "down_bn"]
-        assert fused() == everything
-        assert fused(deny=("convs.*",)) == ["stem_bn", "down_bn"]
-        assert fused(deny=("bns.[13]",)) == ["stem_bn", "bns.0", "bns.2", "down_bn"]
-        assert fused(allow=("stem*",)) == ["stem_bn"]
+        assert fused(deny=("bns.[13]", "stem")) == ["bns.0", "bns.2", "down_bn"]
         assert fused(allow=("bns.*", "down"), deny=("convs.0",)) == everything[2:]
 
     def test_modules_of_other_scales(self):
