@@ -52,7 +52,7 @@ class Code(enum.Enum):
     UNSUPPORTED_SHAPE = "a batch norm tensor is not one value per output channel"
     UNBATCHED = "dimension 1, which the batch norm normalizes, is not the layer's channels"
     CONSTANT_RANGE = "the constants between layer and result, multiplied, do not fit float32"
-    INPUT_MUTATED = "the layer's input or a parameter may be written to before it is read again"
+    INPUT_MUTATED = "a tensor that the gradient is computed from is, or may be, written to"
     STATISTICS_REQUIRE_GRAD = "the running statistics require a gradient"
     REGION = "autocast, grad mode or saved-tensor hooks change between layer and batch norm"
     FLOAT16_RANGE = "a scaled weight might not fit float16, and is not known when compiling"

@@ -213,7 +213,7 @@ def _with_bytes(
     """The records with the bytes that the partitioner really saves less after each layer."""
     return [
         dataclasses.replace(record, bytes_saved=before.bytes_after(name) - after.bytes_after(name))
-        if record.code.rewritten
+        if name and record.code.rewritten
         else record
         for name, record in found
     ]

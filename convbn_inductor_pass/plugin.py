@@ -1,8 +1,8 @@
 """Register the passes with Inductor, and unregister them.
 
 ``install``, called by importing the package, adds our passes (``passes.PASSES``) to Inductor's
-hooks, after the passes that are there, in every thread. Two passes of PyTorch's are wrapped: its own
-pass of the same flag steps aside, since it runs first and would take the pairs, and freezing's
+hooks, after the passes that are there, in every thread. Two passes of PyTorch's are wrapped: its
+own pass of the same flag steps aside, since it runs first and would take the pairs, and freezing's
 folding is held back where it is wrong. ``uninstall`` undoes all of it.
 
 None of this loads Inductor: it happens as soon as somebody does (``_torch.on_import``).

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
+    InputMutationAOTOutput,
     SubclassGetAttrAOTInput,
     SubclassGetAttrAOTOutput,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "tracing",
     "trained_inputs",
     "update_metadata",
+    "written_inputs",
 ]
 
 
@@ -191,11 +193,33 @@ def is_generated(target: Any) -> bool:
 
 def trained_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     """Inputs of a joint graph whose gradient it returns; all of them where it does not say."""
-    inputs, (output,) = graph.find_nodes(op="placeholder"), graph.find_nodes(op="output")
-    if not output.meta.get("desc"):
-        return set(inputs)
-    described = map(_whole, output.meta["desc"])
-    wanted = {d.grad_of for d in described if isinstance(d, GradAOTOutput)}
+    returned = _described_outputs(graph)
+    if not returned:
+        return set(graph.find_nodes(op="placeholder"))
+    return _inputs_described_as(
+        graph,
+        {d.grad_of for d, node in returned if isinstance(d, GradAOTOutput) and node is not None},
+    )
+
+
+def written_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """Inputs that are written to: at the end of the graph, or after it by AOTAutograd."""
+    mutations = (d for d, _ in _described_outputs(graph) if isinstance(d, InputMutationAOTOutput))
+    found = _inputs_described_as(graph, {_whole(d.mutated_input) for d in mutations})
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            found.update(n for n in node.all_input_nodes if n.op == "placeholder")
+    return found
+
+
+def _described_outputs(graph: torch.fx.Graph) -> list[tuple[Any, Any]]:
+    (output,) = graph.find_nodes(op="output")
+    returned: Any = output.args[0]
+    return list(zip(map(_whole, output.meta.get("desc") or ()), returned, strict=False))
+
+
+def _inputs_described_as(graph: torch.fx.Graph, wanted: set[Any]) -> set[torch.fx.Node]:
+    inputs = graph.find_nodes(op="placeholder")
     return {n for n in inputs if _whole(n.meta.get("desc")) in wanted}
 
 

@@ -64,7 +64,7 @@ def find_batch_norms(
 
 
 def subgraphs_of(graph: fx.Graph, backward: Collection[fx.Node] = ()) -> Iterator[fx.Graph]:
-    """The graphs that ``graph`` hands to higher-order operators of the forward, and those inside."""
+    """Graphs that ``graph`` hands to higher-order operators of the forward, and those inside."""
     for node in graph.find_nodes(op="get_attr"):
         inner = getattr(graph.owning_module, str(node.target), None)
         if isinstance(inner, fx.GraphModule) and not all(u in backward for u in node.users):

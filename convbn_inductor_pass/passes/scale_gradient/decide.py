@@ -120,7 +120,7 @@ def decide(graph: fx.Graph, options: Options) -> list[Decision]:
     if not backward:
         return []
     trained = depending_on([*inductor.trained_inputs(graph)])
-    written = depending_on(_written_inputs(graph))
+    written = depending_on([*inductor.written_inputs(graph)])
     decisions: list[Decision] = []
     claimed: set[fx.Node] = set()
     for candidate in find_candidates(graph, backward):
@@ -135,17 +135,20 @@ def decide(graph: fx.Graph, options: Options) -> list[Decision]:
     return decisions
 
 
-def _written_inputs(graph: fx.Graph) -> list[fx.Node]:
-    """Inputs of the graph that it writes to, as AOTAutograd does at a graph's end."""
-    writes = [n for n in graph.nodes if n.op == "call_function" and compat.is_mutable(n.target)]
-    return [i for n in writes for i in n.all_input_nodes if i.op == "placeholder"]
-
-
 def _objections(site: _Site) -> Iterator[tuple[Code, str]]:
     for code, applies in (*LEGALITY, *PROFIT):
         detail = applies(site)
         if detail is not None:
             yield code, detail
+
+
+def _layer_mutated(s: _Site) -> str | None:
+    read = (s.layer.input, s.layer.weight, s.layer.bias)
+    return next((_is_written(n) for n in read if n in s.written), None)
+
+
+def _is_written(node: fx.Node) -> str:
+    return f"{node} is, or is computed from, what is written to"
 
 
 def _other_gradient(s: _Site) -> str | None:
@@ -163,12 +166,12 @@ _DTYPES = {
 
 def _unsupported_dtype(s: _Site) -> str | None:
     layer, match = s.layer, s.matched
-    nodes = [layer.node, layer.input, layer.weight, match.g]
+    nodes: list[fx.Node | None] = [layer.node, layer.input, layer.weight, match.g]
     nodes += [n for r in match.reductions for n in (r.product, r.node)]
     for step in (step for p in match.paths for step in p.steps):
         nodes.append(step.node)
-        if step.reads_a_tensor:
-            nodes.append(step.operand.node)  # type: ignore[union-attr]
+        if step.operand is not None:
+            nodes.append(step.operand.node)
     used = {t.dtype for t in map(tensor_of, nodes) if t is not None}
     if not used - _DTYPES.get(layer.out.dtype, set()):
         return None
@@ -180,11 +183,9 @@ def _constant_range(s: _Site) -> str | None:
     return None if all(map(affine.constants_fit, chains)) else str(s.layer.node)
 
 
-def _input_mutated(s: _Site) -> str | None:
-    steps = [step for p in s.matched.paths for step in p.steps]
-    read = [s.layer.weight, s.layer.bias, *(o.node for step in steps if (o := step.operand))]
-    written = [n for n in read if n in s.written]
-    return f"{written[0]} is written to" if written else None
+def _scale_mutated(s: _Site) -> str | None:
+    operands = (o.node for p in s.matched.paths for step in p.steps if (o := step.operand))
+    return next((_is_written(n) for n in operands if n is not None and n in s.written), None)
 
 
 def _denied(s: _Site) -> str | None:
@@ -243,10 +244,11 @@ def _numel(node: fx.Node) -> int:
 Row = tuple[Code, Callable[[_Site], "str | None"]]
 
 LEGALITY: tuple[Row, ...] = (
+    (Code.INPUT_MUTATED, _layer_mutated),
     (Code.OTHER_GRADIENT, _other_gradient),
     (Code.UNSUPPORTED_DTYPE, _unsupported_dtype),
     (Code.CONSTANT_RANGE, _constant_range),
-    (Code.INPUT_MUTATED, _input_mutated),
+    (Code.INPUT_MUTATED, _scale_mutated),
 )
 
 PROFIT: tuple[Row, ...] = (

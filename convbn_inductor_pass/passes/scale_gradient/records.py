@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import fx
 
 from ..._torch import compat, inductor
@@ -17,7 +19,7 @@ from .find import depending_on
 __all__ = ["NamedRecord", "account"]
 
 NamedRecord = tuple[str, Record]
-"""The name of the layer's node, "" if there is no layer, and the record."""
+"""The name of the node of the layer whose output it is about, "" if none, and the record."""
 
 
 def account(graph: fx.Graph, decisions: list[Decision]) -> list[NamedRecord]:
@@ -27,15 +29,20 @@ def account(graph: fx.Graph, decisions: list[Decision]) -> list[NamedRecord]:
     tangents = [n for n in graph.find_nodes(op="placeholder") if n.name.startswith("tangents_")]
     backward = depending_on(tangents)
     trained = depending_on([*inductor.trained_inputs(graph)]) if tangents else set()
-    by_layer = {d.layer.node: d for d in decisions}
+    by_value = {value: d for d in decisions for value in d.candidate.values}
     found: list[NamedRecord] = []
     of_batch_norms: set[fx.Node] = set()
     for bn in find_batch_norms(graph, backward):
-        decision = None if bn.layer is None else by_layer.get(bn.layer.node)
-        if decision is not None and not bn.trains:
-            of_batch_norms.add(decision.layer.node)
+        decision = by_value.get(bn.input)
+        layer = bn.layer if decision is None else decision.layer
         code, detail = _code(bn, decision, trained)
-        found.append(_record("batch norm", bn.layer, code, detail, bn.node))
+        name, record = _record("batch norm", layer, code, detail, bn.node)
+        if decision is not None and decision.layer.node in of_batch_norms:
+            # Another batch norm of the same layer, whose output is not saved twice.
+            name, record = "", dataclasses.replace(record, bytes_saved=0)
+        found.append((name, record))
+        if decision is not None:
+            of_batch_norms.add(decision.layer.node)
     found += [
         _record("scale", d.layer, d.code, d.detail, d.layer.node)
         for d in decisions
@@ -68,7 +75,9 @@ def _code(bn: BatchNormCall, decision: Decision | None, trained: set[fx.Node]) -
 
 
 def _record(kind: Kind, layer: Layer | None, code: Code, detail: str, at: fx.Node) -> NamedRecord:
-    saved = {Code.FUSED: layer and layer.node, Code.WEIGHT_COPY: layer and layer.weight}
+    saved = None
+    if layer is not None and code.rewritten:
+        saved = layer.node if code is Code.FUSED else layer.weight
     record = Record(
         pass_name="scale_gradient",
         kind=kind,
@@ -79,7 +88,7 @@ def _record(kind: Kind, layer: Layer | None, code: Code, detail: str, at: fx.Nod
         source=source_line(at),
         output_shape=() if layer is None else compat.shape_of(layer.out),
         output_bytes=0 if layer is None else _bytes(layer.node),
-        bytes_saved=_bytes(saved.get(code)),
+        bytes_saved=_bytes(saved),
     )
     return ("" if layer is None else layer.node.name), record
 

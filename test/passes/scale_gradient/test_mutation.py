@@ -41,9 +41,6 @@ class TestBetween:
     def test_layer(self, target, code, write):
         check(written_function(write.format(t=target), "between"), arguments(), code)
 
-    @pytest.mark.xfail(
-        strict=True, reason="the weight's value at the call is saved, and raises when written to"
-    )
     @pytest.mark.parametrize("where", ["between", "after"])
     def test_linear_weight(self, where):
         """What AOTAutograd writes to after the graph, backward must not read as it was before."""

@@ -92,9 +92,6 @@ class TestWhy:
         assert [r.code for r in found] == [Code.BATCH_STATISTICS] + [Code.FUSED] * 5
         assert found[0].bytes_saved == 0 < found[1].bytes_saved
 
-    @pytest.mark.xfail(
-        strict=True, reason="the layer before a batch norm in training mode counts as a scale's"
-    )
     def test_training_mode_is_no_other_scale(self, x):
         [record] = records_of(ConvBN(nn.Conv2d(3, 4, 3)).train(), x)
         assert record.code is Code.BATCH_STATISTICS
@@ -122,9 +119,6 @@ class TestWhy:
         [record] = records_of(model, x)
         assert (record.code, record.detail) == (Code.NOT_AFTER_LAYER, "it follows relu")
 
-    @pytest.mark.xfail(
-        strict=True, reason="what is joined together with a scale in between is NOT_AFTER_LAYER"
-    )
     def test_batch_norm_after_batch_norm(self, x):
         """Both gradients are made of one weight gradient: neither input is saved."""
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)).eval()
