@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import logging
+import sys
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -100,12 +102,21 @@ _history: collections.deque[Record] = collections.deque(maxlen=1 << 16)
 
 
 def records() -> list[Record]:
-    """Decisions of the compilations of this process, newest last (65,536 at most)."""
+    """Decisions about the code that this process has compiled, newest last (65,536 at most).
+
+    Of code that came from a compile cache, too: its decisions are kept beside it.
+    """
+    if "torch._inductor.config" in sys.modules:  # else there is no compiled code
+        from ._torch import store
+
+        for text in store.take():
+            _history.extend(map(Record.from_dict, json.loads(text)))
     return list(_history)
 
 
 def clear_records() -> None:
     """Forget the records so far."""
+    records()
     _history.clear()
 
 

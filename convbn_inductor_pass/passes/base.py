@@ -39,6 +39,7 @@ class Pass(registry.CustomGraphPass):
     name: ClassVar[str]
     hook: ClassVar[str]
     also_counted: ClassVar[tuple[str, ...]] = ()
+    KEY: ClassVar[str] = "convbn_inductor_pass.records"  # in a node's metadata
 
     def run(self, graph: fx.Graph) -> Outcome:
         """Rewrite ``graph`` in place. If it raises, what is done so far has to be right."""
@@ -64,7 +65,14 @@ class Pass(registry.CustomGraphPass):
         if debug and outcome.rewritten:
             log.debug("before %s\n%s", self.name, before)
             log.debug("after %s\n%s", self.name, _code(graph))
+        self.attach(outcome, graph)
         self.report(outcome)
+
+    def attach(self, outcome: Outcome, graph: fx.Graph) -> None:
+        """Leave the records on all calls of the graph, for :mod:`decision_log`."""
+        for node in graph.nodes if outcome.records else ():
+            if node.op == "call_function":
+                node.meta[self.KEY] = (*node.meta.get(self.KEY, ()), *outcome.records)
 
     def report(self, outcome: Outcome) -> None:
         """Count, and publish the records."""

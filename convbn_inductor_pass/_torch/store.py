@@ -1,0 +1,54 @@
+"""Text kept beside compiled code, which is told again when that code comes from a cache.
+
+On a hit in Inductor's cache no pass runs. What Inductor does then is to count again what was counted
+while the code was made, in ``counters["inductor"]``. So a text is written to a file in Inductor's
+cache folder, named after its content, and a count of that name is made. A count that this process
+did not make itself means that stored code is in use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import tempfile
+from collections import Counter
+
+from torch._dynamo.utils import counters
+from torch._inductor import config
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+__all__ = ["put", "take"]
+
+_PREFIX = "convbn_inductor_pass_decisions_"
+_known: Counter[str] = Counter()  # counts that this process made or has told of
+
+
+def put(text: str) -> None:
+    """Keep ``text`` with the code that is being made; to be called in a post-grad pass."""
+    if config.force_disable_caches or not config.fx_graph_cache:
+        return
+    name = _PREFIX + hashlib.sha256(text.encode()).hexdigest()[:32]
+    folder = pathlib.Path(cache_dir()) / "convbn_inductor_pass"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.replace(file.name, folder / f"{name}.json")  # whole, whoever else writes it
+    counters["inductor"][name] += 1
+    _known[name] += 1
+
+
+def take() -> list[str]:
+    """The texts of stored code that came into use since the last call.
+
+    A text whose file is gone is left out.
+    """
+    found = []
+    for name, count in list(counters["inductor"].items()):
+        if name.startswith(_PREFIX):
+            path = pathlib.Path(cache_dir()) / "convbn_inductor_pass" / f"{name}.json"
+            with contextlib.suppress(FileNotFoundError):
+                found += [path.read_text(encoding="utf-8")] * (count - _known[name])
+            _known[name] = count
+    return found

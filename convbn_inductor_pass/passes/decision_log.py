@@ -1,0 +1,30 @@
+"""Keeps decisions beside the compiled code, for :func:`records` after a warm cache hit.
+
+Each pass leaves its records on the calls of its graph, whose metadata the partitioner copies. What is
+found in the graph that code is generated for is stored (``_torch.store``).
+"""
+
+from __future__ import annotations
+
+import json
+
+from torch import fx
+
+from .base import Outcome, Pass
+
+__all__ = ["DecisionLogPass"]
+
+
+class DecisionLogPass(Pass):
+    """Runs on the graph of the forward, or of inference, after the others; changes nothing."""
+
+    name = "decision_log"
+    hook = "post_grad_custom_pre_pass"
+
+    def run(self, graph: fx.Graph) -> Outcome:
+        from .._torch import inductor, store
+
+        found = {id(r): r for node in graph.nodes for r in node.meta.get(self.KEY, ())}
+        if found and not inductor.is_backward(graph):
+            store.put(json.dumps([r.to_dict() for r in found.values()]))
+        return Outcome(0)
