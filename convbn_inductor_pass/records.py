@@ -122,7 +122,10 @@ def clear_records() -> None:
 
 def publish(made: Iterable[Record]) -> None:
     """Keep records for :func:`records`, and log them: a line each at debug level."""
+    made = tuple(made)
+    _history.extend(made)
+    if any(r.kind == "batch norm" for r in made):
+        log.info("%s", summary(made))
     for r in made:
-        _history.append(r)
         name = f"{r.layer or '-'} -> {r.batch_norm}" if r.kind == "batch norm" else r.layer
         log.debug("%s: %s %s %s (%s)", r.pass_name, name, r.code.name, r.detail, r.source)

@@ -1,4 +1,4 @@
-"""The kernel half beyond torch.compile: exported programs, other backends, AOTInductor packages."""
+"""Forward folding beyond torch.compile: exported programs, other backends, AOTInductor packages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from convbn_inductor_pass import testing
 
 
 def folded_count() -> int:
-    return counters["inductor"]["efficient_conv_bn_eval_forward"]
+    return counters["inductor"]["convbn_inductor_pass_forward_folding"]
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def has_compiler() -> bool:
     return True
 
 
-# Constants of at most this many numbers become part of a package's code.
+# Constants of at most this many elements become part of a package's code.
 INLINED = 8
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import logging
 import pathlib
 import warnings
 from typing import Any, ClassVar
 
 from torch import fx
+from torch._logging import trace_structured
 
 from .._torch import registry
 from ..config import get_options
@@ -75,13 +77,22 @@ class Pass(registry.CustomGraphPass):
                 node.meta[self.KEY] = (*node.meta.get(self.KEY, ()), *outcome.records)
 
     def report(self, outcome: Outcome) -> None:
-        """Count, and publish the records."""
+        """Count, publish the records, and add them to the structured trace (``TORCH_TRACE``)."""
         from torch._dynamo.utils import counters
 
         if outcome.rewritten:
             for name in (f"convbn_inductor_pass_{self.name}", *self.also_counted):
                 counters["inductor"][name] += outcome.rewritten
-        publish(outcome.records)
+        if outcome.records:
+            publish(outcome.records)
+            trace_structured(
+                "artifact",
+                metadata_fn=lambda: {
+                    "name": f"convbn_inductor_pass_{self.name}",
+                    "encoding": "json",
+                },
+                payload_fn=lambda: json.dumps([r.to_dict() for r in outcome.records], indent=1),
+            )
 
     def uuid(self) -> Any:
         """In Inductor's cache keys: the sources of all of the package, and the options."""
