@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+
 import hypothesis
 import torch
 import torch.nn.functional as F
@@ -107,6 +108,40 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
     pairs = 6
+
+
+class UNet(nn.Module):
+    """Two levels, transposed convolutions on the way up, skip connections."""
+
+    def __init__(self, width=4):
+        super().__init__()
+
+        def block(i, o):
+            return nn.Sequential(
+                nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(inplace=True)
+            )
+
+        self.down1, self.down2 = block(3, width), block(width, 2 * width)
+        self.up = nn.Sequential(
+            nn.ConvTranspose2d(2 * width, width, 2, 2), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        self.out = block(2 * width, width)
+        self.eval()
+
+    def forward(self, x):
+        skip = self.down1(x)
+        y = self.up(self.down2(F.max_pool2d(skip, 2)))
+        return self.out(torch.cat([y, skip], 1))
+
+
+def freeze(model, *kinds):
+    for module in model.modules():
+        if isinstance(module, kinds):
+            module.requires_grad_(False)
+    return model
+
+
+CONVS = (nn.Conv2d, nn.ConvTranspose2d)
 
 
 def fuzz(examples: int) -> Callable[[Callable[[], None]], Callable[[], None]]:

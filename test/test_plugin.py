@@ -201,20 +201,18 @@ def test_install_twice_is_once(x):
     assert compiled(Residual(), x) == Residual.pairs
 
 
-def test_passes_set_before_run_before(x):
+def test_passes_of_others_run_before_and_after(x):
     cbn.uninstall()
-    other = Recorder()
-    setattr(config, HOOK, other)
+    before, after = Recorder(), Recorder()
+    setattr(config, HOOK, before)
     cbn.install()
-    assert registry.passes_of(HOOK) == (other, OURS)
-    alone, [after] = [], [Recorder()]
-    assert compiled(Residual(), x) == Residual.pairs
+    assert registry.passes_of(HOOK) == (before, OURS)
     with registry.passes_added(HOOK, after):
-        compiled(Residual(), x)
-    alone = other.seen[-1]
-    assert after.seen[0] != alone  # sums over activations are gone, sums over weights are there
+        assert compiled(Residual(), x) == Residual.pairs
+    # Of what is summed over activations, weights take the place.
+    assert before.seen != after.seen
     cbn.uninstall()
-    assert getattr(config, HOOK) is other
+    assert getattr(config, HOOK) is before
 
 
 def test_being_overwritten_is_noticed(x):

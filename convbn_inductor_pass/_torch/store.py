@@ -1,9 +1,9 @@
 """Text kept beside compiled code, which is told again when that code comes from a cache.
 
-On a hit in Inductor's cache no pass runs. What Inductor does then is to count again what was counted
-while the code was made, in ``counters["inductor"]``. So a text is written to a file in Inductor's
-cache folder, named after its content, and a count of that name is made. A count that this process
-did not make itself means that stored code is in use.
+On a hit in Inductor's cache no pass runs. What Inductor does then is to count again what was
+counted while the code was made, in ``counters["inductor"]``. So a text is written to a file in
+Inductor's cache folder, named after its content, and a count of that name is made. A count that
+this process did not make itself means that stored code is in use.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Keeps decisions beside the compiled code, for :func:`records` after a warm cache hit.
 
-Each pass leaves its records on the calls of its graph, whose metadata the partitioner copies. What is
-found in the graph that code is generated for is stored (``_torch.store``).
+Each pass leaves its records on the calls of its graph, whose metadata the partitioner copies. What
+is found in the graph that code is generated for is stored (``_torch.store``).
 """
 
 from __future__ import annotations

@@ -13,12 +13,12 @@ After, with ``sum(g) = sum of g over all but channels``:
 
 The graph is the joint one, of forward and backward in aten IR, in which nothing is written to and
 nothing aliases. What is rewritten is proven from the graph alone and owes nothing to how autograd
-made it (:mod:`find` reads it):
+made it (:mod:`find` and :mod:`match` read it):
 
 * ``u = A * c + B``, a chain of steps that are affine per channel;
 * ``h = T * g`` and ``dc = S * g`` with one ``g``: scalings per channel, casts, and moves;
 * in ``h * u`` each element of ``g`` meets that of ``c`` which it meets in the product that makes
-  the weight gradient: moves are compared, see :func:`find.arrangement`;
+  the weight gradient: moves are compared, see :func:`match.arrangement`;
 * ``sum(h * u)`` goes over all but the channels, or all. For each channel it is
   ``T * (A * sum(g * c) + B * sum(g))``.
 
@@ -48,47 +48,11 @@ from ...graph import affine, layers
 from ...graph.affine import AffineChain
 from ...graph.layers import Layer, tensor_of
 from ...graph.provenance import module_path
-from .find import (
-    Candidate,
-    Path,
-    Reduction,
-    WeightGradient,
-    arrangement,
-    depending_on,
-    find_candidates,
-    is_large,
-    is_move,
-    scalings_to,
-    users_of,
-    weight_gradients,
-)
+from .find import Candidate, depending_on, find_candidates, is_move, users_of
+from .match import Match, match_sums, weight_gradients
+from .saved_anyway import saved_by
 
-__all__ = ["Decision", "Match", "decide"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """Sums over a layer's output that can be taken from one call that makes its weight gradient.
-
-    Attributes:
-        gradient: that call.
-        g: the node that ``dc`` and the ``h`` of each sum are scalings of.
-        g_dim: the dimension of ``g`` that is the channels.
-        scaling: how ``dc`` is computed from ``g``.
-        reductions: the sums.
-        scalings: how the ``h`` of each of them is computed from ``g``.
-    """
-
-    gradient: WeightGradient
-    g: fx.Node
-    g_dim: int
-    scaling: Path
-    reductions: tuple[Reduction, ...]
-    scalings: tuple[Path, ...]
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        return (self.scaling, *self.scalings, *(r.affine for r in self.reductions))
+__all__ = ["Decision", "decide"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,13 +96,15 @@ class _Site:
         """The match of most sums, with a weight gradient that is wanted anyway if there is one."""
         frozen = self.layer.weight not in self.trained
         gradients = weight_gradients(self.candidate, self.backward, frozen=frozen)
-        found = [m for g in gradients if g.node not in self.claimed and (m := _match(self, g))]
+        free = [g for g in gradients if g.node not in self.claimed]
+        matches = [match_sums(self.candidate, g, self.backward) for g in free]
+        found = [m for m in matches if m is not None]
         return max(found, key=lambda m: (m.gradient.wanted, len(m.reductions)), default=None)
 
     @functools.cached_property
     def saved_by(self) -> fx.Node | None:
         """What the layer's output is saved for anyway, if it is."""
-        return _saved_by(self)
+        return saved_by(self.candidate, self.matched, self.backward)
 
     @property
     def matched(self) -> Match:
@@ -180,35 +146,6 @@ def _objections(site: _Site) -> Iterator[tuple[Code, str]]:
         detail = applies(site)
         if detail is not None:
             yield code, detail
-
-
-def _match(site: _Site, gradient: WeightGradient) -> Match | None:
-    """The sums over scalings of what ``gradient.dc`` is a scaling of; None if there is none."""
-    layer, backward = site.layer, site.backward
-    to_dc = scalings_to(gradient.dc, layer.dim, backward)
-    matched = []
-    for r in site.candidate.reductions:
-        to_h = scalings_to(r.h, r.affine.dim, backward)
-        common = [
-            n
-            for n, path in to_h.items()
-            if n in to_dc
-            and path.dim == to_dc[n].dim
-            and arrangement(to_dc[n], r.affine) == arrangement(path)
-        ]
-        if common:
-            matched.append((r, to_h, common))
-    for g in to_dc:  # from dc up
-        if matched and all(g in common for _, _, common in matched):
-            return Match(
-                gradient,
-                g,
-                to_dc[g].dim,
-                to_dc[g],
-                tuple(r for r, _, _ in matched),
-                tuple(to_h[g] for _, to_h, _ in matched),
-            )
-    return None
 
 
 def _other_gradient(s: _Site) -> str | None:
@@ -276,59 +213,6 @@ def _copies_weight(s: _Site) -> bool:
     is_copy = layers.without_casts(weight) is not weight
     used = any(user in s.backward for user in users_of(weight))
     return is_copy and used and s.options.objective == "memory"
-
-
-def _saved_by(s: _Site) -> fx.Node | None:
-    """A call for which the layer's output is saved, though it is not summed over.
-
-    Either one that needs the output itself, or what the sum is over, and is computed by a library;
-    or a pointwise one of what would be recomputed from the output: computed from it alone element
-    by element, and not from something that is saved for a reason of its own.
-    """
-    match, backward = s.matched, s.backward
-    reasons = [_library_call(r, s.layer, backward) for r in match.reductions]
-    if all(reasons):
-        return reasons[0]
-    products = {r.product for r in match.reductions}
-    size = compat.size_hint(s.layer.out.numel())
-    seen = set(s.candidate.values)
-    pending = [n for n in seen if not _is_saved(n, backward)]
-    while pending:
-        for user in pending.pop().users:
-            tensor = tensor_of(user)
-            if user in seen or user in products or tensor is None:
-                continue
-            if not (is_move(user) or compat.is_pointwise(user.target)):
-                continue
-            if user in backward:
-                if not is_move(user):
-                    return user
-                continue
-            others = [n for n in user.all_input_nodes if n not in seen]
-            if tensor.dtype.is_floating_point and not any(is_large(n, size) for n in others):
-                seen.add(user)
-                if not _is_saved(user, backward):
-                    pending.append(user)
-    return None
-
-
-def _library_call(reduction: Reduction, layer: Layer, backward: set[fx.Node]) -> fx.Node | None:
-    """A call in backward that is not pointwise and takes something from which ``u`` is computed."""
-    for node in (layer.node, *(s.node for s in reduction.affine.steps)):
-        for user in users_of(node):
-            if user in backward and not compat.is_pointwise(user.target):
-                return user
-    return None
-
-
-def _is_saved(node: fx.Node, backward: set[fx.Node]) -> bool:
-    """Whether a value is an output, or needed in backward by a call that is not pointwise."""
-    while is_move(node) and node not in backward:
-        node = node.all_input_nodes[0]
-    return any(
-        user.op == "output" or (user in backward and not compat.is_pointwise(user.target))
-        for user in users_of(node)
-    )
 
 
 def _weight_computed(s: _Site) -> str | None:

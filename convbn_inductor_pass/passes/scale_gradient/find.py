@@ -1,4 +1,4 @@
-"""Find layers whose output backward sums over, weight gradients, and scalings.
+"""Find layers whose output backward sums over.
 
 Everything here reads a joint graph; nothing is judged or changed. :mod:`decide` has the algebra
 and the names.
@@ -21,20 +21,16 @@ __all__ = [
     "Candidate",
     "Path",
     "Reduction",
-    "WeightGradient",
-    "arrangement",
     "depending_on",
     "find_candidates",
     "is_large",
     "is_move",
-    "scalings_to",
+    "same_shape",
+    "shape_of",
     "users_of",
-    "weight_gradients",
 ]
 
 aten = torch.ops.aten
-
-_SCALINGS = ("scale", "divide", "negate", "cast", "move")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,23 +58,6 @@ class Reduction:
     h: fx.Node
     affine: Path
     total: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightGradient:
-    """A call that computes the gradient of a layer's weight from ``dc``, or could.
-
-    ``node`` is ``convolution_backward``, or ``mm`` of ``dc`` and the layer's input where one of
-    them is transposed; ``dc_first`` tells which: then the result is [C_out, C_in]. ``wanted`` is
-    False where the layer is frozen and the weight gradient is not computed: then ``node`` is
-    a ``convolution_backward`` for the input's gradient alone, or None, and ``dc`` the ``h`` of a
-    sum.
-    """
-
-    node: fx.Node | None
-    dc: fx.Node
-    dc_first: bool = True
-    wanted: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,20 +113,20 @@ def reductions_of(values: dict[fx.Node, Path], backward: set[fx.Node]) -> Iterat
             if product not in backward or product.target is not aten.mul.Tensor:
                 continue
             h = [n for n in product.args if n is not u]
-            if len(h) != 1 or h[0] not in backward or not _same_shape(h[0], u):
+            if len(h) != 1 or h[0] not in backward or not same_shape(h[0], u):
                 continue
-            sums = _sums(product, [*range(len(_shape(u)))], path.dim, _shape(u))
+            sums = _sums(product, [*range(len(shape_of(u)))], path.dim, shape_of(u))
             for node, total in sums or ():
                 yield Reduction(node, product, h[0], path, total)  # type: ignore[arg-type]
 
 
-def _shape(node: Any) -> tuple[Any, ...]:
+def shape_of(node: Any) -> tuple[Any, ...]:
     tensor = tensor_of(node)
     return () if tensor is None else tuple(tensor.shape)
 
 
-def _same_shape(a: Any, b: Any) -> bool:
-    return same_sizes(_shape(a), _shape(b))
+def same_shape(a: Any, b: Any) -> bool:
+    return same_sizes(shape_of(a), shape_of(b))
 
 
 def _sums(
@@ -188,122 +167,6 @@ def _sums(
 
 def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
-
-
-def weight_gradients(
-    candidate: Candidate, backward: set[fx.Node], *, frozen: bool
-) -> Iterator[WeightGradient]:
-    """Calls that compute the gradient of the layer's weight from some ``dc``, or could.
-
-    Where a layer is ``frozen`` none does. It could still be computed, from what is summed over.
-    """
-    layer = candidate.layer
-    found = False
-    for gradient in (
-        _conv_gradients(layer, backward) if layer.is_conv else _products(layer, backward)
-    ):
-        found = True
-        yield gradient
-    if frozen and not found:
-        for reduction in candidate.reductions:
-            if _same_shape(reduction.h, layer.node):
-                yield WeightGradient(None, reduction.h, wanted=False)
-
-
-def _conv_gradients(layer: Layer, backward: set[fx.Node]) -> Iterator[WeightGradient]:
-    for user in layer.input.users:
-        if user.target is aten.convolution_backward.default and user.args[1] is layer.input:
-            args: Any = user.args
-            same = args[2] is layer.weight and args[4:10] == layer.node.args[3:9]
-            if same and args[0] in backward:
-                yield WeightGradient(user, args[0], wanted=bool(args[10][1]))
-
-
-def _products(layer: Layer, backward: set[fx.Node]) -> Iterator[WeightGradient]:
-    for user in layer.input.users:
-        if user.target is aten.mm.default and user.args[1] is layer.input:
-            transposed: Any = user.args[0]
-            if _is_transpose(transposed) and _is_dc(transposed.args[0], layer, backward):
-                yield WeightGradient(user, transposed.args[0])
-        if _is_transpose(user):
-            for product in user.users:
-                is_product = product.target is aten.mm.default and product.args[0] is user
-                dc: Any = product.args[1]
-                if is_product and _is_dc(dc, layer, backward):
-                    yield WeightGradient(product, dc, dc_first=False)
-
-
-def _is_transpose(node: Any) -> bool:
-    return isinstance(node, fx.Node) and (
-        node.target is aten.permute.default and node.args[1] in ([1, 0], (1, 0))
-    )
-
-
-def _is_dc(node: Any, layer: Layer, backward: set[fx.Node]) -> bool:
-    return node in backward and _same_shape(node, layer.node)
-
-
-def scalings_to(node: fx.Node, dim: int, backward: set[fx.Node]) -> dict[fx.Node, Path]:
-    """The nodes that ``node`` is a scaling per channel of, itself first; channels in ``dim``.
-
-    The steps of each path go from that node to ``node``; its ``dim`` is the channels in that node.
-    """
-    found = {node: Path(dim)}
-    while True:
-        sources = [n for n in node.all_input_nodes if n in backward and tensor_of(n) is not None]
-        if len(sources) != 1:
-            return found
-        (source,) = sources
-        steps = _scaling_step(node, source, dim)
-        if steps is None:
-            return found
-        path = Path(steps[0], (*steps[1], *found[node].steps))
-        found[source] = path
-        node, dim = source, path.dim
-
-
-def _scaling_step(node: fx.Node, of: fx.Node, dim: int) -> tuple[int, Sequence[Step]] | None:
-    """The steps by which ``node`` scales ``of``, and where ``of`` has the channels."""
-    rank = len(_shape(of))
-    for before in (dim, *(d for d in range(rank) if d != dim)):  # mostly where it was
-        steps = layers.read_step(node, of, before)
-        if (
-            before < rank
-            and steps
-            and steps[-1].dim == dim
-            and all(s.kind in _SCALINGS for s in steps)
-        ):
-            return before, steps
-    return None
-
-
-def arrangement(*paths: Path) -> list[tuple[Any, ...]]:
-    """The moves of one path after the other, in a form in which what undoes itself is gone.
-
-    Equal forms move equal tensors in the same way. Each entry is a permutation of dimensions, or
-    the shapes before and after a view.
-    """
-    moves: list[tuple[Any, ...]] = []
-    for step in (s for path in paths for s in path.steps if s.kind == "move"):
-        node = step.node
-        before, after = _shape(node.args[0]), _shape(node)
-        last = moves[-1][0] if moves else ""
-        if node.target is aten.clone.default:
-            continue
-        if node.target is aten.permute.default:
-            args: Any = node.args
-            dims: list[int] = [d % len(before) for d in args[1]]
-            if last == "permute":
-                first = moves.pop()[1]
-                dims = [first[d] for d in dims]
-            if dims != sorted(dims):
-                moves.append(("permute", dims))
-        else:
-            if last == "view":
-                before = moves.pop()[1]
-            if not same_sizes(before, after):
-                moves.append(("view", before, after))
-    return moves
 
 
 def is_move(node: fx.Node) -> bool:

@@ -22,7 +22,8 @@ from ...graph import affine
 from ...graph.builder import Builder, erase_unused
 from ...graph.layers import Step, same_sizes, tensor_of
 from ...graph.layout import Layout, views_onto_output_axis
-from .decide import Decision, Match
+from .decide import Decision
+from .match import Match
 
 __all__ = ["apply"]
 

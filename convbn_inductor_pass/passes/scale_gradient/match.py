@@ -1,0 +1,211 @@
+"""Match sums over a layer's output with the call that makes its weight gradient.
+
+Both begin with one ``g``, scaled per channel and moved: :mod:`decide` has the algebra and the names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...graph import layers
+from ...graph.layers import Layer, Step, same_sizes, tensor_of
+from .find import Candidate, Path, Reduction, same_shape, shape_of
+
+__all__ = ["Match", "WeightGradient", "match_sums", "weight_gradients"]
+
+aten = torch.ops.aten
+
+_SCALINGS = ("scale", "divide", "negate", "cast", "move")
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightGradient:
+    """A call that computes the gradient of a layer's weight from ``dc``, or could.
+
+    ``node`` is ``convolution_backward``, or ``mm`` of ``dc`` and the layer's input where one of
+    them is transposed; ``dc_first`` tells which: then the result is [C_out, C_in]. ``wanted`` is
+    False where the layer is frozen and the weight gradient is not computed: then ``node`` is
+    a ``convolution_backward`` for the input's gradient alone, or None, and ``dc`` the ``h`` of a
+    sum.
+    """
+
+    node: fx.Node | None
+    dc: fx.Node
+    dc_first: bool = True
+    wanted: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """Sums over a layer's output that can be taken from one call that makes its weight gradient.
+
+    Attributes:
+        gradient: that call.
+        g: the node that ``dc`` and the ``h`` of each sum are scalings of.
+        g_dim: the dimension of ``g`` that is the channels.
+        scaling: how ``dc`` is computed from ``g``.
+        reductions: the sums.
+        scalings: how the ``h`` of each of them is computed from ``g``.
+    """
+
+    gradient: WeightGradient
+    g: fx.Node
+    g_dim: int
+    scaling: Path
+    reductions: tuple[Reduction, ...]
+    scalings: tuple[Path, ...]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return (self.scaling, *self.scalings, *(r.affine for r in self.reductions))
+
+
+def weight_gradients(
+    candidate: Candidate, backward: set[fx.Node], *, frozen: bool
+) -> Iterator[WeightGradient]:
+    """Calls that compute the gradient of the layer's weight from some ``dc``, or could.
+
+    Where a layer is ``frozen`` none does. It could still be computed, from what is summed over.
+    """
+    layer = candidate.layer
+    found = False
+    for gradient in (
+        _conv_gradients(layer, backward) if layer.is_conv else _products(layer, backward)
+    ):
+        found = True
+        yield gradient
+    if frozen and not found:
+        for reduction in candidate.reductions:
+            if same_shape(reduction.h, layer.node):
+                yield WeightGradient(None, reduction.h, wanted=False)
+
+
+def _conv_gradients(layer: Layer, backward: set[fx.Node]) -> Iterator[WeightGradient]:
+    for user in layer.input.users:
+        if user.target is aten.convolution_backward.default and user.args[1] is layer.input:
+            args: Any = user.args
+            same = args[2] is layer.weight and args[4:10] == layer.node.args[3:9]
+            if same and args[0] in backward:
+                yield WeightGradient(user, args[0], wanted=bool(args[10][1]))
+
+
+def _products(layer: Layer, backward: set[fx.Node]) -> Iterator[WeightGradient]:
+    for user in layer.input.users:
+        if user.target is aten.mm.default and user.args[1] is layer.input:
+            transposed: Any = user.args[0]
+            if _is_transpose(transposed) and _is_dc(transposed.args[0], layer, backward):
+                yield WeightGradient(user, transposed.args[0])
+        if _is_transpose(user):
+            for product in user.users:
+                is_product = product.target is aten.mm.default and product.args[0] is user
+                dc: Any = product.args[1]
+                if is_product and _is_dc(dc, layer, backward):
+                    yield WeightGradient(product, dc, dc_first=False)
+
+
+def _is_transpose(node: Any) -> bool:
+    return isinstance(node, fx.Node) and (
+        node.target is aten.permute.default and node.args[1] in ([1, 0], (1, 0))
+    )
+
+
+def _is_dc(node: Any, layer: Layer, backward: set[fx.Node]) -> bool:
+    return node in backward and same_shape(node, layer.node)
+
+
+def scalings_to(node: fx.Node, dim: int, backward: set[fx.Node]) -> dict[fx.Node, Path]:
+    """The nodes that ``node`` is a scaling per channel of, itself first; channels in ``dim``.
+
+    The steps of each path go from that node to ``node``; its ``dim`` is the channels in that node.
+    """
+    found = {node: Path(dim)}
+    while True:
+        sources = [n for n in node.all_input_nodes if n in backward and tensor_of(n) is not None]
+        if len(sources) != 1:
+            return found
+        (source,) = sources
+        steps = _scaling_step(node, source, dim)
+        if steps is None:
+            return found
+        path = Path(steps[0], (*steps[1], *found[node].steps))
+        found[source] = path
+        node, dim = source, path.dim
+
+
+def _scaling_step(node: fx.Node, of: fx.Node, dim: int) -> tuple[int, Sequence[Step]] | None:
+    """The steps by which ``node`` scales ``of``, and where ``of`` has the channels."""
+    rank = len(shape_of(of))
+    for before in (dim, *(d for d in range(rank) if d != dim)):  # mostly where it was
+        steps = layers.read_step(node, of, before)
+        if (
+            before < rank
+            and steps
+            and steps[-1].dim == dim
+            and all(s.kind in _SCALINGS for s in steps)
+        ):
+            return before, steps
+    return None
+
+
+def arrangement(*paths: Path) -> list[tuple[Any, ...]]:
+    """The moves of one path after the other, in a form in which what undoes itself is gone.
+
+    Equal forms move equal tensors in the same way. Each entry is a permutation of dimensions, or
+    the shapes before and after a view.
+    """
+    moves: list[tuple[Any, ...]] = []
+    for step in (s for path in paths for s in path.steps if s.kind == "move"):
+        node = step.node
+        before, after = shape_of(node.args[0]), shape_of(node)
+        last = moves[-1][0] if moves else ""
+        if node.target is aten.clone.default:
+            continue
+        if node.target is aten.permute.default:
+            args: Any = node.args
+            dims: list[int] = [d % len(before) for d in args[1]]
+            if last == "permute":
+                first = moves.pop()[1]
+                dims = [first[d] for d in dims]
+            if dims != sorted(dims):
+                moves.append(("permute", dims))
+        else:
+            if last == "view":
+                before = moves.pop()[1]
+            if not same_sizes(before, after):
+                moves.append(("view", before, after))
+    return moves
+
+
+def match_sums(
+    candidate: Candidate, gradient: WeightGradient, backward: set[fx.Node]
+) -> Match | None:
+    """The sums over scalings of what ``gradient.dc`` is a scaling of; None if there is none."""
+    to_dc = scalings_to(gradient.dc, candidate.layer.dim, backward)
+    matched = []
+    for r in candidate.reductions:
+        to_h = scalings_to(r.h, r.affine.dim, backward)
+        common = [
+            n
+            for n, path in to_h.items()
+            if n in to_dc
+            and path.dim == to_dc[n].dim
+            and arrangement(to_dc[n], r.affine) == arrangement(path)
+        ]
+        if common:
+            matched.append((r, to_h, common))
+    for g in to_dc:  # from dc up
+        if matched and all(g in common for _, _, common in matched):
+            return Match(
+                gradient,
+                g,
+                to_dc[g].dim,
+                to_dc[g],
+                tuple(r for r, _, _ in matched),
+                tuple(to_h[g] for _, to_h, _ in matched),
+            )
+    return None
