@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
 
@@ -20,18 +20,19 @@ DEMO = ["scikit-learn>=1.3"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "expecttest>=0.2", "hypothesis>=6.100", *DEMO]
 # Exact: their verdicts change from version to version.
 DEV = [*TEST, "mypy==2.4.1", "pre-commit>=4", "ruff==0.17.5"]
+# Without these, tests of real models, recognition, report and the benchmarks' command line skip.
 BENCH = ["matplotlib>=3.8", "timm>=1.0", "torchvision", "transformers>=4.48", "typer>=0.12"]
 
 setup(
     name="convbn-inductor-pass",
     version=_version(),
     description="Tune mode for conv + eval-mode batch norm under torch.compile: "
-    "one activation per pair kept for backward instead of two",
+    "one activation per pair saved for backward instead of two",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="BSD-3-Clause",
     license_files=["LICENSE"],
-    packages=["convbn_inductor_pass"],
+    packages=find_packages(include=["convbn_inductor_pass", "convbn_inductor_pass.*"]),
     package_data={"convbn_inductor_pass": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "rich>=13"],
