@@ -1,15 +1,15 @@
-"""What the kernel half knows of aten IR: layers, per-channel operands, and steps of an affine map.
+"""What the passes know of aten IR: layers, per-channel operands, and steps of an affine map.
 
-The graphs are those that Inductor's post-grad passes get: functional, decomposed, with
-``meta["val"]`` on every node. Everything here reads; nothing is judged or changed. To add
-an operator that is affine per channel, add a branch to :func:`read_step`.
+Graphs are functional and decomposed, with ``meta["val"]`` on every node. Everything here reads;
+nothing is judged or changed. To add an operator that is affine per channel, add a branch to
+:func:`read_step`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -51,6 +51,10 @@ _RESHAPES = (
     aten.alias.default,
 )
 _MATMULS = (aten.mm.default, aten.addmm.default)
+_MULTIPLICATIONS = (aten.mul.Tensor, aten.mul.Scalar)
+_DIVISIONS = (aten.div.Tensor, aten.div.Scalar)
+_ADDITIONS = (aten.add.Tensor, aten.add.Scalar)
+_SUMS = (*_ADDITIONS, aten.sub.Tensor, aten.sub.Scalar)
 Number = int | float
 
 
@@ -86,8 +90,6 @@ class Layer:
             [C_in, C_out], whatever made it.
         layout: where the output channels lie in ``weight``.
         dim: the dimension of the output that they are.
-        channels: how many there are; may be symbolic.
-        is_conv: whether it is a convolution.
     """
 
     node: fx.Node
@@ -95,9 +97,11 @@ class Layer:
     weight: fx.Node
     bias: fx.Node | None
     layout: Layout
-    dim: int
-    channels: int | torch.SymInt
-    is_conv: bool
+    dim: ClassVar[int] = 1
+
+    @property
+    def is_conv(self) -> bool:
+        return self.node.target is aten.convolution.default
 
     @property
     def out(self) -> Tensor:
@@ -113,24 +117,21 @@ def layer_of(node: fx.Node) -> Layer | None:
     out = tensor_of(node)
     if node.op != "call_function" or out is None:
         return None
+    args: Any = node.args
     if node.target is aten.convolution.default:
-        x, weight, bias = node.args[:3]
-        transposed, groups = node.args[6], node.args[8]
-        known = all(tensor_of(n) is not None for n in (x, weight))
-        if not known or not isinstance(groups, int) or node.kwargs:
+        x, weight, bias, *_, transposed, _, groups = args
+        ranks = [t.ndim for t in map(tensor_of, (x, weight)) if t is not None]
+        if ranks != [out.ndim, out.ndim] or not isinstance(groups, int) or node.kwargs:
             return None
-        if not tensor_of(x).ndim == out.ndim == tensor_of(weight).ndim:  # type: ignore[union-attr]
-            return None
-        layout = Layout(bool(transposed), groups)
-        return Layer(node, x, weight, bias, layout, 1, out.shape[1], True)  # type: ignore[arg-type]
+        return Layer(node, x, weight, bias, Layout(bool(transposed), groups))
     if node.target in _MATMULS:
-        bias, x, weight = node.args if len(node.args) == 3 else (None, *node.args)
+        bias, x, weight = args if len(args) == 3 else (None, *args)
         if any(v != 1 for v in node.kwargs.values()):
             return None
         if bias is not None and operand_per_channel(bias, out.shape, 1) is None:
             return None
         # Laid out as a transposed convolution's weight without kernel: [C_in, C_out].
-        return Layer(node, x, weight, bias, Layout(transposed=True), 1, out.shape[1], False)  # type: ignore[arg-type]
+        return Layer(node, x, weight, bias, Layout(transposed=True))
     return None
 
 
@@ -144,11 +145,6 @@ class Operand:
 
     node: fx.Node | None = None
     number: Number = 0
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        tensor = tensor_of(self.node)
-        return None if tensor is None else tensor.dtype
 
 
 def operand_per_channel(value: Any, shape: Sequence[Any], dim: int) -> Operand | None:
@@ -223,20 +219,20 @@ def is_quantized(node: fx.Node) -> bool:
     return False
 
 
-Kind = Literal["scale", "divide", "shift", "subtract_from", "negate", "cast", "move"]
+Kind = Literal["scale", "divide", "shift", "cast", "move"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One call of a chain ``y = step(x)`` that is affine per channel.
+    """One operation of a chain ``y = step(x)`` that is affine per channel.
 
     Attributes:
-        node: the call; its output is ``y``.
-        kind: ``x * o``, ``x / o``, ``x + factor * o``, ``o - factor * x``, ``-x``, a cast, or
-            a call that moves channels elsewhere and leaves the numbers.
+        node: the call, of which this may be a part.
+        kind: ``x * o``, ``x / o``, ``x + factor * o``, a cast, or a call that moves channels
+            elsewhere and leaves the numbers.
+        dim: the dimension of ``y`` that is the channels.
         operand: ``o``.
         factor: a constant, see above.
-        dim: the dimension of ``y`` that is the channels.
     """
 
     node: fx.Node
@@ -260,7 +256,7 @@ def read_step(node: fx.Node, of: fx.Node, dim: int) -> Sequence[Step] | None:
     if node.op != "call_function" or before is None or after is None:
         return None
     target, args, kwargs = node.target, node.args, node.kwargs
-    if sum(a is of for a in (*args, *kwargs.values())) != 1:
+    if sum(a is of for a in args) != 1 or of in kwargs.values():
         return None
     if target in _CASTS:
         return [Step(node, "cast", dim)] if is_cast(node) else None
@@ -270,38 +266,29 @@ def read_step(node: fx.Node, of: fx.Node, dim: int) -> Sequence[Step] | None:
     if not after.dtype.is_floating_point or not same_sizes(after.shape, before.shape):
         return None
 
-    def other(*values: Any) -> Operand | None:
-        (value,) = (v for v in values if v is not of)
-        return operand_per_channel(value, before.shape, dim)
+    def step(kind: Kind, operand: Operand, factor: Number = 1) -> Step:
+        return Step(node, kind, dim, operand, factor)
 
-    if target is aten.neg.default:
-        return [Step(node, "negate", dim)]
-    if target in (aten.mul.Tensor, aten.mul.Scalar) and (o := other(*args)):
-        return [Step(node, "scale", dim, o)]
-    if target in (aten.div.Tensor, aten.div.Scalar) and not kwargs and args[0] is of:
-        return [Step(node, "divide", dim, o)] if (o := other(*args)) else None
-    alpha = kwargs.get("alpha", 1)
-    if not isinstance(alpha, (int, float)):
+    read = [operand_per_channel(a, before.shape, dim) for a in args if a is not of]
+    operands = [o for o in read if o is not None]
+    constant = kwargs.get("alpha", kwargs.get("value", 1))
+    if len(operands) < len(read) or not isinstance(constant, (int, float)):
         return None
-    if target in (aten.add.Tensor, aten.add.Scalar) and (o := other(*args[:2])):
-        if args[0] is of:
-            return [Step(node, "shift", dim, o, alpha)]
-        return [Step(node, "scale", dim, Operand(number=alpha)), Step(node, "shift", dim, o)]
-    if target in (aten.sub.Tensor, aten.sub.Scalar) and (o := other(*args[:2])):
-        if args[0] is of:
-            return [Step(node, "shift", dim, o, -alpha)]
-        return [Step(node, "subtract_from", dim, o, alpha)]
-    if target is aten.addcmul.default:
-        value = kwargs.get("value", 1)
-        if args[0] is not of and isinstance(value, (int, float)):
-            by = other(*args[1:3])
-            shift = operand_per_channel(args[0], before.shape, dim)
-            if by and shift:
-                return [
-                    Step(node, "scale", dim, by),
-                    Step(node, "scale", dim, Operand(number=value)),
-                    Step(node, "shift", dim, shift),
-                ]
+    if target is aten.neg.default:
+        return [step("scale", Operand(number=-1))]
+    comes_first, (o, *more) = args[0] is of, operands or [Operand()]
+    if target in _MULTIPLICATIONS:
+        return [step("scale", o)]
+    if target in _DIVISIONS and comes_first and not kwargs:
+        return [step("divide", o)]
+    if target in _SUMS and not more:
+        constant = constant if target in _ADDITIONS else -constant
+        if comes_first:
+            return [step("shift", o, constant)]
+        return [step("scale", Operand(number=constant)), step("shift", o)]
+    if target is aten.addcmul.default and not comes_first:
+        (by,) = more
+        return [step("scale", by), step("scale", Operand(number=constant)), step("shift", o)]
     return None
 
 

@@ -54,7 +54,8 @@ def _fold(candidate: FoldCandidate, build: Builder) -> None:
     layer, chain, replaced = candidate.layer, candidate.chain, _replaced(candidate)
     weight, bias = layer.weight, layer.bias
     if chain.steps:
-        scale, bias = affine.emit_scale_and_shift(chain, build)
+        scale = affine.emit_scale(layer, chain.steps, build)
+        bias = affine.emit_shift(layer, chain.steps, build, narrowed=False)
         if bias is not None:
             bias = build.cast(bias, layer.out.dtype)
         if scale is not None:
@@ -75,6 +76,7 @@ def _fold(candidate: FoldCandidate, build: Builder) -> None:
     if new is not replaced:
         new.meta = {**replaced.meta, "val": new.meta["val"]}
     build.replace(replaced, new)
+    build.finish()  # now, since the next candidates ask what the graph returns
     erase_unused(replaced)
 
 
@@ -87,7 +89,7 @@ def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
     if layer.is_conv and weight is layer.weight:
         # Inductor vectorizes a change of memory format, but not together with the scaling.
         weight = _channels_last_on_cpu(weight, build)
-    return build.cast(affine.emit_scaled_weight(layer, scale, build, weight), narrow.dtype)
+    return build.cast(affine.emit_scaled_weight(weight, scale, layer.layout, build), narrow.dtype)
 
 
 def _onednn_call(
