@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -83,16 +83,11 @@ _DTYPES = {
 
 def _has_other_dtypes(c: FoldCandidate, _: Context) -> str | None:
     dtype = c.layer.out.dtype
-    if dtype in _DTYPES and _DTYPES[dtype].issuperset(_dtypes(c)):
+    nodes = (c.layer.input, c.layer.weight, *(s.node for s in c.chain.steps))
+    met = [t.dtype for t in map(tensor_of, nodes) if t is not None]
+    if _DTYPES.get(dtype, set()).issuperset(met):
         return None
-    return " and ".join(map(str, dict.fromkeys((dtype, *_dtypes(c)))))
-
-
-def _dtypes(c: FoldCandidate) -> Iterator[torch.dtype]:
-    for node in (c.layer.input, c.layer.weight, *(s.node for s in c.chain.steps)):
-        tensor = tensor_of(node)
-        if tensor is not None:
-            yield tensor.dtype
+    return " and ".join(map(str, dict.fromkeys((dtype, *met))))
 
 
 def _is_quantized(c: FoldCandidate, _: Context) -> str | None:
@@ -133,9 +128,7 @@ def _is_denied(c: FoldCandidate, context: Context) -> str | None:
 
 
 def _moves_more_bytes(c: FoldCandidate, context: Context) -> str | None:
-    if context.options.forward == "fold" or kernels.moves_fewer_bytes(c):
-        return None
-    return ""
+    return None if context.options.forward == "fold" or kernels.moves_fewer_bytes(c) else ""
 
 
 Check = Callable[[FoldCandidate, Context], str | None]

@@ -65,11 +65,11 @@ def _cut_at_activation(chain: AffineChain) -> tuple[AffineChain, Activation | No
     best: tuple[AffineChain, Activation | None] = chain, None
     for end in range(len(chain.steps), -1, -1):
         cut = dataclasses.replace(chain, steps=chain.steps[:end])
-        found = None
-        if _has_shape_of_layer(cut):
-            found = epilogue.activation_after(cut.last, chain.layer.out.dtype)
-        if found is not None and (best[1] is None or best[1].last < found.last):
-            best = cut, found
+        result, out = tensor_of(cut.last), chain.layer.out
+        if result is not None and layers.same_sizes(result.shape, out.shape):
+            found = epilogue.activation_after(cut.last, out.dtype)
+            if found is not None and (best[1] is None or best[1].last < found.last):
+                best = cut, found
         if end and chain.steps[end - 1].reads_a_tensor:
             break
     return best
@@ -82,9 +82,3 @@ def _residual(chain: AffineChain) -> Residual | None:
     if result is None or result.dtype != chain.layer.out.dtype or is_moved:
         return None
     return epilogue.residual_after(chain.last)
-
-
-def _has_shape_of_layer(chain: AffineChain) -> bool:
-    """Whether the chain's result has the shape of the layer's output."""
-    result = tensor_of(chain.last)
-    return result is not None and layers.same_sizes(result.shape, chain.layer.out.shape)
