@@ -30,6 +30,7 @@ __all__ = [
     "TracingContext",
     "binary_folding_pass",
     "boxed",
+    "caches_off",
     "compile_with",
     "config",
     "for_python",
@@ -49,6 +50,16 @@ __all__ = [
     "trained_inputs",
     "update_metadata",
 ]
+
+
+@contextlib.contextmanager
+def caches_off(**settings: Any) -> Iterator[None]:
+    """Inductor with these ``settings``, and without its caches and AOTAutograd's."""
+    with (
+        config.patch(fx_graph_cache=False, fx_graph_remote_cache=False, **settings),
+        functorch_config.patch(enable_autograd_cache=False),
+    ):
+        yield
 
 
 def trace_decomposed(function: Any, *inputs: Tensor) -> torch.fx.Graph:
