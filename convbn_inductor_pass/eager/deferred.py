@@ -97,13 +97,11 @@ class _Defer(torch.autograd.Function):
         # Aliases, because the input may depend on the weight: through a layer that shares it.
         with torch_eager.torch_functions_off(), torch.enable_grad():
             operands = [None if t is None else t.view_as(t) for t in call.operands]
-        again: dict[str, Any] = dict(zip(("input", "weight", "bias"), operands, strict=True))
-        out = dataclasses.replace(call, **again).run()
-        needed = [
-            t for t, n in zip(operands, ctx.needs_input_grad, strict=False) if n and t is not None
-        ]
-        found = iter(torch.autograd.grad(out, needed, dy, create_graph=torch.is_grad_enabled()))
-        return (*(next(found) if n else None for n in ctx.needs_input_grad[:3]), None)
+        needs = ctx.needs_input_grad[:3]
+        wanted = [t for t, need in zip(operands, needs, strict=True) if need and t is not None]
+        out = call.on(*operands).run()
+        found = iter(torch.autograd.grad(out, wanted, dy, create_graph=torch.is_grad_enabled()))
+        return (*(next(found) if need else None for need in needs), None)
 
 
 class _Materialize(torch.autograd.Function):

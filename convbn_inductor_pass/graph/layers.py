@@ -18,12 +18,10 @@ from .._torch import compat
 from .layout import Layout
 
 __all__ = [
-    "CHANNELS_LAST",
     "Layer",
     "Operand",
     "Step",
     "is_cast",
-    "is_quantized",
     "known_equal",
     "layer_of",
     "operand_per_channel",
@@ -35,9 +33,6 @@ __all__ = [
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""The memory format of that name, by number of dimensions."""
 
 _CASTS = (prims.convert_element_type.default, aten._to_copy.default)
 # Calls that place the numbers of a tensor in other dimensions and leave their order.
@@ -172,28 +167,21 @@ def operand_per_channel(value: Any, shape: Sequence[Any], dim: int) -> Operand |
         return None
     if not known_equal(along, 1) and not known_equal(along, shape[dim]):
         return None
-    return Operand(node=_before_reshapes(node))
-
-
-def _before_reshapes(node: fx.Node) -> fx.Node:
-    """The tensor that ``node`` is a reshape of: the same numbers in the same order."""
     while node.target in _RESHAPES and tensor_of(node.args[0]) is not None:
-        node = node.args[0]  # type: ignore[assignment]
-    return node
+        node = node.args[0]  # the same numbers in the same order
+    return Operand(node=node)
 
 
 def without_casts(node: fx.Node) -> fx.Node:
     """The widest tensor that ``node`` was cast down from, as autocast does with parameters."""
-    result = node
-    while result.target in _CASTS:
-        source = result.args[0]
-        before, after = tensor_of(source), tensor_of(result)
+    while node.target in _CASTS:
+        before, after = tensor_of(node.args[0]), tensor_of(node)
         if before is None or after is None or not before.dtype.is_floating_point:
             break
         if before.dtype == torch.float64 or before.dtype.itemsize < after.dtype.itemsize:
             break
-        result = source  # type: ignore[assignment]
-    return result
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def is_cast(node: fx.Node) -> bool:
@@ -202,21 +190,6 @@ def is_cast(node: fx.Node) -> bool:
         return False
     tensor = tensor_of(node)
     return node.target in _CASTS and tensor is not None and tensor.dtype.is_floating_point
-
-
-def is_quantized(node: fx.Node) -> bool:
-    """Whether a tensor is made of integers, or of numbers of 8 bits, of as many as it has."""
-    value, seen, pending = tensor_of(node), {node}, [node]
-    while value is not None and pending:
-        node = pending.pop()
-        tensor = tensor_of(node)
-        if tensor is None or not known_equal(tensor.numel(), value.numel()):
-            continue
-        if tensor.dtype.itemsize == 1 or not (tensor.is_floating_point() or tensor.is_complex()):
-            return True
-        pending += [n for n in node.all_input_nodes if n not in seen]
-        seen.update(node.all_input_nodes)
-    return False
 
 
 Kind = Literal["scale", "divide", "shift", "cast", "move"]

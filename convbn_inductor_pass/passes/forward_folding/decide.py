@@ -91,7 +91,18 @@ def _has_other_dtypes(c: FoldCandidate, _: Context) -> str | None:
 
 
 def _is_quantized(c: FoldCandidate, _: Context) -> str | None:
-    return str(c.layer.weight) if layers.is_quantized(c.layer.weight) else None
+    """Whether the weight is made of integers, or 8-bit numbers, of as many as it has."""
+    weight, seen, pending = tensor_of(c.layer.weight), {c.layer.weight}, [c.layer.weight]
+    while weight is not None and pending:
+        node = pending.pop()
+        tensor = tensor_of(node)
+        if tensor is None or not layers.known_equal(tensor.numel(), weight.numel()):
+            continue
+        if tensor.dtype.itemsize == 1 or not (tensor.is_floating_point() or tensor.is_complex()):
+            return str(c.layer.weight)
+        pending += [n for n in node.all_input_nodes if n not in seen]
+        seen.update(node.all_input_nodes)
+    return None
 
 
 def _constants_overflow(c: FoldCandidate, _: Context) -> str | None:

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...graph.layers import CHANNELS_LAST
-
-__all__ = ["convolution_relu"]
+__all__ = ["CHANNELS_LAST", "convolution_relu"]
 
 aten = torch.ops.aten
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The memory format of that name, by number of dimensions."""
+
 _log = logging.getLogger("convbn_inductor_pass")
 
 _library = torch.library.Library("convbn_inductor_pass", "FRAGMENT")

@@ -13,10 +13,11 @@ from torch import fx
 from ..._torch import compat, inductor
 from ...graph import affine, layers
 from ...graph.builder import Builder, erase_unused
-from ...graph.layers import CHANNELS_LAST, Layer, tensor_of
+from ...graph.layers import Layer, tensor_of
 from ...graph.strides import views_of
 from . import kernels, operators
 from .candidate import FoldCandidate
+from .operators import CHANNELS_LAST
 
 __all__ = ["rewrite"]
 
