@@ -49,7 +49,7 @@ def _candidate(
     whole = FoldCandidate(cut, activation=activation, residual=residual)
     for candidate in (whole, FoldCandidate(chain)):
         kernel = kernels.kernel_for(candidate, is_channels_last=is_channels_last)
-        if kernel and kernels.gains(candidate, kernel):
+        if kernel:
             return dataclasses.replace(candidate, kernel=kernel)
     return None
 

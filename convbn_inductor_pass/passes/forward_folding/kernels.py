@@ -21,16 +21,7 @@ from ...graph import layers
 from ...graph.layers import Layer, tensor_of
 from .candidate import FoldCandidate
 
-__all__ = [
-    "ATEN",
-    "CUDNN",
-    "ONEDNN",
-    "bytes_moved",
-    "gains",
-    "has_epilogue",
-    "kernel_for",
-    "moves_fewer_bytes",
-]
+__all__ = ["ATEN", "CUDNN", "ONEDNN", "bytes_moved", "has_epilogue", "kernel_for"]
 
 CUDNN = "cudnn"
 """cuDNN's convolution, with the ReLU and a residual before it inside."""
@@ -39,22 +30,16 @@ ONEDNN = "onednn"
 ATEN = "aten"
 """The layer's own operator with a scaled weight and a shifted bias, without an epilogue."""
 
-# A layer for which both move as many bytes came out slower when folded: the scale and the shift are
-# small kernels of their own, and the weight is read with less locality.
-_MARGIN = 2
-
 
 def kernel_for(candidate: FoldCandidate, *, is_channels_last: bool) -> str:
-    """The first kernel that takes ``candidate`` with all of its epilogue; "" if there is none.
+    """The first kernel that takes ``candidate`` with all of its epilogue.
 
-    ``is_channels_last`` says whether Inductor makes what goes through convolutions channels-last.
+    "" if there is none, or it computes no more than the layer as written. ``is_channels_last`` says
+    whether Inductor makes what goes through convolutions channels-last.
     """
-    return next((name for name, takes in KERNELS if takes(candidate, is_channels_last)), "")
-
-
-def gains(candidate: FoldCandidate, kernel: str) -> bool:
-    """Whether ``kernel`` computes more than the layer as it is written."""
-    return bool(candidate.chain.steps) or candidate.activation is not None or kernel == CUDNN
+    kernel = next((name for name, takes in KERNELS if takes(candidate, is_channels_last)), "")
+    gains = candidate.chain.steps or candidate.activation is not None or kernel == CUDNN
+    return kernel if gains else ""
 
 
 def has_epilogue(layer: Layer) -> bool:
@@ -137,12 +122,6 @@ def _may_add_and_raise(layer: Layer, last: fx.Node) -> bool:
     """
     is_narrow = layer.out.dtype == torch.bfloat16
     return is_narrow and any(u.target is torch.ops.aten.add.Tensor for u in last.users)
-
-
-def moves_fewer_bytes(candidate: FoldCandidate) -> bool:
-    """Whether folding moves fewer bytes, with a margin for what is not counted."""
-    exact, folded = bytes_moved(candidate)
-    return _MARGIN * folded < exact
 
 
 def bytes_moved(candidate: FoldCandidate) -> tuple[int, int]:
