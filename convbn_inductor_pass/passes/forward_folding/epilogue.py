@@ -67,9 +67,11 @@ def activation_after(node: fx.Node, dtype: torch.dtype) -> Activation | None:
             break
         region.append(user)
         if all(u in region for n in region[:-1] for u in n.users):
-            result = user if tensor.dtype == dtype else _before_cast(user, dtype)
-            if result is None:
-                continue
+            result: Any = user
+            if tensor.dtype != dtype:
+                if not _casts_to(user, dtype):
+                    continue
+                result = user.args[0]
             template, constants = _expression(result, node)
             for entry in table.get(template, ()):
                 scalars = entry.match(constants)
@@ -111,21 +113,10 @@ def _is_pointwise_of(node: fx.Node, region: list[fx.Node], like: Tensor) -> bool
     )
 
 
-def _before_cast(node: fx.Node, dtype: torch.dtype) -> fx.Node | None:
-    """What ``node`` casts to ``dtype``; None if it is no such cast."""
+def _casts_to(node: fx.Node, dtype: torch.dtype | None) -> bool:
     value = tensor_of(node)
-    if node.target is not _CAST or value is None or value.dtype != dtype:
-        return None
-    return node.args[0] if isinstance(node.args[0], fx.Node) else None
-
-
-_CAST = torch.ops.prims.convert_element_type.default
-
-
-def _is_idle_cast(node: fx.Node) -> bool:
-    before, after = tensor_of(node.args[0] if node.args else None), tensor_of(node)
-    known = node.target is _CAST and before is not None and after is not None
-    return known and before.dtype == after.dtype  # type: ignore[union-attr]
+    is_cast = node.target is torch.ops.prims.convert_element_type.default
+    return is_cast and value is not None and value.dtype == dtype
 
 
 def _expression(node: fx.Node, x: fx.Node) -> tuple[str, tuple[float, ...]]:
@@ -140,7 +131,8 @@ def _expression(node: fx.Node, x: fx.Node) -> tuple[str, tuple[float, ...]]:
             return "#"
         if not isinstance(value, fx.Node):
             return str(value)
-        if _is_idle_cast(value):
+        before = tensor_of(value.args[0] if value.args else None)
+        if before is not None and _casts_to(value, before.dtype):
             return text(value.args[0])
         arguments = [text(a) for a in value.args]
         arguments += [f"{k}={text(v)}" for k, v in sorted(value.kwargs.items())]
