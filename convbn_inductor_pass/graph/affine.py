@@ -19,7 +19,7 @@ from torch import fx
 
 from . import layers
 from .builder import Builder
-from .layers import Layer, Operand, Step, tensor_of
+from .layers import Layer, Operand, Step, value_of
 from .layout import Layout, views_onto_output_axis
 
 __all__ = [
@@ -94,8 +94,7 @@ def _follow(layer: Layer, taken: set[fx.Node]) -> AffineChain:
     affine = [i for i, s in enumerate(steps) if s.kind not in ("cast", "move")]
     end = affine[-1] + 1 if affine else 0
     if end and end < len(steps) and steps[end].kind == "cast":
-        after = tensor_of(steps[end].node)
-        end += after is not None and after.dtype == layer.out.dtype
+        end += value_of(steps[end].node).dtype == layer.out.dtype
     return AffineChain(layer, tuple(steps[:end]))
 
 
@@ -156,12 +155,9 @@ def emit_shift(
 
 def emit_scaled_weight(weight: fx.Node, scale: fx.Node, layout: Layout, build: Builder) -> fx.Node:
     """A node of ``weight`` times ``scale`` [C_out], in the scale's dtype."""
-    value, wide = tensor_of(weight), tensor_of(scale)
-    if value is None or wide is None:
-        raise ValueError(f"{weight} or {scale} has no metadata")
-    for view, sizes in views_onto_output_axis(value.shape, layout):
+    for view, sizes in views_onto_output_axis(value_of(weight).shape, layout):
         scale = build.call(getattr(aten, view).default, scale, sizes)
-    return build.call(aten.mul.Tensor, build.cast(weight, wide.dtype), scale)
+    return build.call(aten.mul.Tensor, build.cast(weight, value_of(scale).dtype), scale)
 
 
 def wide_dtype(layer: Layer) -> torch.dtype:
@@ -194,11 +190,11 @@ class _Emitter:
 
     def vector(self, operand: Operand) -> Value:
         """An operand as a vector in the wide dtype; a number stays a number."""
-        node, tensor = operand.node, tensor_of(operand.node)
-        if node is None or tensor is None:
+        node = operand.node
+        if node is None:
             return operand.number
-        if tensor.ndim != 1:
-            node = self.build.call(aten.reshape.default, node, [tensor.numel()])
+        if value_of(node).ndim != 1:
+            node = self.build.call(aten.reshape.default, node, [value_of(node).numel()])
         return self.build.cast(node, self.dtype)
 
     def full_vector(self, value: Value) -> fx.Node:
@@ -207,8 +203,7 @@ class _Emitter:
         if not isinstance(value, fx.Node):
             like = {"dtype": self.dtype, "device": self.out.device, "pin_memory": False}
             return self.build.call(aten.full.default, [channels], value, **like)
-        tensor = tensor_of(value)
-        if tensor is not None and not layers.known_equal(tensor.shape[0], channels):
+        if not layers.known_equal(value_of(value).shape[0], channels):
             return self.build.call(aten.expand.default, value, [channels])
         return value
 

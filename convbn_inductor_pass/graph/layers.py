@@ -28,6 +28,7 @@ __all__ = [
     "read_step",
     "same_sizes",
     "tensor_of",
+    "value_of",
     "without_casts",
 ]
 
@@ -57,6 +58,18 @@ def tensor_of(node: Any) -> Tensor | None:
     """The fake tensor that a node stands for, if it stands for one."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def value_of(node: Any) -> Tensor:
+    """The fake tensor that a node stands for.
+
+    Raises:
+        ValueError: it stands for none, or has no metadata.
+    """
+    tensor = tensor_of(node)
+    if tensor is None:
+        raise ValueError(f"{node} has no metadata")
+    return tensor
 
 
 def known_equal(a: Any, b: Any) -> bool:
@@ -101,10 +114,7 @@ class Layer:
     @property
     def out(self) -> Tensor:
         """The layer's output."""
-        out = tensor_of(self.node)
-        if out is None:
-            raise AssertionError(f"{self.node} has no metadata")
-        return out
+        return value_of(self.node)
 
 
 def layer_of(node: fx.Node) -> Layer | None:

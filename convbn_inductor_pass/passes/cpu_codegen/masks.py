@@ -22,10 +22,11 @@ stores them); generated C++ wrappers, which would have to call back into Python.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ..._torch import compat, inductor
 from ...graph.builder import Builder
+from ...graph.layers import tensor_of, value_of
 from . import operators
 
 __all__ = ["rewrite_masks"]
@@ -57,7 +58,7 @@ def _rewrite_loads(graph: fx.Graph, masks: list[fx.Node]) -> int:
         users = [n for n in mask.users if compat.is_pointwise(n.target)]
         if not users:
             continue
-        with graph.inserting_before(min(users)), compat.fake_mode_of(mask.meta["val"]):
+        with graph.inserting_before(min(users)), compat.fake_mode_of(value_of(mask)):
             floats = build.cast(build.call(operators.as_bytes, mask), torch.float32)
             loaded = build.call(aten.ne.Scalar, floats, 0)
         for user in users:
@@ -69,7 +70,7 @@ def _rewrite_loads(graph: fx.Graph, masks: list[fx.Node]) -> int:
 def _rewrite_stores(graph: fx.Graph, masks: list[fx.Node], output: fx.Node) -> int:
     build = Builder(graph, share=False)
     for mask in masks:
-        value = mask.meta["val"]
+        value = value_of(mask)
         _hoist(mask)
         with graph.inserting_before(mask.next), compat.fake_mode_of(value):
             scalar = {"dtype": torch.float32, "device": value.device, "pin_memory": False}
@@ -96,15 +97,14 @@ def _hoist(mask: fx.Node) -> None:
 
 
 def _is_mask(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype == torch.bool
+    value = tensor_of(node)
+    return value is not None and value.dtype == torch.bool
 
 
 def _is_large_mask(node: fx.Node) -> bool:
-    if not _is_mask(node):
+    if not _is_mask(node) or value_of(node).device.type != "cpu":
         return False
-    value: Tensor = node.meta["val"]
-    return value.device.type == "cpu" and compat.size_hint(value.numel()) >= _LEAST_ELEMENTS
+    return compat.size_hint(value_of(node).numel()) >= _LEAST_ELEMENTS
 
 
 def _is_computed(node: fx.Node) -> bool:

@@ -17,7 +17,7 @@ from ..._torch import compat, inductor
 from ...codes import Code
 from ...config import Options
 from ...graph import affine, layers, strides
-from ...graph.layers import tensor_of
+from ...graph.layers import tensor_of, value_of
 from ...graph.provenance import module_path
 from . import kernels
 from .candidate import FoldCandidate
@@ -84,7 +84,7 @@ _DTYPES = {
 def _has_other_dtypes(c: FoldCandidate, _: Context) -> str | None:
     dtype = c.layer.out.dtype
     nodes = (c.layer.input, c.layer.weight, *(s.node for s in c.chain.steps))
-    met = [t.dtype for t in map(tensor_of, nodes) if t is not None]
+    met = [value_of(node).dtype for node in nodes]
     if _DTYPES.get(dtype, set()).issuperset(met):
         return None
     return " and ".join(map(str, dict.fromkeys((dtype, *met))))
@@ -92,11 +92,11 @@ def _has_other_dtypes(c: FoldCandidate, _: Context) -> str | None:
 
 def _is_quantized(c: FoldCandidate, _: Context) -> str | None:
     """Whether the weight is made of integers, or 8-bit numbers, of as many as it has."""
-    weight, seen, pending = tensor_of(c.layer.weight), {c.layer.weight}, [c.layer.weight]
-    while weight is not None and pending:
+    size, seen, pending = value_of(c.layer.weight).numel(), {c.layer.weight}, [c.layer.weight]
+    while pending:
         node = pending.pop()
         tensor = tensor_of(node)
-        if tensor is None or not layers.known_equal(tensor.numel(), weight.numel()):
+        if tensor is None or not layers.known_equal(tensor.numel(), size):
             continue
         if tensor.dtype.itemsize == 1 or not (tensor.is_floating_point() or tensor.is_complex()):
             return str(c.layer.weight)

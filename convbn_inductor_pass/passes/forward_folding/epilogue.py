@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..._torch import compat, inductor
-from ...graph.layers import same_sizes, tensor_of
+from ...graph.layers import same_sizes, tensor_of, value_of
 
 __all__ = ["Activation", "Residual", "activation_after", "residual_after"]
 
@@ -55,8 +55,8 @@ def activation_after(node: fx.Node, dtype: torch.dtype) -> Activation | None:
     Where ``node`` is in another dtype, as one that is not rounded to the layer's dtype yet, the
     activation ends with the cast.
     """
-    tensor = tensor_of(node)
-    if tensor is None or tensor.dtype not in _TABLED:
+    tensor = value_of(node)
+    if tensor.dtype not in _TABLED:
         return None
     table = _table(tensor.dtype)
     region, found = [node], None
@@ -86,10 +86,8 @@ def residual_after(node: fx.Node) -> Residual | None:
     if add is None or add.target is not aten.add.Tensor or add.kwargs.get("alpha", 1) != 1:
         return None
     others = [a for a in add.args if a is not node]
-    mine, other = tensor_of(node), tensor_of(others[0] if others else None)
-    if mine is None or other is None or mine.dtype != other.dtype:
-        return None
-    if not same_sizes(mine.shape, other.shape):
+    mine, other = value_of(node), tensor_of(others[0] if others else None)
+    if other is None or mine.dtype != other.dtype or not same_sizes(mine.shape, other.shape):
         return None
     relu = _only_user(add)
     if relu is None or relu.target is not aten.relu.default:

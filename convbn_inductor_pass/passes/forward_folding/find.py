@@ -9,7 +9,7 @@ from torch import fx
 from ..._torch import inductor
 from ...graph import affine, layers
 from ...graph.affine import AffineChain
-from ...graph.layers import tensor_of
+from ...graph.layers import value_of
 from . import epilogue, kernels
 from .candidate import FoldCandidate
 from .epilogue import Activation, Residual
@@ -65,8 +65,8 @@ def _cut_at_activation(chain: AffineChain) -> tuple[AffineChain, Activation | No
     best: tuple[AffineChain, Activation | None] = chain, None
     for end in range(len(chain.steps), -1, -1):
         cut = dataclasses.replace(chain, steps=chain.steps[:end])
-        result, out = tensor_of(cut.last), chain.layer.out
-        if result is not None and layers.same_sizes(result.shape, out.shape):
+        out = chain.layer.out
+        if layers.same_sizes(value_of(cut.last).shape, out.shape):
             found = epilogue.activation_after(cut.last, out.dtype)
             if found is not None and (best[1] is None or best[1].last < found.last):
                 best = cut, found
@@ -77,8 +77,7 @@ def _cut_at_activation(chain: AffineChain) -> tuple[AffineChain, Activation | No
 
 def _residual(chain: AffineChain) -> Residual | None:
     """The residual added to a chain, where it can as well be added to the layer's own elements."""
-    result = tensor_of(chain.last)
     is_moved = any(s.kind == "move" for s in chain.steps)
-    if result is None or result.dtype != chain.layer.out.dtype or is_moved:
+    if is_moved or value_of(chain.last).dtype != chain.layer.out.dtype:
         return None
     return epilogue.residual_after(chain.last)

@@ -18,7 +18,7 @@ from torch import fx
 
 from ..._torch import compat, inductor
 from ...graph import layers
-from ...graph.layers import Layer, tensor_of
+from ...graph.layers import Layer, value_of
 from .candidate import FoldCandidate
 
 __all__ = ["ATEN", "CUDNN", "ONEDNN", "bytes_moved", "has_epilogue", "kernel_for"]
@@ -71,7 +71,8 @@ KERNELS: tuple[tuple[str, Callable[[FoldCandidate, bool], bool]], ...] = (
 
 def _is_cudnn_layer(layer: Layer) -> bool:
     """Whether cuDNN may have a convolution with an epilogue for this layer."""
-    sizes = (*layer.out.shape, *_sizes(layer.input), *_sizes(layer.weight))
+    nodes = (layer.node, layer.input, layer.weight)
+    sizes = [size for node in nodes for size in value_of(node).shape]
     return (
         layer.is_conv
         and not layer.layout.transposed
@@ -97,18 +98,13 @@ def _is_onednn_layer(layer: Layer) -> bool:
     )
 
 
-def _sizes(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
-    tensor = tensor_of(node)
-    return () if tensor is None else tuple(tensor.shape)
-
-
 def _is_known_channels_last(layer: Layer) -> bool:
     """Whether oneDNN's convolution sees that its input is channels-last, as Inductor made it.
 
     An input of one channel, or of 1x1 maps, is contiguous as well. oneDNN's result then is, too,
     which Inductor does not expect.
     """
-    _, channels, *maps = _sizes(layer.input)
+    _, channels, *maps = value_of(layer.input).shape
     surely = compat.surely  # makes no guard on symbolic sizes
     return surely(channels != 1) and any(surely(size != 1) for size in maps)
 
@@ -137,13 +133,12 @@ def bytes_moved(candidate: FoldCandidate) -> tuple[int, int]:
 
 
 def _weight_bytes(layer: Layer) -> int:
-    wide, narrow = tensor_of(layers.without_casts(layer.weight)), tensor_of(layer.weight)
-    if wide is None or narrow is None:
-        raise ValueError(f"{layer.node} has no metadata")
+    """Bytes that scaling the weight reads and writes."""
     # A weight that autocast casts down is read and written anyway, in the same kernel.
-    if wide is not narrow:
+    if layers.without_casts(layer.weight) is not layer.weight:
         return 0
-    return compat.size_hint(narrow.numel()) * (wide.element_size() + narrow.element_size())
+    weight = value_of(layer.weight)
+    return 2 * compat.size_hint(weight.numel()) * weight.element_size()
 
 
 def _adds_bias_apart(candidate: FoldCandidate) -> bool:

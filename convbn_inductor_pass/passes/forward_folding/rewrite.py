@@ -13,7 +13,7 @@ from torch import fx
 from ..._torch import compat, inductor
 from ...graph import affine, layers
 from ...graph.builder import Builder, erase_unused
-from ...graph.layers import Layer, tensor_of
+from ...graph.layers import Layer, value_of
 from ...graph.strides import views_of
 from . import kernels, operators
 from .candidate import FoldCandidate
@@ -65,9 +65,7 @@ def _fold(candidate: FoldCandidate, build: Builder) -> None:
     for step in chain.steps:
         if step.kind == "move":
             new = build.call(step.node.target, new, *step.node.args[1:], **step.node.kwargs)
-    result = tensor_of(replaced)
-    if result is not None:
-        new = build.cast(new, result.dtype)
+    new = build.cast(new, value_of(replaced).dtype)
     if new is not replaced:
         new.meta = {**replaced.meta, "val": new.meta["val"]}
     build.replace(replaced, new)
@@ -77,14 +75,12 @@ def _fold(candidate: FoldCandidate, build: Builder) -> None:
 
 def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
     """``s * W``: scaled in the wide dtype and rounded once."""
-    narrow = tensor_of(layer.weight)
-    if narrow is None:
-        raise ValueError(f"{layer.node} has no metadata")
     weight = layers.without_casts(layer.weight)
     if layer.is_conv and weight is layer.weight and layer.out.device.type == "cpu":
         # Inductor vectorizes a change of memory format, but not together with the scaling.
         weight = _channels_last(weight, build)
-    return build.cast(affine.emit_scaled_weight(weight, scale, layer.layout, build), narrow.dtype)
+    scaled = affine.emit_scaled_weight(weight, scale, layer.layout, build)
+    return build.cast(scaled, value_of(layer.weight).dtype)
 
 
 def _call(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builder) -> fx.Node:
@@ -127,8 +123,8 @@ def _input(layer: Layer, build: Builder) -> fx.Node:
         needed = any(compat.is_mutable(u.target) for u in node.users)
     else:
         needed = any(u.op == "output" for n in (node, *views_of(node)) for u in n.users)
-    tensor, memory_format = tensor_of(node), CHANNELS_LAST[layer.out.ndim]
-    if not needed or tensor is None or tensor.is_contiguous(memory_format=memory_format):
+    memory_format = CHANNELS_LAST[layer.out.ndim]
+    if not needed or value_of(node).is_contiguous(memory_format=memory_format):
         return node
     return build.call(aten.clone.default, node, memory_format=memory_format)
 
@@ -138,8 +134,8 @@ def _channels_last(node: fx.Node, build: Builder) -> fx.Node:
 
     The strides in its metadata are those that were traced, not those that Inductor will choose.
     """
-    tensor = tensor_of(build.current(node))
-    if tensor is None or tensor.ndim not in CHANNELS_LAST:
+    tensor = value_of(build.current(node))
+    if tensor.ndim not in CHANNELS_LAST:
         return node
     memory_format = CHANNELS_LAST[tensor.ndim]
     if tensor.is_contiguous(memory_format=memory_format):
@@ -150,7 +146,6 @@ def _channels_last(node: fx.Node, build: Builder) -> fx.Node:
 
 def _dense(bias: fx.Node, build: Builder) -> fx.Node:
     """A bias in memory without gaps or repeats: oneDNN ignores its strides."""
-    tensor = tensor_of(bias)
-    if tensor is None or tensor.is_contiguous():
+    if value_of(bias).is_contiguous():
         return bias
     return build.call(aten.clone.default, bias, memory_format=torch.contiguous_format)
