@@ -124,8 +124,7 @@ class _FineTuning:
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         images = images.to(self.dtype)
-        _synchronize(images.device)
-        start = time.perf_counter()
+        start = self._now(images.device)
         self.optimizer.zero_grad()
         logits = self.forward(images)
         kept_bytes = _kept_bytes(logits, self.model, images)
@@ -137,8 +136,12 @@ class _FineTuning:
             self.first_gradients = {n: p.grad.clone() for n, p in named if p.grad is not None}
         self.optimizer.step()
         self.losses.append(loss.item())
-        _synchronize(images.device)
-        self.seconds.append(time.perf_counter() - start)
+        self.seconds.append(self._now(images.device) - start)
+
+    def _now(self, device: torch.device) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
 
     @torch.no_grad()
     def accuracy(self, digits: _Digits) -> float:
@@ -153,11 +156,6 @@ class _FineTuning:
         """Largest difference of a gradient at the first step, relative to its largest element."""
         pairs = ((self.first_gradients[name].to(g), g) for name, g in other.first_gradients.items())
         return max(((mine - g).abs().max() / g.abs().max()).item() for mine, g in pairs)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _kept_bytes(output: Tensor, model: nn.Module, images: Tensor) -> int:

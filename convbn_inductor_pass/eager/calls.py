@@ -152,11 +152,10 @@ class LayerCall:
         self.check_unmodified()
         args: list[Any] = [self.input, self.weight, self.bias]
         if (c := self.conv) is not None:
-            args += [c.stride, c.padding]
-            if c.transposed:
-                args += [c.output_padding, c.groups, c.dilation]
-            else:
-                args += [c.dilation, c.groups]
+            rest = (
+                (c.output_padding, c.groups, c.dilation) if c.transposed else (c.dilation, c.groups)
+            )
+            args += [c.stride, c.padding, *rest]
         with torch_eager.torch_functions_off(), self.context.restored(self.device_type):
             return self.function(*args)
 

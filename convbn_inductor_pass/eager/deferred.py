@@ -183,7 +183,6 @@ class Deferred(Tensor):
             return _SHAPE_LIKE[func](args[0], args[1].shape)
         if func in _VIEWS and (rows := _as_rows(func, args, kwargs)) is not None:
             return rows
-
         return func(*materialized(args), **materialized(kwargs))
 
     @classmethod
@@ -191,19 +190,16 @@ class Deferred(Tensor):
         def elements(value: Any) -> Any:
             return value.materialize_below_autograd() if isinstance(value, Deferred) else value
 
-        return func(*pytree.tree_map(elements, args), **pytree.tree_map(elements, kwargs or {}))
+        args, kwargs = pytree.tree_map(elements, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 # Questions that a tensor without elements can answer.
+_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda")
 _METADATA = {
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda")
-    ),
-    *(
-        getattr(Tensor, name)
-        for name in ("size", "dim", "ndimension", "numel", "nelement", "element_size")
-    ),
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
+    *(Tensor.size, Tensor.dim, Tensor.ndimension),
+    *(Tensor.numel, Tensor.nelement, Tensor.element_size),
     *(Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex),
     *(Tensor.__len__, torch.numel),
 }
