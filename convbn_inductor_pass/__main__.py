@@ -12,7 +12,7 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -26,12 +26,7 @@ from .explanation import explain
 __all__ = ["main"]
 
 _PROGRAM = "python -m convbn_inductor_pass"
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+_DTYPES = {n: getattr(torch, n) for n in ("float32", "bfloat16", "float16", "float64")}
 _MODEL_FORM = "package.module:factory, such as torchvision.models:resnet50"
 
 
@@ -86,10 +81,13 @@ def _parser() -> argparse.ArgumentParser:
         help="fine-tune a small ResNet in eval mode and in tune mode, and compare (default)",
         description=(demo.__doc__ or "").split("\n\n")[1],
     )
-    command.add_argument("--steps", type=_positive, default=40, help="default: %(default)s")
-    command.add_argument("--batch-size", type=_positive, default=128, help="default: %(default)s")
-    command.add_argument("--device", type=_device, default="cpu", help="default: %(default)s")
-    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    for name, kind, default in (
+        ("--steps", _positive, 40),
+        ("--batch-size", _positive, 128),
+        ("--device", _device, "cpu"),
+        ("--seed", int, 0),
+    ):
+        command.add_argument(name, type=kind, default=default, help="default: %(default)s")
     command.set_defaults(run=_run_demo)
 
     command = commands.add_parser(
@@ -127,13 +125,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_demo(arguments: argparse.Namespace) -> None:
+    names = ("steps", "batch_size", "device", "seed")
     try:
-        result = demo.run(
-            steps=arguments.steps,
-            batch_size=arguments.batch_size,
-            device=arguments.device,
-            seed=arguments.seed,
-        )
+        result = demo.run(**{name: getattr(arguments, name) for name in names})
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "sklearn":
             raise
@@ -185,7 +179,14 @@ def _load_model(text: str) -> nn.Module:
             raise _UsageError(f"{path} has no {name!r}; {_known_names(value, name)}")
         value, path = getattr(value, name), f"{path}.{name}"
     if callable(value) and not isinstance(value, nn.Module):
-        value, text = _call(value, text), f"what {text} returns"
+        try:
+            value = value()
+        except Exception as error:
+            raise _UsageError(
+                f"calling {text} without arguments failed ({_one_line(error)}); expected "
+                f"{_MODEL_FORM}, where the factory needs no arguments"
+            ) from error
+        text = f"what {text} returns"
     if not isinstance(value, nn.Module):
         raise _UsageError(
             f"{text} has type {type(value).__name__}; expected a torch.nn.Module, or something "
@@ -200,16 +201,6 @@ def _known_names(owner: Any, name: str) -> str:
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"it has, for example, {', '.join(public[:5])}" if public else "it has nothing callable"
-
-
-def _call(factory: Callable[[], Any], text: str) -> Any:
-    try:
-        return factory()
-    except Exception as error:
-        raise _UsageError(
-            f"calling {text} without arguments failed ({_one_line(error)}); expected "
-            f"{_MODEL_FORM}, where the factory needs no arguments"
-        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

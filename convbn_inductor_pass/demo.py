@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -62,12 +64,9 @@ class SmallResNet(nn.Module):
             nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )
         widths = [width * 2**i for i in range(stages)]
-        self.blocks = nn.Sequential(
-            *(
-                _Block(widths[max(i - 1, 0)], w, stride=1 if i == 0 else 2)
-                for i, w in enumerate(widths)
-            )
-        )
+        blocks = [_Block(width, width, stride=1)]
+        blocks += [_Block(narrow, wide, stride=2) for narrow, wide in itertools.pairwise(widths)]
+        self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,8 +78,7 @@ def small_resnet() -> SmallResNet:
     return SmallResNet()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Digits:
+class _Digits(NamedTuple):
     images: Tensor  # [N, 1, 8, 8], zero mean, unit variance
     labels: Tensor  # [N]
 
@@ -119,29 +117,31 @@ class _FineTuning:
         self.kept_bytes = 0
 
     def compile(self, *, tune: bool) -> _FineTuning:
-        # Through ``options`` rather than the global flag: Dynamo does not guard on the flag,
-        # and would let one copy run the code of the other.
+        # Not by the global flag: Dynamo does not guard on it, and one copy might run the other's
+        # code.
         self.forward = torch.compile(self.model, options={"efficient_conv_bn_eval_fx_passes": tune})
         return self
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         images = images.to(self.dtype)
-        _synchronize(images.device)
-        start = time.perf_counter()
+        start = self._now(images.device)
         self.optimizer.zero_grad()
         logits = self.forward(images)
-        if not self.losses:
-            self.kept_bytes = _kept_bytes(logits, self.model, images)
+        kept_bytes = _kept_bytes(logits, self.model, images)
         loss = F.cross_entropy(logits, labels)
         loss.backward()
         if not self.losses:
-            self.first_gradients = {
-                n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None
-            }
+            self.kept_bytes = kept_bytes
+            named = self.model.named_parameters()
+            self.first_gradients = {n: p.grad.clone() for n, p in named if p.grad is not None}
         self.optimizer.step()
         self.losses.append(loss.item())
-        _synchronize(images.device)
-        self.seconds.append(time.perf_counter() - start)
+        self.seconds.append(self._now(images.device) - start)
+
+    def _now(self, device: torch.device) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
 
     @torch.no_grad()
     def accuracy(self, digits: _Digits) -> float:
@@ -153,16 +153,9 @@ class _FineTuning:
         return max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True))
 
     def gradient_difference(self, other: _FineTuning) -> float:
-        """Largest difference of a gradient at the first step, relative to its largest number."""
-        return max(
-            ((self.first_gradients[name].to(g) - g).abs().max() / g.abs().max()).item()
-            for name, g in other.first_gradients.items()
-        )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        """Largest difference of a gradient at the first step, relative to its largest element."""
+        pairs = ((self.first_gradients[name].to(g), g) for name, g in other.first_gradients.items())
+        return max(((mine - g).abs().max() / g.abs().max()).item() for mine, g in pairs)
 
 
 def _kept_bytes(output: Tensor, model: nn.Module, images: Tensor) -> int:
@@ -174,23 +167,22 @@ def _kept_bytes(output: Tensor, model: nn.Module, images: Tensor) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What the demonstration found.
+    """What the demonstration found; dictionaries are by mode.
 
     "Exact" stands for the same fine-tuning in eval mode, float64, without compilation.
 
     Attributes:
         fused, batch_norms: how many of the network's batch norms are fused.
-        kept_bytes: by mode, new bytes kept for backward as predicted; "builtin" is PyTorch's
-            own pass.
+        kept_bytes: new bytes kept for backward as predicted; "builtin" is PyTorch's own pass.
         measured_bytes: the same of the two modes that ran, counted on what autograd held.
         steps: number of fine-tuning steps.
-        losses: first and last loss, by mode.
+        losses: first and last loss.
         equal_losses: in how many steps the two losses had the same bits.
-        loss_difference: largest difference between the two losses of a step.
-        loss_errors: by mode, largest difference from the exact loss of a step.
-        gradient_difference: largest relative difference between the modes at the first step.
-        gradient_errors: by mode, largest relative difference from the exact gradients there.
-        accuracy: on all images of the new digits after the last step, by mode.
+        loss_difference, loss_errors: largest difference of the losses of a step, between the modes
+            and from the exact ones.
+        gradient_difference, gradient_errors: the same of the gradients at the first step, relative
+            to a gradient's largest element.
+        accuracy: on all images of the new digits after the last step.
         time_ratio: a step's time in tune mode over that of the same step in eval mode, run
             right before or after it; the median of the steps after the first three (which
             compile and fill caches), None if there are none.
@@ -222,11 +214,12 @@ class Result:
             caption_justify="left",
         )
         table.add_column("", no_wrap=True)
-        for column in ("eval", "built-in", "tune", "deploy"):
+        columns = {"eval": "eval", "builtin": "built-in", "tune": "tune", "deploy": "deploy"}
+        for column in columns.values():
             table.add_column(column, justify="right", no_wrap=True)
 
         def row(name: str, values: dict[str, str]) -> None:
-            table.add_row(name, *(values.get(m, "") for m in ("eval", "builtin", "tune", "deploy")))
+            table.add_row(name, *(values.get(mode, "") for mode in columns))
 
         ratio = "too few steps" if self.time_ratio is None else f"{self.time_ratio:.3f}"
         row("fused pairs", {"tune": f"{self.fused} of {self.batch_norms}"})
@@ -278,13 +271,7 @@ def run(
     generator = torch.Generator().manual_seed(seed)
     digits = _load_digits(torch.device(device))
     new_digits = digits.only(5, 9)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console or Console(stderr=True),
-    ) as progress:
+    with Progress(console=console or Console(stderr=True)) as progress:
         task = progress.add_task("pretraining in train mode", total=steps + 2)
         pretrained = _pretrain(digits.only(0, 4), generator, batch_size)
         images, labels = new_digits.batch(batch_size, generator)

@@ -82,13 +82,9 @@ def run_pass(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) 
     Graphs inside a higher-order operator come before the one that it is in.
     """
     results: list[PassResult] = []
+    backend = fast_backend(on_result=results.append)
 
     def on_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> None:
-        backend = _backend(
-            {"joint_custom_pre_pass": lambda graph: results.append(run_on_graph(graph))},
-            force_non_lazy_backward_lowering=True,
-            efficient_conv_bn_eval_fx_passes=False,
-        )
         with inductor.tracing(copy.copy(inductor.TracingContext.get())):
             backend(tracing.copy_graph_module(gm), example_inputs)
 
@@ -109,8 +105,7 @@ def fast_backend(
     def rewrite(graph: fx.Graph) -> None:
         on_result(run_on_graph(graph))
 
-    passes = {"joint_custom_pre_pass": rewrite} if fuse else {}
-    return _backend(passes, efficient_conv_bn_eval_fx_passes=False)
+    return _backend(*([rewrite] if fuse else []), efficient_conv_bn_eval_fx_passes=False)
 
 
 def post_grad_backend(
@@ -128,17 +123,15 @@ def post_grad_backend(
         graph.lint()
         on_graph(graph)
 
-    return _backend({}, on_post_grad)
+    return _backend(on_post_grad=on_post_grad)
 
 
 def _backend(
-    passes: dict[str, Callable[[fx.Graph], object]],
+    *joint_passes: Callable[[fx.Graph], None],
     on_post_grad: Callable[[fx.Graph], None] = lambda graph: None,
-    *,
-    force_non_lazy_backward_lowering: bool = False,
-    **config: object,
+    **settings: Any,
 ) -> Callable[..., Any]:
-    """A backend: Inductor with further ``passes`` by hook and ``config``, then eager execution."""
+    """A backend: Inductor with further passes and ``settings``, then eager execution."""
 
     def run_eagerly(gm: fx.GraphModule, _inputs: list[Any], **_kwargs: Any) -> Callable[..., Any]:
         # As Inductor does first: strides may become others than those that were traced.
@@ -149,16 +142,10 @@ def _backend(
         return inductor.boxed(gm)
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(inductor.config.patch(fx_graph_cache=False, **config))
-            stack.enter_context(
-                inductor.functorch_config.patch(
-                    enable_autograd_cache=False,
-                    force_non_lazy_backward_lowering=force_non_lazy_backward_lowering,
-                )
-            )
-            for hook, each in passes.items():
-                stack.enter_context(registry.passes_added(hook, each))
+        with (
+            inductor.caches_off(**settings),
+            registry.passes_added("joint_custom_pre_pass", *joint_passes),
+        ):
             return inductor.compile_with(run_eagerly, gm, example_inputs)
 
     return backend
@@ -172,12 +159,7 @@ def fresh_compile(*, flag: bool = True) -> Iterator[None]:
     surely goes through the pass. Code compiled before is dropped (``torch._dynamo.reset``).
     """
     torch._dynamo.reset()
-    with (
-        inductor.config.patch(
-            efficient_conv_bn_eval_fx_passes=flag, fx_graph_cache=False, fx_graph_remote_cache=False
-        ),
-        inductor.functorch_config.patch(enable_autograd_cache=False),
-    ):
+    with inductor.caches_off(efficient_conv_bn_eval_fx_passes=flag):
         yield
     torch._dynamo.reset()
 
@@ -231,14 +213,10 @@ def outputs_and_gradients(
     for tensor in named.values():
         tensor.grad = None
     outputs = [t for t in pytree.tree_leaves(fn(*inputs)) if isinstance(t, Tensor)]
-    differentiable = [o for o in outputs if o.requires_grad]
-    if differentiable:
+    if differentiable := [o for o in outputs if o.requires_grad]:
         generator = torch.Generator().manual_seed(0)
-        weights = [
-            torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o)
-            for o in differentiable
-        ]
-        torch.autograd.backward(differentiable, weights)
+        random = partial(torch.randn, generator=generator, dtype=torch.float64)
+        torch.autograd.backward(differentiable, [random(o.shape).to(o) for o in differentiable])
     gradients = {n: t.grad.clone() for n, t in named.items() if t.grad is not None}
     for tensor in named.values():
         tensor.grad = None
@@ -284,44 +262,41 @@ def assert_numerics(
     """
     make_backend = fast_backend if backend is None else backend
     reference = copy.deepcopy(model).double()
-    doubles = pytree.tree_map(
-        lambda v: (
-            v.detach().double().requires_grad_(v.requires_grad)
-            if isinstance(v, Tensor) and v.is_floating_point()
-            else v
-        ),
-        inputs,
-    )
-    exact = outputs_and_gradients(reference, dict(reference.named_parameters()), doubles)
-    parameters = dict(model.named_parameters())
-    runs = {}
+    doubles = pytree.tree_map(_as_double, inputs)
+    exact = _named(*outputs_and_gradients(reference, dict(reference.named_parameters()), doubles))
+    runs = []
     for fuse in (False, True):
         torch._dynamo.reset()
         compiled = torch.compile(model, backend=make_backend(fuse=fuse))
-        runs[fuse] = outputs_and_gradients(compiled, parameters, inputs)
+        runs.append(outputs_and_gradients(compiled, dict(model.named_parameters()), inputs))
     torch._dynamo.reset()
-    (eval_out, eval_grads), (tune_out, tune_grads) = runs[False], runs[True]
-    if bits:
-        for i, (a, b) in enumerate(zip(tune_out, eval_out, strict=True)):
-            torch.testing.assert_close(
-                a, b, rtol=0, atol=0, equal_nan=True, msg=partial("output {}: {}".format, i)
-            )
-    if tune_grads.keys() != eval_grads.keys():
-        raise AssertionError(f"gradients {sorted(tune_grads)} instead of {sorted(eval_grads)}")
-    errors: dict[str, tuple[float, float]] = {}
-    named = [
-        (f"output{i}", *t) for i, t in enumerate(zip(tune_out, eval_out, exact[0], strict=True))
-    ]
-    named += [(n, tune_grads[n], eval_grads[n], exact[1][n]) for n in eval_grads]
-    largest = max((_error(e, value) for _, _, e, value in named), default=0.0)
-    for name, tune, by_eval, value in named:
-        if tune.dtype != by_eval.dtype:
-            raise AssertionError(f"{name} is {tune.dtype}, in eval mode {by_eval.dtype}")
-        errors[name] = (_error(tune, value), _error(by_eval, value))
-        band = 8 * torch.finfo(tune.dtype).eps
-        if not errors[name][0] <= factor * largest + band:
+    (eval_outputs, eval_gradients), (outputs, gradients) = runs
+    for i, pair in enumerate(zip(outputs, eval_outputs, strict=True) if bits else ()):
+        message = partial("output {}: {}".format, i)
+        torch.testing.assert_close(*pair, rtol=0, atol=0, equal_nan=True, msg=message)
+    if gradients.keys() != eval_gradients.keys():
+        raise AssertionError(f"gradients {sorted(gradients)} instead of {sorted(eval_gradients)}")
+    in_eval, in_tune = _named(eval_outputs, eval_gradients), _named(outputs, gradients)
+    errors = {n: (_error(in_tune[n], exact[n]), _error(in_eval[n], exact[n])) for n in in_eval}
+    largest = max((error for _, error in errors.values()), default=0.0)
+    for name, (error, eval_error) in errors.items():
+        dtype = in_tune[name].dtype
+        if dtype != in_eval[name].dtype:
+            raise AssertionError(f"{name} is {dtype}, in eval mode {in_eval[name].dtype}")
+        band = 8 * torch.finfo(dtype).eps
+        if not error <= factor * largest + band:
             raise AssertionError(
-                f"{name}: error {errors[name][0]:.2e} in tune mode, {errors[name][1]:.2e} in "
-                f"eval mode, allowed {factor} times {largest:.2e} plus {band:.1e}"
+                f"{name}: error {error:.2e} in tune mode, {eval_error:.2e} in eval mode, "
+                f"allowed {factor} times {largest:.2e} plus {band:.1e}"
             )
     return errors
+
+
+def _named(outputs: list[Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**{f"output{i}": t for i, t in enumerate(outputs)}, **gradients}
+
+
+def _as_double(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)

@@ -112,9 +112,8 @@ def fake_copy(value: Any) -> Any:
     """Fake tensors like those in ``value``, in memory of their own; much cheaper than a call."""
     if isinstance(value, FakeTensor):
         with unset_fake_temporarily():
-            meta = torch.empty_strided(
-                value.shape, value.stride(), dtype=value.dtype, device="meta"
-            )
+            shape, stride = value.shape, value.stride()
+            meta = torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
             return FakeTensor(value.fake_mode, meta, value.device)
     return tuple(map(fake_copy, value)) if isinstance(value, tuple) else value
 

@@ -31,6 +31,7 @@ __all__ = [
     "TracingContext",
     "binary_folding_pass",
     "boxed",
+    "caches_off",
     "compile_with",
     "config",
     "for_python",
@@ -51,6 +52,16 @@ __all__ = [
     "update_metadata",
     "written_inputs",
 ]
+
+
+@contextlib.contextmanager
+def caches_off(**settings: Any) -> Iterator[None]:
+    """Inductor with these ``settings``, and without its caches and AOTAutograd's."""
+    with (
+        config.patch(fx_graph_cache=False, fx_graph_remote_cache=False, **settings),
+        functorch_config.patch(enable_autograd_cache=False),
+    ):
+        yield
 
 
 def trace_decomposed(function: Any, *inputs: Tensor) -> torch.fx.Graph:
@@ -147,14 +158,8 @@ def parts_of_subclasses(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     kinds = output.meta.get("desc")
     if kinds is None:  # the body of a higher-order operator, or one made by hand
         return set()
-    return {
-        node
-        for node, kind in zip(returned, kinds, strict=True)
-        if isinstance(kind, SubclassGetAttrAOTOutput)
-    }
-
-
-_GENERATED = ("aten", "prims")  # other libraries' operators are called
+    pairs = zip(returned, kinds, strict=True)
+    return {node for node, kind in pairs if isinstance(kind, SubclassGetAttrAOTOutput)}
 
 
 def is_outermost(graph: torch.fx.Graph) -> bool:
@@ -177,18 +182,14 @@ def is_generated(target: Any) -> bool:
     """Whether Inductor generates code for ``target``, and can take over the call before it."""
     from torch._inductor import lowering
 
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in _GENERATED:
+    if not isinstance(target, torch._ops.OpOverload) or target in lowering.fallbacks:
         return False
-    libraries = (
-        torch.ops.aten.convolution.default,
-        torch.ops.aten.mm.default,
-        torch.ops.aten.addmm.default,
-        torch.ops.aten.bmm.default,
-        torch.ops.aten.baddbmm.default,
-    )
+    aten = torch.ops.aten
+    called = (aten.convolution, aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
+    if target.overloadpacket in called or target.namespace not in ("aten", "prims"):
+        return False
     # Pooling reads each element several times, and has its input computed first.
-    is_pooling = "_pool" in target._schema.name
-    return target not in (*libraries, *lowering.fallbacks) and not is_pooling
+    return "_pool" not in target._schema.name
 
 
 def trained_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:

@@ -43,23 +43,19 @@ def trace(
     fresh = types.FunctionType(
         call.__code__.replace(co_name="explained"), call.__globals__, "explained"
     )
-    fake_mode = next(
-        (t.fake_mode for t in pytree.tree_leaves(inputs) if isinstance(t, FakeTensor)),
-        None,
-    ) or FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = (t for t in pytree.tree_leaves(inputs) if isinstance(t, FakeTensor))
+    fake_mode = next((t.fake_mode for t in fakes), FakeTensorMode())
     fake_mode.allow_non_fake_inputs = True
-    fakes = pytree.tree_map(
-        lambda v: (
-            fake_mode.from_tensor(v, static_shapes=True)
-            if isinstance(v, Tensor) and not isinstance(v, FakeTensor)
-            else v
-        ),
-        inputs,
-    )
+
+    def fake(value: Any) -> Any:
+        is_real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+        return fake_mode.from_tensor(value, static_shapes=True) if is_real else value
+
+    fake_inputs = pytree.tree_map(fake, inputs)
     # Sizes that differ from an earlier trace's are no sign that they vary in the user's model.
     static = {} if dynamic is not None else {"automatic_dynamic_shapes": False}
     with fake_mode, _counters_kept(), dynamo_config.patch(static):
-        return torch.compile(fresh, backend=backend, dynamic=dynamic)(fn, fakes)
+        return torch.compile(fresh, backend=backend, dynamic=dynamic)(fn, fake_inputs)
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
@@ -73,7 +69,10 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     if output is not None:
         value, old_node = output
         graph.output(value).meta = dict(old_node.meta)
-    new = _lazy_graph_module(gm, graph)
+    # Compiled when it is called, as Dynamo makes it: PyTorch's own efficient_conv_bn_eval puts a
+    # builtin function among a node's arguments, which does not print as Python.
+    with _use_lazy_graph_module(True):
+        new = _make_graph_module(gm, graph)
     _copy_dynamo_source(gm, new)
     new.meta = dict(gm.meta)
     for name, child in gm.named_children():
@@ -84,18 +83,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
 
 def graph_modules(gm: fx.GraphModule) -> list[fx.GraphModule]:
     """The graph module and those inside it (bodies of higher-order operators), inner ones first."""
-    inside = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
-    return inside[::-1]
-
-
-def _lazy_graph_module(root: torch.nn.Module, graph: torch.fx.Graph) -> torch.fx.GraphModule:
-    """A graph module as Dynamo makes it: its code is not compiled before it is called.
-
-    PyTorch's own efficient_conv_bn_eval needs that: it puts a builtin function among a node's
-    arguments, which does not print as Python.
-    """
-    with _use_lazy_graph_module(True):
-        return _make_graph_module(root, graph)
+    return [m for m in gm.modules() if isinstance(m, fx.GraphModule)][::-1]
 
 
 def _copy_dynamo_source(old: Any, new: Any) -> None:

@@ -152,21 +152,23 @@ class LayerCall:
         self.check_unmodified()
         args: list[Any] = [self.input, self.weight, self.bias]
         if (c := self.conv) is not None:
-            args += [c.stride, c.padding]
-            if c.transposed:
-                args += [c.output_padding, c.groups, c.dilation]
-            else:
-                args += [c.dilation, c.groups]
+            rest = (
+                (c.output_padding, c.groups, c.dilation) if c.transposed else (c.dilation, c.groups)
+            )
+            args += [c.stride, c.padding, *rest]
         with torch_eager.torch_functions_off(), self.context.restored(self.device_type):
             return self.function(*args)
 
     def run_below_autograd(self) -> Tensor:
         """The same output, where autocast no longer makes its casts for us."""
         self.check_unmodified()
-        x, weight, bias = (None if t is None else t.detach().to(self.dtype) for t in self.operands)
+        operands = (None if t is None else t.detach().to(self.dtype) for t in self.operands)
         context = Context(False, False, self.context.autocast_dtype, None)
-        operands: dict[str, Any] = {"input": x, "weight": weight, "bias": bias}
-        return dataclasses.replace(self, **operands, context=context).run()
+        return self.on(*operands, context=context).run()
+
+    def on(self, x: Any, weight: Any, bias: Any, **changes: Any) -> LayerCall:
+        """The same call on other operands."""
+        return dataclasses.replace(self, input=x, weight=weight, bias=bias, **changes)
 
     @classmethod
     def read(cls, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall | None:
@@ -179,8 +181,8 @@ class LayerCall:
         tensors = [x, weight] if bias is None else [x, weight, bias]
         if not all(is_plain(t) and t.device == x.device for t in tensors):
             return None
-        context = Context.now(x.device.type)
-        dtype = x.dtype
+        context, dtype = Context.now(x.device.type), x.dtype
+        shape: tuple[int, ...] | None
         if context.autocast and dtype != torch.float64:
             dtype = context.autocast_dtype
             if any(t.dtype == torch.float64 for t in tensors):
@@ -199,12 +201,9 @@ class LayerCall:
             if bound.get("padding") == "same":
                 with torch_eager.torch_functions_off():
                     x = pad_unevenly(x, weight, conv.dilation)
-            found = output_shape(conv, x, weight)
-            if found is None:
+            if (shape := output_shape(conv, x, weight)) is None:
                 return None
-            shape = found
-        channels = shape[1] if spatial else shape[-1]
-        if bias is not None and tuple(bias.shape) != (channels,):
+        if bias is not None and tuple(bias.shape) != (shape[1 if spatial else -1],):
             return None
         return cls(function, x, weight, bias, conv, shape, dtype, context)
 

@@ -97,13 +97,11 @@ class _Defer(torch.autograd.Function):
         # Aliases, because the input may depend on the weight: through a layer that shares it.
         with torch_eager.torch_functions_off(), torch.enable_grad():
             operands = [None if t is None else t.view_as(t) for t in call.operands]
-        again: dict[str, Any] = dict(zip(("input", "weight", "bias"), operands, strict=True))
-        out = dataclasses.replace(call, **again).run()
-        needed = [
-            t for t, n in zip(operands, ctx.needs_input_grad, strict=False) if n and t is not None
-        ]
-        found = iter(torch.autograd.grad(out, needed, dy, create_graph=torch.is_grad_enabled()))
-        return (*(next(found) if n else None for n in ctx.needs_input_grad[:3]), None)
+        needs = ctx.needs_input_grad[:3]
+        wanted = [t for t, need in zip(operands, needs, strict=True) if need and t is not None]
+        out = call.on(*operands).run()
+        found = iter(torch.autograd.grad(out, wanted, dy, create_graph=torch.is_grad_enabled()))
+        return (*(next(found) if need else None for need in needs), None)
 
 
 class _Materialize(torch.autograd.Function):
@@ -185,7 +183,6 @@ class Deferred(Tensor):
             return _SHAPE_LIKE[func](args[0], args[1].shape)
         if func in _VIEWS and (rows := _as_rows(func, args, kwargs)) is not None:
             return rows
-
         return func(*materialized(args), **materialized(kwargs))
 
     @classmethod
@@ -193,19 +190,16 @@ class Deferred(Tensor):
         def elements(value: Any) -> Any:
             return value.materialize_below_autograd() if isinstance(value, Deferred) else value
 
-        return func(*pytree.tree_map(elements, args), **pytree.tree_map(elements, kwargs or {}))
+        args, kwargs = pytree.tree_map(elements, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 # Questions that a tensor without elements can answer.
+_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda")
 _METADATA = {
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda")
-    ),
-    *(
-        getattr(Tensor, name)
-        for name in ("size", "dim", "ndimension", "numel", "nelement", "element_size")
-    ),
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
+    *(Tensor.size, Tensor.dim, Tensor.ndimension),
+    *(Tensor.numel, Tensor.nelement, Tensor.element_size),
     *(Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex),
     *(Tensor.__len__, torch.numel),
 }

@@ -22,8 +22,8 @@ from ..functional import BatchNorm, fold_affine
 from ..graph.layout import Layout
 from .region import Event
 
-__all__ = ["CountCalls", "Merged", "MergedBatchNorm", "count_calls", "merge_pairs", "run_once"]
-__all__ += ["take_counts", "tensor_paths", "undo"]
+__all__ = ["CountCalls", "Merged", "MergedBatchNorm", "call_counts", "count_calls", "merge_pairs"]
+__all__ += ["run_once", "tensor_paths", "undo"]
 
 _LAYERS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
@@ -58,21 +58,16 @@ class CountCalls:
 
 
 def count_calls(scope: nn.Module) -> None:
-    """Count the calls of the modules that could be merged, until :func:`merge_pairs`."""
+    """Count the calls of the modules that could be merged, for :func:`call_counts`."""
     for module in scope.modules():
         if type(module) in _LAYERS or _is_norm(module):
             module.register_forward_pre_hook(CountCalls())
 
 
-def take_counts(model: nn.Module) -> dict[nn.Module, int]:
-    """The calls since :func:`count_calls`, whose hooks are removed."""
-    counts: dict[nn.Module, int] = collections.Counter()
-    for module in model.modules():
-        hooks = module._forward_pre_hooks
-        for key, hook in [(k, h) for k, h in hooks.items() if isinstance(h, CountCalls)]:
-            counts[module] = hook.calls
-            del hooks[key]
-    return counts
+def call_counts(model: nn.Module) -> dict[nn.Module, int]:
+    """How often modules were called since :func:`count_calls`."""
+    hooks = ((m, hook) for m in model.modules() for hook in m._forward_pre_hooks.values())
+    return {m: hook.calls for m, hook in hooks if isinstance(hook, CountCalls)}
 
 
 def tensor_paths(model: nn.Module) -> dict[int, str]:
@@ -113,15 +108,15 @@ def merge_pairs(
         if layer_path is None or norm_path is None:
             continue
         layer, norm = modules[layer_path], modules[norm_path]
-        if not _is_free(layer) or not _is_free(norm) or norm is model:
-            continue
-        if type(layer) not in _LAYERS or not _is_norm(norm):
-            continue
-        if not calls.get(layer) == calls.get(norm) == count:
-            continue
-        if sum(p is weight for m in model.modules() for p in m._parameters.values()) != 1:
-            continue  # tied to another module
-        done.append(_merge(modules, layer_path, norm, eps))
+        uses = sum(p is weight for m in model.modules() for p in m._parameters.values())
+        if (
+            type(layer) in _LAYERS
+            and _is_norm(norm)
+            and (_is_free(layer) and _is_free(norm) and norm is not model)
+            and calls.get(layer) == calls.get(norm) == count
+            and uses == 1  # else it is tied to another module
+        ):
+            done.append(_merge(modules, layer_path, norm, eps))
     return done
 
 

@@ -69,13 +69,10 @@ def output_shape(conv: Conv, x: Tensor, weight: Tensor) -> tuple[int, ...] | Non
         return None
     if min(*conv.padding, *conv.dilation, *conv.output_padding, 0) < 0:
         return None
-    sizes = []
-    for i, k in enumerate(weight.shape[2:]):
-        reach = conv.dilation[i] * (k - 1)
-        if conv.transposed:
-            size = (x.shape[i + 2] - 1) * conv.stride[i] - 2 * conv.padding[i] + reach
-            size += conv.output_padding[i] + 1
-        else:
-            size = (x.shape[i + 2] + 2 * conv.padding[i] - reach - 1) // conv.stride[i] + 1
-        sizes.append(size)
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.output_padding)
+    every = zip(x.shape[2:], weight.shape[2:], *geometry, strict=True)
+    if conv.transposed:
+        sizes = [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, k, s, p, d, o in every]
+    else:
+        sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in every]
     return (x.shape[0], c_out, *sizes) if min(sizes) > 0 else None

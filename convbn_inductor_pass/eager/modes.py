@@ -244,7 +244,7 @@ _HOOKS = (Enter, Exit, Suspend, Resume, deploy.CountCalls, _MergeAfterForward)
 
 def _merge(model: nn.Module) -> None:
     state: _State = getattr(model, _ATTRIBUTE)
-    calls = deploy.take_counts(model)
+    calls = deploy.call_counts(model)
     _remove_hooks(model)
     events = [e for f in list(state.ledger.forwards.values()) for e in f.values()]
     state.merged = deploy.merge_pairs(model, events, calls)

@@ -3,40 +3,36 @@
     out = layer(x, W, b);  y = chain(out)   =>   y = layer(x, s * W, chain(b))
 
 A batch norm in eval mode, a frozen batch norm in any spelling, a layer scale, a bias added by
-hand, and any sequence of them, is a chain of steps ``v * o``, ``v / o``, ``v + o``, ``o - v``,
-``-v`` whose operands vary along the channels at most. Composing them needs no algebra: the
-shift is what the chain makes of the bias, the scale is what its multiplications make of one.
-Both are computed from the live operands in each call, in float32 or wider.
+hand, and any sequence of them, is a chain of steps ``v * o``, ``v / o`` and ``v + o`` whose
+operands vary along the channels at most. Composing them needs no algebra: the shift is what the
+chain makes of the bias, the scale is what its multiplications make of one. Both are computed from
+the live operands in each call, in float32 or wider.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import fx
 
 from . import layers
 from .builder import Builder
-from .layers import Layer, Operand, Step, tensor_of
-from .layout import views_onto_output_axis
+from .layers import Layer, Operand, Step, value_of
+from .layout import Layout, views_onto_output_axis
 
 __all__ = [
     "AffineChain",
+    "constants_fit",
     "emit_scale",
-    "emit_scale_and_shift",
     "emit_scaled_weight",
     "emit_shift",
     "find_chains",
-    "constants_fit",
     "wide_dtype",
 ]
 
 aten = torch.ops.aten
-
-
-_SCALING = ("scale", "divide", "negate", "subtract_from")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +55,13 @@ class AffineChain:
     @property
     def scales(self) -> bool:
         """Whether the weight has to be scaled."""
-        return any(s.kind in _SCALING and s.operand != Operand(number=1) for s in self.steps)
-
-    @property
-    def scaling_operands(self) -> tuple[fx.Node, ...]:
-        """Nodes that the scale is computed from."""
-        operands = [s.operand for s in self.steps if s.kind in ("scale", "divide")]
-        return tuple(o.node for o in operands if o is not None and o.node is not None)
+        by = [s.operand for s in self.steps if s.kind in ("scale", "divide")]
+        return any(o != Operand(number=1) for o in by)
 
     @property
     def shifts(self) -> bool:
         """Whether a shift is added."""
-        return any(s.kind in ("shift", "subtract_from") for s in self.steps)
+        return any(s.kind == "shift" for s in self.steps)
 
 
 def find_chains(graph: fx.Graph) -> Iterator[AffineChain]:
@@ -103,8 +94,7 @@ def _follow(layer: Layer, taken: set[fx.Node]) -> AffineChain:
     affine = [i for i, s in enumerate(steps) if s.kind not in ("cast", "move")]
     end = affine[-1] + 1 if affine else 0
     if end and end < len(steps) and steps[end].kind == "cast":
-        after = tensor_of(steps[end].node)
-        end += after is not None and after.dtype == layer.out.dtype
+        end += value_of(steps[end].node).dtype == layer.out.dtype
     return AffineChain(layer, tuple(steps[:end]))
 
 
@@ -123,84 +113,56 @@ def constants_fit(chain: AffineChain) -> bool:
 
     scale, shift = 1.0, 0.0
     for step in chain.steps:
-        number = None if step.operand is None or step.reads_a_tensor else step.operand.number
-        if number == 0 and step.kind == "divide":
-            return False
-        by = {"scale": number, "divide": number, "subtract_from": step.factor}.get(step.kind)
-        by = 1 if by is None else 1 / by if step.kind == "divide" else by
-        scale, shift = scale * by, shift * by
-        if number is not None and step.kind in ("shift", "subtract_from"):
+        if step.operand is None or step.operand.node is not None:
+            continue
+        number = step.operand.number
+        if step.kind == "shift":
             shift += number * step.factor
+        elif step.kind == "scale":
+            scale, shift = scale * number, shift * number
+        elif number == 0:
+            return False
+        else:
+            scale, shift = scale / number, shift / number
         if not (fits(scale) and fits(shift)):
             return False
     return True
 
 
-def emit_scale_and_shift(
-    chain: AffineChain, build: Builder
-) -> tuple[fx.Node | None, fx.Node | None]:
-    """Nodes [C] of the chain's scale and shift, at the builder's insertion point.
-
-    Each is None where it is one, or zero. They are computed as the chain is written, in
-    float32 (float64 if the layer computes in it).
-    """
-    scale = emit_scale(chain.layer, chain.steps, build)
-    return scale, emit_shift(chain.layer, chain.steps, build, narrowed=False)
-
-
 def emit_scale(layer: Layer, steps: Sequence[Step], build: Builder) -> fx.Node | None:
     """A node [C] of the scale that is made by ``steps`` alone; None where it is one."""
-    if not AffineChain(layer, tuple(steps)).scales:
-        return None
-    emit = _Emitter(build, layer, wide_dtype(layer))
-    return emit.full_vector(emit.replay(steps, 1.0, linear=True))
+    emit = _Emitter(build, layer)
+    scale = emit.replay((s for s in steps if s.kind != "shift"), 1.0)
+    return None if scale == 1 else emit.full_vector(scale)
 
 
 def emit_shift(
     layer: Layer, steps: Sequence[Step], build: Builder, *, narrowed: bool = True
 ) -> fx.Node | None:
-    """A node [C] of what ``steps`` make of the layer's bias; None for zero.
+    """A node [C] of what ``steps`` make of the layer's bias; None where it is zero.
 
     The bias is as it is added, or, with ``narrowed`` False, as it was before autocast's cast.
     """
-    if layer.bias is None and not AffineChain(layer, tuple(steps)).shifts:
-        return None
-    emit = _Emitter(build, layer, wide_dtype(layer))
+    emit = _Emitter(build, layer)
     start: Value = 0.0
     if layer.bias is not None:
         bias = layer.bias if narrowed else layers.without_casts(layer.bias)
-        start = emit.vector(_bias_operand(layer, bias))
-    return emit.full_vector(emit.replay(steps, start, linear=False))
+        of_matmul = layers.operand_per_channel(bias, layer.out.shape[:2], layer.dim)
+        start = emit.vector(of_matmul or Operand(node=bias))
+    shift = emit.replay(steps, start)
+    return None if shift == 0 else emit.full_vector(shift)
 
 
-def emit_scaled_weight(
-    layer: Layer, scale: fx.Node | None, build: Builder, weight: fx.Node | None = None
-) -> fx.Node:
-    """A node of the weight, or of the same one in ``weight``, times ``scale`` [C_out].
-
-    In the scale's dtype, or :func:`wide_dtype` where it is None, which stands for one.
-    """
-    weight = layers.without_casts(layer.weight) if weight is None else weight
-    value, wide = tensor_of(weight), tensor_of(scale)
-    if value is None:
-        raise AssertionError(f"{layer.node} has no metadata")
-    weight = build.cast(weight, wide_dtype(layer) if wide is None else wide.dtype)
-    if scale is None:
-        return weight
-    for view, sizes in views_onto_output_axis(value.shape, layer.layout):
+def emit_scaled_weight(weight: fx.Node, scale: fx.Node, layout: Layout, build: Builder) -> fx.Node:
+    """A node of ``weight`` times ``scale`` [C_out], in the scale's dtype."""
+    for view, sizes in views_onto_output_axis(value_of(weight).shape, layout):
         scale = build.call(getattr(aten, view).default, scale, sizes)
-    return build.call(aten.mul.Tensor, weight, scale)
+    return build.call(aten.mul.Tensor, build.cast(weight, value_of(scale).dtype), scale)
 
 
 def wide_dtype(layer: Layer) -> torch.dtype:
-    """What a layer's numbers per channel are computed in: float32, or float64 where it does."""
+    """What a layer's values per channel are computed in: float32, or float64 where it does."""
     return torch.float64 if layer.out.dtype == torch.float64 else torch.float32
-
-
-def _bias_operand(layer: Layer, bias: fx.Node) -> Operand:
-    operand = layers.operand_per_channel(bias, layer.out.shape, layer.dim)
-    # A convolution's bias [C] does not broadcast against its output as an operand would.
-    return operand if operand is not None and not layer.is_conv else Operand(node=bias)
 
 
 Value = fx.Node | float | int
@@ -209,16 +171,12 @@ Value = fx.Node | float | int
 class _Emitter:
     """Adds nodes that compute with numbers and vectors [C] (or [1], which broadcast)."""
 
-    def __init__(self, build: Builder, layer: Layer, dtype: torch.dtype) -> None:
-        self.call, self.cast = build.call, build.cast
-        self.layer, self.dtype = layer, dtype
+    def __init__(self, build: Builder, layer: Layer) -> None:
+        self.build, self.out, self.dtype = build, layer.out, wide_dtype(layer)
 
-    def replay(self, steps: Sequence[Step], start: Value, *, linear: bool) -> Value:
-        """What the steps make of ``start``; with ``linear`` only their multiplications."""
-        value = start
+    def replay(self, steps: Iterable[Step], value: Value) -> Value:
+        """What the steps make of ``value``."""
         for step in steps:
-            if step.kind == "negate":
-                value = self.mul(value, -1)
             if step.operand is None:
                 continue
             o = self.vector(step.operand)
@@ -226,58 +184,50 @@ class _Emitter:
                 value = self.mul(value, o)
             elif step.kind == "divide":
                 value = self.div(value, o)
-            elif step.kind == "shift" and not linear:
+            else:
                 value = self.add(value, self.mul(o, step.factor))
-            elif step.kind == "subtract_from":
-                value = self.mul(value, -step.factor)
-                value = value if linear else self.add(value, o)
         return value
 
     def vector(self, operand: Operand) -> Value:
         """An operand as a vector in the wide dtype; a number stays a number."""
-        node, tensor = operand.node, tensor_of(operand.node)
-        if node is None or tensor is None:
+        node = operand.node
+        if node is None:
             return operand.number
-        if tensor.ndim != 1:
-            node = self.call(aten.reshape.default, node, [tensor.numel()])
-        return self.cast(node, self.dtype)
+        if value_of(node).ndim != 1:
+            node = self.build.call(aten.reshape.default, node, [value_of(node).numel()])
+        return self.build.cast(node, self.dtype)
 
     def full_vector(self, value: Value) -> fx.Node:
-        """``value`` with one number per channel."""
-        channels = self.layer.channels
+        """``value`` with one element per channel."""
+        channels = self.out.shape[1]
         if not isinstance(value, fx.Node):
-            return self.call(
-                aten.full.default,
-                [channels],
-                value,
-                dtype=self.dtype,
-                device=self.layer.out.device,
-                pin_memory=False,
-            )
-        tensor = tensor_of(value)
-        if tensor is not None and not layers.known_equal(tensor.shape[0], channels):
-            return self.call(aten.expand.default, value, [channels])
+            like = {"dtype": self.dtype, "device": self.out.device, "pin_memory": False}
+            return self.build.call(aten.full.default, [channels], value, **like)
+        if not layers.known_equal(value_of(value).shape[0], channels):
+            return self.build.call(aten.expand.default, value, [channels])
         return value
 
     def mul(self, a: Value, b: Value) -> Value:
-        if not isinstance(a, fx.Node):
-            a, b = b, a
+        a, b = _node_first(a, b)
         if not isinstance(a, fx.Node):
             return a * b  # type: ignore[operator]
-        if not isinstance(b, fx.Node) and b in (0, 1):
+        if b in (0, 1):
             return a if b == 1 else 0.0
-        return self.call(aten.mul.Tensor, a, b)
+        return self.build.call(aten.mul.Tensor, a, b)
 
     def div(self, a: Value, b: Value) -> Value:
         if isinstance(a, fx.Node):
-            return self.call(aten.div.Tensor, a, b)
+            return self.build.call(aten.div.Tensor, a, b)
         if isinstance(b, fx.Node):
-            return a if a == 0 else self.mul(self.call(aten.reciprocal.default, b), a)
+            return a if a == 0 else self.mul(self.build.call(aten.reciprocal.default, b), a)
         return a / b
 
     def add(self, a: Value, b: Value) -> Value:
-        if not isinstance(a, fx.Node):
-            a, b = b, a
+        a, b = _node_first(a, b)
         if not isinstance(a, fx.Node):
             return a + b  # type: ignore[operator]
-        return a if not isinstance(b, fx.Node) and b == 0 else self.call(aten.add.Tensor, a, b)
+        return a if b == 0 else self.build.call(aten.add.Tensor, a, b)
+
+
+def _node_first(a: Value, b: Value) -> tuple[Value, Value]:
+    return (a, b) if isinstance(a, fx.Node) else (b, a)

@@ -1,15 +1,15 @@
-"""What the kernel half knows of aten IR: layers, per-channel operands, and steps of an affine map.
+"""What the passes know of aten IR: layers, per-channel operands, and steps of an affine map.
 
-The graphs are those that Inductor's post-grad passes get: functional, decomposed, with
-``meta["val"]`` on every node. Everything here reads; nothing is judged or changed. To add
-an operator that is affine per channel, add a branch to :func:`read_step`.
+Graphs are functional and decomposed, with ``meta["val"]`` on every node. Everything here reads;
+nothing is judged or changed. To add an operator that is affine per channel, add a branch to
+:func:`read_step`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -18,26 +18,22 @@ from .._torch import compat
 from .layout import Layout
 
 __all__ = [
-    "CHANNELS_LAST",
     "Layer",
     "Operand",
     "Step",
     "is_cast",
-    "is_quantized",
     "known_equal",
     "layer_of",
     "operand_per_channel",
     "read_step",
     "same_sizes",
     "tensor_of",
+    "value_of",
     "without_casts",
 ]
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""The memory format of that name, by number of dimensions."""
 
 _CASTS = (prims.convert_element_type.default, aten._to_copy.default)
 # Calls that place the numbers of a tensor in other dimensions and leave their order.
@@ -51,6 +47,10 @@ _RESHAPES = (
     aten.alias.default,
 )
 _MATMULS = (aten.mm.default, aten.addmm.default)
+_MULTIPLICATIONS = (aten.mul.Tensor, aten.mul.Scalar)
+_DIVISIONS = (aten.div.Tensor, aten.div.Scalar)
+_ADDITIONS = (aten.add.Tensor, aten.add.Scalar)
+_SUMS = (*_ADDITIONS, aten.sub.Tensor, aten.sub.Scalar)
 Number = int | float
 
 
@@ -58,6 +58,18 @@ def tensor_of(node: Any) -> Tensor | None:
     """The fake tensor that a node stands for, if it stands for one."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def value_of(node: Any) -> Tensor:
+    """The fake tensor that a node stands for.
+
+    Raises:
+        ValueError: it stands for none, or has no metadata.
+    """
+    tensor = tensor_of(node)
+    if tensor is None:
+        raise ValueError(f"{node} has no metadata")
+    return tensor
 
 
 def known_equal(a: Any, b: Any) -> bool:
@@ -86,8 +98,6 @@ class Layer:
             [C_in, C_out], whatever made it.
         layout: where the output channels lie in ``weight``.
         dim: the dimension of the output that they are.
-        channels: how many there are; may be symbolic.
-        is_conv: whether it is a convolution.
     """
 
     node: fx.Node
@@ -95,17 +105,16 @@ class Layer:
     weight: fx.Node
     bias: fx.Node | None
     layout: Layout
-    dim: int
-    channels: int | torch.SymInt
-    is_conv: bool
+    dim: ClassVar[int] = 1
+
+    @property
+    def is_conv(self) -> bool:
+        return self.node.target is aten.convolution.default
 
     @property
     def out(self) -> Tensor:
         """The layer's output."""
-        out = tensor_of(self.node)
-        if out is None:
-            raise AssertionError(f"{self.node} has no metadata")
-        return out
+        return value_of(self.node)
 
 
 def layer_of(node: fx.Node) -> Layer | None:
@@ -113,24 +122,21 @@ def layer_of(node: fx.Node) -> Layer | None:
     out = tensor_of(node)
     if node.op != "call_function" or out is None:
         return None
+    args: Any = node.args
     if node.target is aten.convolution.default:
-        x, weight, bias = node.args[:3]
-        transposed, groups = node.args[6], node.args[8]
-        known = all(tensor_of(n) is not None for n in (x, weight))
-        if not known or not isinstance(groups, int) or node.kwargs:
+        x, weight, bias, *_, transposed, _, groups = args
+        ranks = [t.ndim for t in map(tensor_of, (x, weight)) if t is not None]
+        if ranks != [out.ndim, out.ndim] or not isinstance(groups, int) or node.kwargs:
             return None
-        if not tensor_of(x).ndim == out.ndim == tensor_of(weight).ndim:  # type: ignore[union-attr]
-            return None
-        layout = Layout(bool(transposed), groups)
-        return Layer(node, x, weight, bias, layout, 1, out.shape[1], True)  # type: ignore[arg-type]
+        return Layer(node, x, weight, bias, Layout(bool(transposed), groups))
     if node.target in _MATMULS:
-        bias, x, weight = node.args if len(node.args) == 3 else (None, *node.args)
+        bias, x, weight = args if len(args) == 3 else (None, *args)
         if any(v != 1 for v in node.kwargs.values()):
             return None
         if bias is not None and operand_per_channel(bias, out.shape, 1) is None:
             return None
         # Laid out as a transposed convolution's weight without kernel: [C_in, C_out].
-        return Layer(node, x, weight, bias, Layout(transposed=True), 1, out.shape[1], False)  # type: ignore[arg-type]
+        return Layer(node, x, weight, bias, Layout(transposed=True))
     return None
 
 
@@ -144,11 +150,6 @@ class Operand:
 
     node: fx.Node | None = None
     number: Number = 0
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        tensor = tensor_of(self.node)
-        return None if tensor is None else tensor.dtype
 
 
 def operand_per_channel(value: Any, shape: Sequence[Any], dim: int) -> Operand | None:
@@ -176,28 +177,21 @@ def operand_per_channel(value: Any, shape: Sequence[Any], dim: int) -> Operand |
         return None
     if not known_equal(along, 1) and not known_equal(along, shape[dim]):
         return None
-    return Operand(node=_before_reshapes(node))
-
-
-def _before_reshapes(node: fx.Node) -> fx.Node:
-    """The tensor that ``node`` is a reshape of: the same numbers in the same order."""
     while node.target in _RESHAPES and tensor_of(node.args[0]) is not None:
-        node = node.args[0]  # type: ignore[assignment]
-    return node
+        node = node.args[0]  # the same numbers in the same order
+    return Operand(node=node)
 
 
 def without_casts(node: fx.Node) -> fx.Node:
     """The widest tensor that ``node`` was cast down from, as autocast does with parameters."""
-    result = node
-    while result.target in _CASTS:
-        source = result.args[0]
-        before, after = tensor_of(source), tensor_of(result)
+    while node.target in _CASTS:
+        before, after = tensor_of(node.args[0]), tensor_of(node)
         if before is None or after is None or not before.dtype.is_floating_point:
             break
         if before.dtype == torch.float64 or before.dtype.itemsize < after.dtype.itemsize:
             break
-        result = source  # type: ignore[assignment]
-    return result
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def is_cast(node: fx.Node) -> bool:
@@ -208,35 +202,20 @@ def is_cast(node: fx.Node) -> bool:
     return node.target in _CASTS and tensor is not None and tensor.dtype.is_floating_point
 
 
-def is_quantized(node: fx.Node) -> bool:
-    """Whether a tensor is made of integers, or of numbers of 8 bits, of as many as it has."""
-    value, seen, pending = tensor_of(node), {node}, [node]
-    while value is not None and pending:
-        node = pending.pop()
-        tensor = tensor_of(node)
-        if tensor is None or not known_equal(tensor.numel(), value.numel()):
-            continue
-        if tensor.dtype.itemsize == 1 or not (tensor.is_floating_point() or tensor.is_complex()):
-            return True
-        pending += [n for n in node.all_input_nodes if n not in seen]
-        seen.update(node.all_input_nodes)
-    return False
-
-
-Kind = Literal["scale", "divide", "shift", "subtract_from", "negate", "cast", "move"]
+Kind = Literal["scale", "divide", "shift", "cast", "move"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One call of a chain ``y = step(x)`` that is affine per channel.
+    """One operation of a chain ``y = step(x)`` that is affine per channel.
 
     Attributes:
-        node: the call; its output is ``y``.
-        kind: ``x * o``, ``x / o``, ``x + factor * o``, ``o - factor * x``, ``-x``, a cast, or
-            a call that moves channels elsewhere and leaves the numbers.
+        node: the call, of which this may be a part.
+        kind: ``x * o``, ``x / o``, ``x + factor * o``, a cast, or a call that moves channels
+            elsewhere and leaves the numbers.
+        dim: the dimension of ``y`` that is the channels.
         operand: ``o``.
         factor: a constant, see above.
-        dim: the dimension of ``y`` that is the channels.
     """
 
     node: fx.Node
@@ -260,7 +239,7 @@ def read_step(node: fx.Node, of: fx.Node, dim: int) -> Sequence[Step] | None:
     if node.op != "call_function" or before is None or after is None:
         return None
     target, args, kwargs = node.target, node.args, node.kwargs
-    if sum(a is of for a in (*args, *kwargs.values())) != 1:
+    if sum(a is of for a in args) != 1 or of in kwargs.values():
         return None
     if target in _CASTS:
         return [Step(node, "cast", dim)] if is_cast(node) else None
@@ -270,38 +249,29 @@ def read_step(node: fx.Node, of: fx.Node, dim: int) -> Sequence[Step] | None:
     if not after.dtype.is_floating_point or not same_sizes(after.shape, before.shape):
         return None
 
-    def other(*values: Any) -> Operand | None:
-        (value,) = (v for v in values if v is not of)
-        return operand_per_channel(value, before.shape, dim)
+    def step(kind: Kind, operand: Operand, factor: Number = 1) -> Step:
+        return Step(node, kind, dim, operand, factor)
 
-    if target is aten.neg.default:
-        return [Step(node, "negate", dim)]
-    if target in (aten.mul.Tensor, aten.mul.Scalar) and (o := other(*args)):
-        return [Step(node, "scale", dim, o)]
-    if target in (aten.div.Tensor, aten.div.Scalar) and not kwargs and args[0] is of:
-        return [Step(node, "divide", dim, o)] if (o := other(*args)) else None
-    alpha = kwargs.get("alpha", 1)
-    if not isinstance(alpha, (int, float)):
+    read = [operand_per_channel(a, before.shape, dim) for a in args if a is not of]
+    operands = [o for o in read if o is not None]
+    constant = kwargs.get("alpha", kwargs.get("value", 1))
+    if len(operands) < len(read) or not isinstance(constant, (int, float)):
         return None
-    if target in (aten.add.Tensor, aten.add.Scalar) and (o := other(*args[:2])):
-        if args[0] is of:
-            return [Step(node, "shift", dim, o, alpha)]
-        return [Step(node, "scale", dim, Operand(number=alpha)), Step(node, "shift", dim, o)]
-    if target in (aten.sub.Tensor, aten.sub.Scalar) and (o := other(*args[:2])):
-        if args[0] is of:
-            return [Step(node, "shift", dim, o, -alpha)]
-        return [Step(node, "subtract_from", dim, o, alpha)]
-    if target is aten.addcmul.default:
-        value = kwargs.get("value", 1)
-        if args[0] is not of and isinstance(value, (int, float)):
-            by = other(*args[1:3])
-            shift = operand_per_channel(args[0], before.shape, dim)
-            if by and shift:
-                return [
-                    Step(node, "scale", dim, by),
-                    Step(node, "scale", dim, Operand(number=value)),
-                    Step(node, "shift", dim, shift),
-                ]
+    if target is aten.neg.default:
+        return [step("scale", Operand(number=-1))]
+    comes_first, (o, *more) = args[0] is of, operands or [Operand()]
+    if target in _MULTIPLICATIONS:
+        return [step("scale", o)]
+    if target in _DIVISIONS and comes_first and not kwargs:
+        return [step("divide", o)]
+    if target in _SUMS and not more:
+        constant = constant if target in _ADDITIONS else -constant
+        if comes_first:
+            return [step("shift", o, constant)]
+        return [step("scale", Operand(number=constant)), step("shift", o)]
+    if target is aten.addcmul.default and not comes_first:
+        (by,) = more
+        return [step("scale", by), step("scale", Operand(number=constant)), step("shift", o)]
     return None
 
 

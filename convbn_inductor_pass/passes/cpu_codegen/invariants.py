@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from ..._torch import compat, inductor
-from ...graph.layers import tensor_of
+from ...graph.layers import tensor_of, value_of
 
 __all__ = ["store_invariants"]
 
@@ -109,7 +109,7 @@ def _is_reduction(node: fx.Node) -> bool:
 
 
 def _store(graph: fx.Graph, node: fx.Node) -> None:
-    value: Tensor = node.meta["val"]
+    value = value_of(node)
     users = list(node.users)
     with graph.inserting_after(node):
         stored = graph.call_function(inductor.force_stride_order, (node, list(value.stride())))

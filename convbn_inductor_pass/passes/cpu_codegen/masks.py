@@ -22,15 +22,16 @@ stores them); generated C++ wrappers, which would have to call back into Python.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ..._torch import compat, inductor
+from ...graph.builder import Builder
+from ...graph.layers import tensor_of, value_of
 from . import operators
 
 __all__ = ["rewrite_masks"]
 
 aten = torch.ops.aten
-prims = torch.ops.prims
 
 _LEAST_ELEMENTS = 1 << 14  # about 0.1 ms as Inductor stores it, ten times what a call costs
 
@@ -51,23 +52,15 @@ def rewrite_masks(graph: fx.Graph) -> int:
 
 
 def _rewrite_loads(graph: fx.Graph, masks: list[fx.Node]) -> int:
-    order = {node: i for i, node in enumerate(graph.nodes)}
+    build = Builder(graph, share=False)
     rewritten = 0
     for mask in masks:
         users = [n for n in mask.users if compat.is_pointwise(n.target)]
         if not users:
             continue
-        value = mask.meta["val"]
-        with graph.inserting_before(min(users, key=order.__getitem__)):
-            stored = graph.call_function(operators.as_bytes, (mask,))
-            floats = graph.call_function(
-                prims.convert_element_type.default, (stored, torch.float32)
-            )
-            loaded = graph.call_function(aten.ne.Scalar, (floats, 0))
-        with compat.fake_mode_of(value):
-            stored.meta["val"] = torch.empty_like(value, dtype=torch.uint8)
-            floats.meta["val"] = torch.empty_like(value, dtype=torch.float32)
-            loaded.meta["val"] = torch.empty_like(value)
+        with graph.inserting_before(min(users)), compat.fake_mode_of(value_of(mask)):
+            floats = build.cast(build.call(operators.as_bytes, mask), torch.float32)
+            loaded = build.call(aten.ne.Scalar, floats, 0)
         for user in users:
             user.replace_input_with(mask, loaded)
         rewritten += 1
@@ -75,26 +68,15 @@ def _rewrite_loads(graph: fx.Graph, masks: list[fx.Node]) -> int:
 
 
 def _rewrite_stores(graph: fx.Graph, masks: list[fx.Node], output: fx.Node) -> int:
+    build = Builder(graph, share=False)
     for mask in masks:
-        value = mask.meta["val"]
+        value = value_of(mask)
         _hoist(mask)
-        with graph.inserting_before(mask.next):
-            ones, zeros = (
-                graph.call_function(
-                    aten.full.default,
-                    ([], value_of_mask),
-                    {"dtype": torch.float32, "device": value.device, "pin_memory": False},
-                )
-                for value_of_mask in (1, 0)
-            )
-            floats = graph.call_function(aten.where.self, (mask, ones, zeros))
-            stored = graph.call_function(prims.convert_element_type.default, (floats, torch.uint8))
-            saved = graph.call_function(operators.as_mask, (stored,))
-        with compat.fake_mode_of(value):
-            for scalar in (ones, zeros):
-                scalar.meta["val"] = torch.empty((), device=value.device)
-            floats.meta["val"] = torch.empty_like(value, dtype=torch.float32)
-            stored.meta["val"] = torch.empty_like(value, dtype=torch.uint8)
+        with graph.inserting_before(mask.next), compat.fake_mode_of(value):
+            scalar = {"dtype": torch.float32, "device": value.device, "pin_memory": False}
+            ones, zeros = (build.call(aten.full.default, [], n, **scalar) for n in (1, 0))
+            floats = build.call(aten.where.self, mask, ones, zeros)
+            saved = build.call(operators.as_mask, build.cast(floats, torch.uint8))
         saved.meta = dict(mask.meta)
         output.replace_input_with(mask, saved)
     return len(masks)
@@ -115,15 +97,14 @@ def _hoist(mask: fx.Node) -> None:
 
 
 def _is_mask(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype == torch.bool
+    value = tensor_of(node)
+    return value is not None and value.dtype == torch.bool
 
 
 def _is_large_mask(node: fx.Node) -> bool:
-    if not _is_mask(node):
+    if not _is_mask(node) or value_of(node).device.type != "cpu":
         return False
-    value: Tensor = node.meta["val"]
-    return value.device.type == "cpu" and compat.size_hint(value.numel()) >= _LEAST_ELEMENTS
+    return compat.size_hint(value_of(node).numel()) >= _LEAST_ELEMENTS
 
 
 def _is_computed(node: fx.Node) -> bool:

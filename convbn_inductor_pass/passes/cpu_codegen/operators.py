@@ -7,36 +7,23 @@ Written in Python; compiled code that has to run without it must not contain the
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 __all__ = ["as_bytes", "as_mask"]
 
 # "Flexible" keeps Inductor from bringing the argument into the layout that was traced.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _library = torch.library.Library("convbn_inductor_pass", "FRAGMENT")
-_library.define("as_mask(Tensor bytes) -> Tensor", tags=_TAGS)
-_library.define("as_bytes(Tensor mask) -> Tensor", tags=_TAGS)
 
 
-@torch.library.impl(_library, "as_mask", "CPU")
-def _as_mask(bytes: Tensor) -> Tensor:
-    return bytes.view(torch.bool).clone()
+def _define(name: str, dtype: torch.dtype) -> None:
+    """An operator that copies a tensor of bytes as one of another dtype."""
+    _library.define(f"{name}(Tensor bytes) -> Tensor", tags=_TAGS)
+    _library.impl(name, lambda bytes: bytes.view(dtype).clone(), "CPU")
+    _library.impl(name, lambda bytes: torch.empty_like(bytes, dtype=dtype), "Meta")
 
 
-@torch.library.impl(_library, "as_mask", "Meta")
-def _as_mask_meta(bytes: Tensor) -> Tensor:
-    return torch.empty_like(bytes, dtype=torch.bool)
-
-
-@torch.library.impl(_library, "as_bytes", "CPU")
-def _as_bytes(mask: Tensor) -> Tensor:
-    return mask.view(torch.uint8).clone()
-
-
-@torch.library.impl(_library, "as_bytes", "Meta")
-def _as_bytes_meta(mask: Tensor) -> Tensor:
-    return torch.empty_like(mask, dtype=torch.uint8)
-
+_define("as_mask", torch.bool)
+_define("as_bytes", torch.uint8)
 
 as_mask = torch.ops.convbn_inductor_pass.as_mask.default
 as_bytes = torch.ops.convbn_inductor_pass.as_bytes.default

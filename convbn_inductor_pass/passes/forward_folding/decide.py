@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -17,7 +17,7 @@ from ..._torch import compat, inductor
 from ...codes import Code
 from ...config import Options
 from ...graph import affine, layers, strides
-from ...graph.layers import tensor_of
+from ...graph.layers import tensor_of, value_of
 from ...graph.provenance import module_path
 from . import kernels
 from .candidate import FoldCandidate
@@ -83,20 +83,26 @@ _DTYPES = {
 
 def _has_other_dtypes(c: FoldCandidate, _: Context) -> str | None:
     dtype = c.layer.out.dtype
-    if dtype in _DTYPES and _DTYPES[dtype].issuperset(_dtypes(c)):
+    nodes = (c.layer.input, c.layer.weight, *(s.node for s in c.chain.steps))
+    met = [value_of(node).dtype for node in nodes]
+    if _DTYPES.get(dtype, set()).issuperset(met):
         return None
-    return " and ".join(map(str, dict.fromkeys((dtype, *_dtypes(c)))))
-
-
-def _dtypes(c: FoldCandidate) -> Iterator[torch.dtype]:
-    for node in (c.layer.input, c.layer.weight, *(s.node for s in c.chain.steps)):
-        tensor = tensor_of(node)
-        if tensor is not None:
-            yield tensor.dtype
+    return " and ".join(map(str, dict.fromkeys((dtype, *met))))
 
 
 def _is_quantized(c: FoldCandidate, _: Context) -> str | None:
-    return str(c.layer.weight) if layers.is_quantized(c.layer.weight) else None
+    """Whether the weight is made of integers, or 8-bit numbers, of as many as it has."""
+    size, seen, pending = value_of(c.layer.weight).numel(), {c.layer.weight}, [c.layer.weight]
+    while pending:
+        node = pending.pop()
+        tensor = tensor_of(node)
+        if tensor is None or not layers.known_equal(tensor.numel(), size):
+            continue
+        if tensor.dtype.itemsize == 1 or not (tensor.is_floating_point() or tensor.is_complex()):
+            return str(c.layer.weight)
+        pending += [n for n in node.all_input_nodes if n not in seen]
+        seen.update(node.all_input_nodes)
+    return None
 
 
 def _constants_overflow(c: FoldCandidate, _: Context) -> str | None:
@@ -132,10 +138,14 @@ def _is_denied(c: FoldCandidate, context: Context) -> str | None:
     return None if context.options.allows(*paths) else " and ".join(filter(None, paths))
 
 
+# A layer for which both move as many bytes came out slower when folded: the scale and the shift are
+# small kernels of their own, and the weight is read with less locality.
+_MARGIN = 2
+
+
 def _moves_more_bytes(c: FoldCandidate, context: Context) -> str | None:
-    if context.options.forward == "fold" or kernels.moves_fewer_bytes(c):
-        return None
-    return ""
+    exact, folded = kernels.bytes_moved(c)
+    return None if context.options.forward == "fold" or _MARGIN * folded < exact else ""
 
 
 Check = Callable[[FoldCandidate, Context], str | None]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..._torch import compat, inductor
-from ...graph.layers import same_sizes, tensor_of
+from ...graph.layers import same_sizes, tensor_of, value_of
 
 __all__ = ["Activation", "Residual", "activation_after", "residual_after"]
 
@@ -55,8 +55,8 @@ def activation_after(node: fx.Node, dtype: torch.dtype) -> Activation | None:
     Where ``node`` is in another dtype, as one that is not rounded to the layer's dtype yet, the
     activation ends with the cast.
     """
-    tensor = tensor_of(node)
-    if tensor is None or tensor.dtype not in _TABLED:
+    tensor = value_of(node)
+    if tensor.dtype not in _TABLED:
         return None
     table = _table(tensor.dtype)
     region, found = [node], None
@@ -67,9 +67,11 @@ def activation_after(node: fx.Node, dtype: torch.dtype) -> Activation | None:
             break
         region.append(user)
         if all(u in region for n in region[:-1] for u in n.users):
-            result = user if tensor.dtype == dtype else _before_cast(user, dtype)
-            if result is None:
-                continue
+            result: Any = user
+            if tensor.dtype != dtype:
+                if not _casts_to(user, dtype):
+                    continue
+                result = user.args[0]
             template, constants = _expression(result, node)
             for entry in table.get(template, ()):
                 scalars = entry.match(constants)
@@ -80,23 +82,21 @@ def activation_after(node: fx.Node, dtype: torch.dtype) -> Activation | None:
 
 def residual_after(node: fx.Node) -> Residual | None:
     """The addition of another tensor of the same shape and dtype to ``node``, with its ReLU."""
-    if len(node.users) != 1:
-        return None
-    (add,) = node.users
-    if add.target is not aten.add.Tensor or add.kwargs.get("alpha", 1) != 1:
+    add = _only_user(node)
+    if add is None or add.target is not aten.add.Tensor or add.kwargs.get("alpha", 1) != 1:
         return None
     others = [a for a in add.args if a is not node]
-    if len(others) != 1:
+    mine, other = value_of(node), tensor_of(others[0] if others else None)
+    if other is None or mine.dtype != other.dtype or not same_sizes(mine.shape, other.shape):
         return None
-    mine, other = tensor_of(node), tensor_of(others[0])
-    if mine is None or other is None or mine.dtype != other.dtype:
-        return None
-    if not same_sizes(mine.shape, other.shape):
-        return None
-    last, relu = add, False
-    if len(add.users) == 1 and next(iter(add.users)).target is aten.relu.default:
-        last, relu = next(iter(add.users)), True
-    return Residual(others[0], last, relu)  # type: ignore[arg-type]
+    relu = _only_user(add)
+    if relu is None or relu.target is not aten.relu.default:
+        return Residual(others[0], add, relu=False)  # type: ignore[arg-type]
+    return Residual(others[0], relu, relu=True)  # type: ignore[arg-type]
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _is_pointwise_of(node: fx.Node, region: list[fx.Node], like: Tensor) -> bool:
@@ -111,45 +111,32 @@ def _is_pointwise_of(node: fx.Node, region: list[fx.Node], like: Tensor) -> bool
     )
 
 
-def _before_cast(node: fx.Node, dtype: torch.dtype) -> fx.Node | None:
-    """What ``node`` casts to ``dtype``; None if it is no such cast."""
+def _casts_to(node: fx.Node, dtype: torch.dtype | None) -> bool:
     value = tensor_of(node)
-    if node.target is not _CAST or value is None or value.dtype != dtype:
-        return None
-    return node.args[0] if isinstance(node.args[0], fx.Node) else None
-
-
-_CAST = torch.ops.prims.convert_element_type.default
-
-
-def _is_idle_cast(node: fx.Node) -> bool:
-    before, after = tensor_of(node.args[0] if node.args else None), tensor_of(node)
-    if node.target is not _CAST or before is None or after is None:
-        return False
-    return before.dtype == after.dtype
+    is_cast = node.target is torch.ops.prims.convert_element_type.default
+    return is_cast and value is not None and value.dtype == dtype
 
 
 def _expression(node: fx.Node, x: fx.Node) -> tuple[str, tuple[float, ...]]:
     """``node`` as an expression of ``x``: text with a # for each constant, and the constants."""
-    if node is x:
-        return "x", ()
-    if _is_idle_cast(node) and isinstance(node.args[0], fx.Node):
-        return _expression(node.args[0], x)
     constants: list[float] = []
 
     def text(value: Any) -> str:
-        if isinstance(value, fx.Node):
-            inner, more = _expression(value, x)
-            constants.extend(more)
-            return inner
+        if value is x:
+            return "x"
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             constants.append(value)
             return "#"
-        return str(value)
+        if not isinstance(value, fx.Node):
+            return str(value)
+        before = tensor_of(value.args[0] if value.args else None)
+        if before is not None and _casts_to(value, before.dtype):
+            return text(value.args[0])
+        arguments = [text(a) for a in value.args]
+        arguments += [f"{k}={text(v)}" for k, v in sorted(value.kwargs.items())]
+        return f"{value.target}({', '.join(arguments)})"
 
-    arguments = [text(a) for a in node.args]
-    arguments += [f"{k}={text(v)}" for k, v in sorted(node.kwargs.items())]
-    return f"{node.target}({', '.join(arguments)})", tuple(constants)
+    return text(node), tuple(constants)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import fx
 from ..._torch import inductor
 from ...graph import affine, layers
 from ...graph.affine import AffineChain
-from ...graph.layers import tensor_of
+from ...graph.layers import value_of
 from . import epilogue, kernels
 from .candidate import FoldCandidate
 from .epilogue import Activation, Residual
@@ -49,7 +49,7 @@ def _candidate(
     whole = FoldCandidate(cut, activation=activation, residual=residual)
     for candidate in (whole, FoldCandidate(chain)):
         kernel = kernels.kernel_for(candidate, is_channels_last=is_channels_last)
-        if kernel and kernels.gains(candidate, kernel):
+        if kernel:
             return dataclasses.replace(candidate, kernel=kernel)
     return None
 
@@ -65,11 +65,11 @@ def _cut_at_activation(chain: AffineChain) -> tuple[AffineChain, Activation | No
     best: tuple[AffineChain, Activation | None] = chain, None
     for end in range(len(chain.steps), -1, -1):
         cut = dataclasses.replace(chain, steps=chain.steps[:end])
-        found = None
-        if _has_shape_of_layer(cut):
-            found = epilogue.activation_after(cut.last, chain.layer.out.dtype)
-        if found is not None and (best[1] is None or best[1].last < found.last):
-            best = cut, found
+        out = chain.layer.out
+        if layers.same_sizes(value_of(cut.last).shape, out.shape):
+            found = epilogue.activation_after(cut.last, out.dtype)
+            if found is not None and (best[1] is None or best[1].last < found.last):
+                best = cut, found
         if end and chain.steps[end - 1].reads_a_tensor:
             break
     return best
@@ -77,14 +77,7 @@ def _cut_at_activation(chain: AffineChain) -> tuple[AffineChain, Activation | No
 
 def _residual(chain: AffineChain) -> Residual | None:
     """The residual added to a chain, where it can as well be added to the layer's own elements."""
-    result = tensor_of(chain.last)
     is_moved = any(s.kind == "move" for s in chain.steps)
-    if result is None or result.dtype != chain.layer.out.dtype or is_moved:
+    if is_moved or value_of(chain.last).dtype != chain.layer.out.dtype:
         return None
     return epilogue.residual_after(chain.last)
-
-
-def _has_shape_of_layer(chain: AffineChain) -> bool:
-    """Whether the chain's result has the shape of the layer's output."""
-    result = tensor_of(chain.last)
-    return result is not None and layers.same_sizes(result.shape, chain.layer.out.shape)

@@ -18,19 +18,10 @@ from torch import fx
 
 from ..._torch import compat, inductor
 from ...graph import layers
-from ...graph.layers import Layer, tensor_of
+from ...graph.layers import Layer, value_of
 from .candidate import FoldCandidate
 
-__all__ = [
-    "ATEN",
-    "CUDNN",
-    "ONEDNN",
-    "bytes_moved",
-    "gains",
-    "has_epilogue",
-    "kernel_for",
-    "moves_fewer_bytes",
-]
+__all__ = ["ATEN", "CUDNN", "ONEDNN", "bytes_moved", "has_epilogue", "kernel_for"]
 
 CUDNN = "cudnn"
 """cuDNN's convolution, with the ReLU and a residual before it inside."""
@@ -39,22 +30,16 @@ ONEDNN = "onednn"
 ATEN = "aten"
 """The layer's own operator with a scaled weight and a shifted bias, without an epilogue."""
 
-# A layer for which both move as many bytes came out slower when folded: the scale and the shift are
-# small kernels of their own, and the weight is read with less locality.
-_MARGIN = 2
-
 
 def kernel_for(candidate: FoldCandidate, *, is_channels_last: bool) -> str:
-    """The first kernel that takes ``candidate`` with all of its epilogue; "" if there is none.
+    """The first kernel that takes ``candidate`` with all of its epilogue.
 
-    ``is_channels_last`` says whether Inductor makes what goes through convolutions channels-last.
+    "" if there is none, or it computes no more than the layer as written. ``is_channels_last`` says
+    whether Inductor makes what goes through convolutions channels-last.
     """
-    return next((name for name, takes in KERNELS if takes(candidate, is_channels_last)), "")
-
-
-def gains(candidate: FoldCandidate, kernel: str) -> bool:
-    """Whether ``kernel`` computes more than the layer as it is written."""
-    return bool(candidate.chain.steps) or candidate.activation is not None or kernel == CUDNN
+    kernel = next((name for name, takes in KERNELS if takes(candidate, is_channels_last)), "")
+    gains = candidate.chain.steps or candidate.activation is not None or kernel == CUDNN
+    return kernel if gains else ""
 
 
 def has_epilogue(layer: Layer) -> bool:
@@ -86,7 +71,8 @@ KERNELS: tuple[tuple[str, Callable[[FoldCandidate, bool], bool]], ...] = (
 
 def _is_cudnn_layer(layer: Layer) -> bool:
     """Whether cuDNN may have a convolution with an epilogue for this layer."""
-    sizes = (*layer.out.shape, *_sizes(layer.input), *_sizes(layer.weight))
+    nodes = (layer.node, layer.input, layer.weight)
+    sizes = [size for node in nodes for size in value_of(node).shape]
     return (
         layer.is_conv
         and not layer.layout.transposed
@@ -112,18 +98,13 @@ def _is_onednn_layer(layer: Layer) -> bool:
     )
 
 
-def _sizes(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
-    tensor = tensor_of(node)
-    return () if tensor is None else tuple(tensor.shape)
-
-
 def _is_known_channels_last(layer: Layer) -> bool:
     """Whether oneDNN's convolution sees that its input is channels-last, as Inductor made it.
 
     An input of one channel, or of 1x1 maps, is contiguous as well. oneDNN's result then is, too,
     which Inductor does not expect.
     """
-    _, channels, *maps = _sizes(layer.input)
+    _, channels, *maps = value_of(layer.input).shape
     surely = compat.surely  # makes no guard on symbolic sizes
     return surely(channels != 1) and any(surely(size != 1) for size in maps)
 
@@ -139,12 +120,6 @@ def _may_add_and_raise(layer: Layer, last: fx.Node) -> bool:
     return is_narrow and any(u.target is torch.ops.aten.add.Tensor for u in last.users)
 
 
-def moves_fewer_bytes(candidate: FoldCandidate) -> bool:
-    """Whether folding moves fewer bytes, with a margin for what is not counted."""
-    exact, folded = bytes_moved(candidate)
-    return _MARGIN * folded < exact
-
-
 def bytes_moved(candidate: FoldCandidate) -> tuple[int, int]:
     """Bytes moved as written and folded, besides the layer's own input and output.
 
@@ -158,13 +133,12 @@ def bytes_moved(candidate: FoldCandidate) -> tuple[int, int]:
 
 
 def _weight_bytes(layer: Layer) -> int:
-    wide, narrow = tensor_of(layers.without_casts(layer.weight)), tensor_of(layer.weight)
-    if wide is None or narrow is None:
-        raise ValueError(f"{layer.node} has no metadata")
+    """Bytes that scaling the weight reads and writes."""
     # A weight that autocast casts down is read and written anyway, in the same kernel.
-    if wide is not narrow:
+    if layers.without_casts(layer.weight) is not layer.weight:
         return 0
-    return compat.size_hint(narrow.numel()) * (wide.element_size() + narrow.element_size())
+    weight = value_of(layer.weight)
+    return 2 * compat.size_hint(weight.numel()) * weight.element_size()
 
 
 def _adds_bias_apart(candidate: FoldCandidate) -> bool:

@@ -8,15 +8,18 @@ code that has to run without it must not contain it (``_torch.inductor.for_pytho
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...graph.layers import CHANNELS_LAST
-
-__all__ = ["convolution_relu"]
+__all__ = ["CHANNELS_LAST", "convolution_relu"]
 
 aten = torch.ops.aten
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The memory format of that name, by number of dimensions."""
+
 _log = logging.getLogger("convbn_inductor_pass")
 
 _library = torch.library.Library("convbn_inductor_pass", "FRAGMENT")
@@ -29,21 +32,13 @@ _library.define(
 
 @torch.library.impl(_library, "convolution_relu", "CUDA")
 def _convolution_relu(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    other: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, *geometry: Any
 ) -> Tensor:
     """``relu(conv(input, weight, bias) + other)``: [N, C_out, ...], channels-last.
 
     ``input`` [N, C_in, ...], ``weight`` [C_out, C_in / groups, ...], both channels-last; ``bias``
-    [C_out]; ``other`` like the result.
+    [C_out]; ``other`` like the result. ``geometry``: stride, padding, dilation, groups.
     """
-    geometry = (stride, padding, dilation, groups)
     try:
         if other is None:
             out = aten.cudnn_convolution_relu(input, weight, bias, *geometry)
@@ -61,16 +56,10 @@ def _convolution_relu(
 @torch.library.impl(_library, "convolution_relu", "CPU")
 @torch.library.impl(_library, "convolution_relu", "Meta")
 def _by_parts(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    other: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    input: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, *geometry: Any
 ) -> Tensor:
     """The same in three operators."""
+    stride, padding, dilation, groups = geometry
     rest = (stride, padding, dilation, False, [0] * len(stride), groups)
     out = aten.convolution.default(input, weight, bias, *rest)
     out = aten.relu(out if other is None else out + other)

@@ -15,24 +15,23 @@ __all__ = ["records_of"]
 
 def records_of(decisions: Iterable[Decision]) -> tuple[Record, ...]:
     """A record for each decision; call it before the graph is rewritten."""
-    return tuple(map(_record, decisions))
-
-
-def _record(decision: Decision) -> Record:
-    candidate = decision.candidate
-    node, out = candidate.layer.node, candidate.layer.out
-    bytes_exact, bytes_folded = kernels.bytes_moved(candidate)
-    return Record(
-        pass_name="forward_folding",
-        kind="layer",
-        code=decision.code,
-        detail=decision.detail,
-        layer=name_of(node),
-        source=source_line(node),
-        output_shape=compat.shape_of(out),
-        output_bytes=compat.size_hint(out.numel()) * out.element_size(),
-        epilogue=candidate.epilogue,
-        kernel=candidate.kernel,
-        bytes_exact=bytes_exact,
-        bytes_folded=bytes_folded,
-    )
+    records = []
+    for decision in decisions:
+        candidate, layer = decision.candidate, decision.candidate.layer
+        bytes_exact, bytes_folded = kernels.bytes_moved(candidate)
+        record = Record(
+            pass_name="forward_folding",
+            kind="layer",
+            code=decision.code,
+            detail=decision.detail,
+            layer=name_of(layer.node),
+            source=source_line(layer.node),
+            output_shape=compat.shape_of(layer.out),
+            output_bytes=compat.size_hint(layer.out.numel()) * layer.out.element_size(),
+            epilogue=candidate.epilogue,
+            kernel=candidate.kernel,
+            bytes_exact=bytes_exact,
+            bytes_folded=bytes_folded,
+        )
+        records.append(record)
+    return tuple(records)

@@ -13,11 +13,11 @@ from torch import fx
 from ..._torch import compat, inductor
 from ...graph import affine, layers
 from ...graph.builder import Builder, erase_unused
-from ...graph.layers import CHANNELS_LAST, Layer, tensor_of
+from ...graph.layers import Layer, value_of
 from ...graph.strides import views_of
 from . import kernels, operators
 from .candidate import FoldCandidate
-from .epilogue import Activation, Residual
+from .operators import CHANNELS_LAST
 
 __all__ = ["rewrite"]
 
@@ -54,83 +54,61 @@ def _fold(candidate: FoldCandidate, build: Builder) -> None:
     layer, chain, replaced = candidate.layer, candidate.chain, _replaced(candidate)
     weight, bias = layer.weight, layer.bias
     if chain.steps:
-        scale, bias = affine.emit_scale_and_shift(chain, build)
+        scale = affine.emit_scale(layer, chain.steps, build)
+        bias = affine.emit_shift(layer, chain.steps, build, narrowed=False)
         if bias is not None:
             bias = build.cast(bias, layer.out.dtype)
         if scale is not None:
             weight = _scaled_weight(layer, scale, build)
-    if candidate.kernel == kernels.ONEDNN:
-        new = _onednn_call(layer, candidate.activation, weight, bias, build)
-    elif candidate.kernel == kernels.CUDNN:
-        new = _cudnn_call(layer, candidate.residual, weight, bias, build)
-    else:
-        new = _aten_call(layer, weight, bias, build)
+    new = _call(candidate, weight, bias, build)
     new.meta = {**layer.node.meta, "val": new.meta["val"]}
     for step in chain.steps:
         if step.kind == "move":
             new = build.call(step.node.target, new, *step.node.args[1:], **step.node.kwargs)
-    result = tensor_of(replaced)
-    if result is not None:
-        new = build.cast(new, result.dtype)
+    new = build.cast(new, value_of(replaced).dtype)
     if new is not replaced:
         new.meta = {**replaced.meta, "val": new.meta["val"]}
     build.replace(replaced, new)
+    build.finish()  # now, since the next candidates ask what the graph returns
     erase_unused(replaced)
 
 
 def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
     """``s * W``: scaled in the wide dtype and rounded once."""
-    narrow = tensor_of(layer.weight)
-    if narrow is None:
-        raise ValueError(f"{layer.node} has no metadata")
     weight = layers.without_casts(layer.weight)
-    if layer.is_conv and weight is layer.weight:
+    if layer.is_conv and weight is layer.weight and layer.out.device.type == "cpu":
         # Inductor vectorizes a change of memory format, but not together with the scaling.
-        weight = _channels_last_on_cpu(weight, build)
-    return build.cast(affine.emit_scaled_weight(layer, scale, build, weight), narrow.dtype)
+        weight = _channels_last(weight, build)
+    scaled = affine.emit_scaled_weight(weight, scale, layer.layout, build)
+    return build.cast(scaled, value_of(layer.weight).dtype)
 
 
-def _onednn_call(
-    layer: Layer,
-    activation: Activation | None,
-    weight: fx.Node,
-    bias: fx.Node | None,
-    build: Builder,
-) -> fx.Node:
-    stride, padding, dilation = layer.node.args[3:6]
+def _call(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builder) -> fx.Node:
+    """The candidate's kernel, with the epilogue that is its own."""
+    layer, args = c.layer, c.layer.node.args
+    if c.kernel == kernels.ATEN and layer.is_conv:
+        return build.call(aten.convolution.default, layer.input, weight, bias, *args[3:])
+    if c.kernel == kernels.ATEN:
+        if bias is None:
+            return build.call(aten.mm.default, layer.input, weight)
+        return build.call(aten.addmm.default, bias, layer.input, weight)
+    stride, padding, dilation = args[3:6]
+    if c.kernel == kernels.CUDNN:
+        return build.call(
+            operators.convolution_relu,
+            *(_channels_last(build.current(layer.input), build), _channels_last(weight, build)),
+            *(bias and _dense(bias, build), c.residual and _channels_last(c.residual.other, build)),
+            *(stride, padding, dilation, layer.layout.groups),
+        )
     epilogue: tuple[object, ...] = ("none", [], "")
-    if activation is not None:
-        epilogue = activation.name, list(activation.scalars), activation.algorithm
+    if c.activation is not None:
+        epilogue = c.activation.name, list(c.activation.scalars), c.activation.algorithm
     return build.call(
         torch.ops.mkldnn._convolution_pointwise.default,
-        *(_input(layer, build), _channels_last_on_cpu(weight, build), bias and _dense(bias, build)),
+        # oneDNN takes any weight that has no gaps or repeats, but reorders others slowly.
+        *(_input(layer, build), _channels_last(weight, build), bias and _dense(bias, build)),
         *(padding, stride, dilation, layer.layout.groups, *epilogue),
     )
-
-
-def _cudnn_call(
-    layer: Layer,
-    residual: Residual | None,
-    weight: fx.Node,
-    bias: fx.Node | None,
-    build: Builder,
-) -> fx.Node:
-    stride, padding, dilation = layer.node.args[3:6]
-    return build.call(
-        operators.convolution_relu,
-        *(_channels_last(build.current(layer.input), build), _channels_last(weight, build)),
-        *(bias and _dense(bias, build), residual and _channels_last(residual.other, build)),
-        *(stride, padding, dilation, layer.layout.groups),
-    )
-
-
-def _aten_call(layer: Layer, weight: fx.Node, bias: fx.Node | None, build: Builder) -> fx.Node:
-    if layer.is_conv:
-        args = (layer.input, weight, bias, *layer.node.args[3:])
-        return build.call(aten.convolution.default, *args)
-    if bias is None:
-        return build.call(aten.mm.default, layer.input, weight)
-    return build.call(aten.addmm.default, bias, layer.input, weight)
 
 
 def _input(layer: Layer, build: Builder) -> fx.Node:
@@ -145,23 +123,10 @@ def _input(layer: Layer, build: Builder) -> fx.Node:
         needed = any(compat.is_mutable(u.target) for u in node.users)
     else:
         needed = any(u.op == "output" for n in (node, *views_of(node)) for u in n.users)
-    tensor = tensor_of(node)
-    memory_format = None if tensor is None else CHANNELS_LAST.get(tensor.ndim)
-    if not needed or tensor is None or memory_format is None:
-        return node
-    if tensor.is_contiguous(memory_format=memory_format):
+    memory_format = CHANNELS_LAST[layer.out.ndim]
+    if not needed or value_of(node).is_contiguous(memory_format=memory_format):
         return node
     return build.call(aten.clone.default, node, memory_format=memory_format)
-
-
-def _channels_last_on_cpu(weight: fx.Node, build: Builder) -> fx.Node:
-    """A weight in the memory format that Inductor gives convolutions' weights on CPU.
-
-    oneDNN takes any that has no gaps or repeats, but reorders others slowly.
-    """
-    tensor = tensor_of(weight)
-    on_cpu = tensor is not None and tensor.device.type == "cpu"
-    return _channels_last(weight, build) if on_cpu else weight
 
 
 def _channels_last(node: fx.Node, build: Builder) -> fx.Node:
@@ -169,8 +134,8 @@ def _channels_last(node: fx.Node, build: Builder) -> fx.Node:
 
     The strides in its metadata are those that were traced, not those that Inductor will choose.
     """
-    tensor = tensor_of(build.current(node))
-    if tensor is None or tensor.ndim not in CHANNELS_LAST:
+    tensor = value_of(build.current(node))
+    if tensor.ndim not in CHANNELS_LAST:
         return node
     memory_format = CHANNELS_LAST[tensor.ndim]
     if tensor.is_contiguous(memory_format=memory_format):
@@ -181,7 +146,6 @@ def _channels_last(node: fx.Node, build: Builder) -> fx.Node:
 
 def _dense(bias: fx.Node, build: Builder) -> fx.Node:
     """A bias in memory without gaps or repeats: oneDNN ignores its strides."""
-    tensor = tensor_of(bias)
-    if tensor is None or tensor.is_contiguous():
+    if value_of(bias).is_contiguous():
         return bias
     return build.call(aten.clone.default, bias, memory_format=torch.contiguous_format)
