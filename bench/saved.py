@@ -13,8 +13,8 @@ from torch import fx
 from torch._functorch import config as functorch_config
 
 import convbn_inductor_pass
-from convbn_inductor_pass.saved_tensors import SavedForBackward, saved_by_graph
 from convbn_inductor_pass._torch.tracing import trace
+from convbn_inductor_pass.saved_tensors import SavedForBackward, saved_by_graph
 
 from .protocols import NotApplicable
 from .providers import Provider
