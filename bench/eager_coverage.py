@@ -1,12 +1,13 @@
-"""Eager tune mode on real networks: the pairs it finds, what it keeps, how right it is.
+"""Tune mode on real networks: pairs found, bytes that eager mode saves, errors of gradients.
 
     python -m bench.eager_coverage [--model NAME ...]
 
-For each network: the pairs fused by the compiled pass (``explain``) and by ``turn_on``; bytes
-that autograd keeps in eager eval, tune and deploy mode, seen through saved-tensor hooks,
-parameters, buffers and inputs not counted; the largest error of a gradient in float32 against
-eval mode in float64, for eval and for tune mode, over several inputs; and the largest
-difference of tune from eval mode where both are float64, over the same inputs.
+For each network: the pairs fused by the compiled pass (``explain``), those and the ones whose layer
+output is saved anyway, which it leaves as written, and the pairs fused by ``turn_on``; bytes that
+autograd saves in eager eval, tune and deploy mode, seen through saved-tensor hooks, parameters,
+buffers and inputs not counted; the largest error of a gradient in float32 against eval mode in
+float64, for eval and for tune mode, over several inputs; and the largest difference of tune from
+eval mode where both are float64, over the same inputs.
 
 Rounding can make a ReLU or a maximum go the other way, in either mode, which changes a gradient
 by 1e-3 and more. Such inputs are told from the activations, counted (``flipped``), and left out
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import testing
+from convbn_inductor_pass import Code, testing
 
 from .libraries import MissingLibrary, require
 
@@ -135,23 +136,23 @@ def prepare(model: nn.Module) -> nn.Module:
     return model
 
 
-def kept_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps for the backward of one forward, each storage once."""
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes that autograd saves for the backward of one forward, each storage once."""
     alive = {t.untyped_storage().data_ptr() for t in (x, *model.state_dict().values())}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
     held = []
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
         if storage.data_ptr() not in alive:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
             held.append(t)  # so that no address is used twice
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         output = model(x)
     del output
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 class Choices(TorchDispatchMode):
@@ -179,7 +180,7 @@ class Choices(TorchDispatchMode):
 
 
 def largest_errors(model: nn.Module, inputs: list[Tensor]) -> dict[str, Any]:
-    """Largest error of a gradient, relative to its largest number; exact is eval in float64."""
+    """Largest error of a gradient, relative to its largest element; exact is eval in float64."""
 
     def run(m: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         with Choices() as choices:
@@ -213,6 +214,11 @@ def largest_errors(model: nn.Module, inputs: list[Tensor]) -> dict[str, Any]:
     }
 
 
+def pairs(explanation: cbn.Explanation) -> int:
+    """Batch norms in tune mode, and those left as written because their layer's output is saved."""
+    return explanation.fused + sum(r.code is Code.SAVED_ANYWAY for r in explanation.batch_norms)
+
+
 def measure(make: Callable[[], nn.Module], size: int) -> dict[str, Any]:
     """All that is said about one network."""
     torch._dynamo.reset()
@@ -220,26 +226,31 @@ def measure(make: Callable[[], nn.Module], size: int) -> dict[str, Any]:
     model, x = prepare(make()), torch.randn(2, 3, size, size)
     explanation = cbn.explain(model, x)
     tune = cbn.turn_on(copy.deepcopy(model), "tune")
-    kept = {"eval": kept_bytes(model, x), "tune": kept_bytes(tune, x)}
-    fused = sum(r.code.fused for r in cbn.decisions(tune))
+    saved = {"eval": saved_bytes(model, x), "tune": saved_bytes(tune, x)}
+    eager = sum(r.code.rewritten for r in cbn.decisions(tune))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deploy warns about training, which is not done here
         deploy = cbn.turn_on(copy.deepcopy(model), "deploy", example_inputs=(x,))
-    kept["deploy"] = kept_bytes(deploy, x)
+    saved["deploy"] = saved_bytes(deploy, x)
     errors = largest_errors(model, [torch.randn_like(x) for _ in range(INPUTS)])
     return {
-        "batch_norms": len(explanation.records),
+        "batch_norms": len(explanation.batch_norms),
         "compiled": explanation.fused,
-        "eager": fused,
-        "kept": kept,
+        "compiled_or_saved_anyway": pairs(explanation),
+        "eager": eager,
+        "saved": saved,
         **errors,
     }
 
 
 HEADER = (
-    *("network", "batch norms", "compiled", "eager", "kept: eval", "tune", "deploy"),
+    *("network", "batch norms", "compiled", "or saved anyway", "eager"),
+    *("saved: eval", "tune", "deploy"),
     *("error: eval", "tune", "tune, float64", "flipped: eval", "tune"),
 )
+
+
+_COUNTS = ("batch_norms", "compiled", "compiled_or_saved_anyway", "eager")
 
 
 def row(name: str, r: dict[str, Any]) -> list[str]:
@@ -247,8 +258,8 @@ def row(name: str, r: dict[str, Any]) -> list[str]:
     errors = (r[f"error_{which}"] for which in ("eval", "tune", "tune_float64"))
     return [
         name,
-        *(str(r[key]) for key in ("batch_norms", "compiled", "eager")),
-        *(f"{r['kept'][mode]:,}" for mode in ("eval", "tune", "deploy")),
+        *(str(r[key]) for key in _COUNTS),
+        *(f"{r['saved'][mode]:,}" for mode in ("eval", "tune", "deploy")),
         *("none without" if e is None else f"{e:.1e}" for e in errors),
         *(f"{r['flipped'][mode]} of {r['inputs']}" for mode in ("eval", "tune")),
     ]

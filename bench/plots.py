@@ -24,18 +24,18 @@ _COLOURS = {"eval": "#999999", "builtin": "#E69F00", "ours": "#0072B2", "deploy"
 def draw(rows: list[Row], folder: Path) -> dict[str, Path]:
     """Draw what there are results for; returns the pictures by title."""
     pictures: dict[str, Path] = {}
-    kept = [
+    saved = [
         g
         for g in groups(rows, "saved")
         if g.settings.protocol == "all" and g.values("eval") and g.values("ours")
     ]
     first: dict[str, Group] = {}
-    for group in kept:
+    for group in saved:
         first.setdefault(group.settings.case, group)
-    kept = list(first.values())
-    if kept:
-        title = "Kept for backward, relative to compiled eval mode"
-        pictures[title] = _bars(kept, title, _saved_ratio, folder / "saved.png")
+    saved = list(first.values())
+    if saved:
+        title = "Saved for backward, relative to compiled eval mode"
+        pictures[title] = _bars(saved, title, _saved_ratio, folder / "saved.png")
     for device in ("cpu", "cuda"):
         timed = [
             g
