@@ -23,7 +23,7 @@ def test_coverage_of_eager_mode():
 
 
 def test_committed_results_are_reported():
-    """report.md and the README's figures are the result files', and every exception has a reason."""
+    """report.md and the README's figures are the results', and every exception has a reason."""
     folder = eager_coverage.RESULTS.parent
     found = {row.key: row for p in sorted(folder.glob("*.jsonl")) for row in results.read(p)[1]}
     rows = list(found.values())

@@ -93,7 +93,7 @@ def test_what_fails_is_written_and_tried_again(tmp_path, monkeypatch):
 
 def test_kernels_and_passes_are_seen_while_compiling():
     workload = setup(TINY)
-    model, function = PROVIDERS["ours"].prepare(workload)
+    _, function = PROVIDERS["ours"].prepare(workload)
     with PROVIDERS["ours"].active(), codegen.recording() as code:
         workload.backward(workload.forward(function))
     assert code.graphs == 2  # forward and backward
