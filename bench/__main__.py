@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import cases, protocols, providers, suites, workload
-from .measure import Budget
-from .report import write_report
+from .metrics.measure import Budget
+from .reporting.report import write_report
 from .results import ResultFile, Row
 from .runner import METRICS, Job
 from .runner import run as run_jobs

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import testing
 
-from . import tables
 from .libraries import MissingLibrary, require
 from .models.repvgg import RepVGG
+from .reporting import tables
 
 __all__ = ["CASES", "PRECISIONS", "Errors", "draw", "measure"]
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import Code, testing
 
-from . import tables
 from .libraries import MissingLibrary, require
+from .reporting import tables
 
 __all__ = ["MODELS", "Recognition", "frozen_batch_norms", "recognise"]
 

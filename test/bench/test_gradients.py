@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from bench import eager_coverage, gradient_error
+from bench.models import covered
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_sides_of_edges_are_told(module, edges):
 
 
 def test_errors_without_flips():
-    model = eager_coverage.prepare(eager_coverage.M())
+    model = eager_coverage.prepare(covered.M())
     result = eager_coverage.largest_errors(model, [torch.randn(1, 3, 12, 12)])
     assert result["flipped"] == {"eval": 0, "tune": 0, "tune_float64": 0}
     assert 0 < result["error_tune"] < 1e-5

@@ -8,12 +8,14 @@ import json
 import pytest
 import torch
 
-from bench import analysis, cases, codegen, results, runner, suites
-from bench.capacity import largest_batch
-from bench.measure import Budget
+from bench import cases, results, runner, suites
+from bench.metrics import codegen
+from bench.metrics.capacity import largest_batch
+from bench.metrics.measure import Budget
+from bench.metrics.saved import saved_bytes
 from bench.providers import PROVIDERS
+from bench.reporting import analysis
 from bench.results import Row
-from bench.saved import saved_bytes
 from bench.workload import Settings, setup
 
 TINY = Settings("timeseries_fcn", batch=2, shape=(12, 16))
@@ -122,7 +124,7 @@ def _measured(provider, factor):
 
 def test_report_renders(tmp_path):
     pytest.importorskip("matplotlib")
-    from bench import report
+    from bench.reporting import report
 
     file = results.ResultFile(tmp_path / "tiny.jsonl", arguments={})
     for provider, size in (("eval", 200), ("builtin", 150), ("ours", 100), ("deploy", 100)):

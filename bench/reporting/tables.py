@@ -8,14 +8,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..cases import CASES
+from ..protocols import PROTOCOLS
+from ..providers import PROVIDERS
+from ..results import Row
+from ..suites import settings_of
 from .analysis import Group, geometric_mean, groups, ratio, spread
-from .cases import CASES
-from .protocols import PROTOCOLS
-from .providers import PROVIDERS
 from .reasons import why, why_little
 from .references import PUBLISHED
-from .results import Row
-from .suites import settings_of
 
 __all__ = [
     "NONE",

@@ -6,7 +6,7 @@ on one among the committed results.
 
 from __future__ import annotations
 
-from .workload import Settings
+from ..workload import Settings
 
 __all__ = ["UNEXPLAINED", "why", "why_little"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..results import Row, read
 from . import plots, tables
-from .results import Row, read
 
 __all__ = ["write_report"]
 

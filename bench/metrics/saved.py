@@ -16,9 +16,9 @@ import convbn_inductor_pass
 from convbn_inductor_pass._torch.tracing import trace
 from convbn_inductor_pass.saved_tensors import SavedForBackward, saved_by_graph
 
-from .protocols import NotApplicable
-from .providers import Provider
-from .workload import Settings, setup
+from ..protocols import NotApplicable
+from ..providers import Provider
+from ..workload import Settings, setup
 
 __all__ = ["saved_bytes"]
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from ..providers import Provider
+from ..workload import Settings
 from .measure import Budget, measure
-from .providers import Provider
-from .workload import Settings
 
 __all__ = ["capacity", "largest_batch"]
 

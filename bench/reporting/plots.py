@@ -10,10 +10,10 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from ..protocols import PROTOCOLS
+from ..providers import PROVIDERS
+from ..results import Row
 from .analysis import Group, groups, ratio
-from .protocols import PROTOCOLS
-from .providers import PROVIDERS
-from .results import Row
 
 __all__ = ["draw"]
 
@@ -73,10 +73,6 @@ def _saved_ratio(group: Group, provider: str) -> float | None:
 def _peak_ratio(group: Group, provider: str) -> float | None:
     pair = [group.peak(name) for name in (provider, "eval")]
     return pair[0] / pair[1] if pair[0] and pair[1] else None
-
-
-def _batch(group: Group, provider: str) -> float | None:
-    return group.values(provider).get("largest_batch")
 
 
 def _bars(

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._inductor.utils import fresh_cache
 
+from ..providers import Provider
+from ..workload import Settings, Workload, setup
 from . import codegen, memory
-from .providers import Provider
-from .workload import Settings, Workload, setup
 
 __all__ = ["Budget", "keep_freed_memory", "measure"]
 
