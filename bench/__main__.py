@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import cases, protocols, providers, suites, workload
-from .measure import Budget
-from .report import write_report
+from .metrics.measure import Budget
+from .reporting.report import write_report
 from .results import ResultFile, Row
 from .runner import METRICS, Job
 from .runner import run as run_jobs
@@ -80,8 +80,8 @@ def run(
         jobs = suites.SUITES[suite](device)
         jobs = [j for j in jobs if not metrics or j.metric in metrics]
         if names:
-            kept = [(j, tuple(p for p in j.providers if p in names)) for j in jobs]
-            jobs = [Job(j.metric, j.settings, p, j.cap_bytes) for j, p in kept if p]
+            chosen = [(j, tuple(p for p in j.providers if p in names)) for j in jobs]
+            jobs = [Job(j.metric, j.settings, p, j.cap_bytes) for j, p in chosen if p]
     if threads is not None:
         torch.set_num_threads(threads)
     budget = Budget(rounds, seconds, time.monotonic() + 60 * minutes)
@@ -92,7 +92,7 @@ def run(
 @app.command()
 def gpu(
     forward: Annotated[
-        bool, typer.Option("--forward", help="The kernel half instead of the gradient half.")
+        bool, typer.Option("--forward", help="Forward folding instead of tune mode.")
     ] = False,
     minutes: Annotated[float, typer.Option(help="Ends after about so long.")] = 9,
     output: Annotated[Path | None, typer.Option(help="Result file; resumed if there.")] = None,
@@ -165,7 +165,7 @@ def _line(row: Row) -> str:
     if row.problem:
         return f"{what} {row.problem}"
     if row.metric == "saved":
-        return f"{what} {row.values['bytes'] / 1e6:,.1f} MB kept for backward"
+        return f"{what} {row.values['bytes'] / 1e6:,.1f} MB saved for backward"
     if row.metric == "capacity":
         return f"{what} batch {row.values['largest_batch']}"
     if "step_ms" in row.values:

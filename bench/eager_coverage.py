@@ -1,12 +1,13 @@
-"""Eager tune mode on real networks: the pairs it finds, what it keeps, how right it is.
+"""Tune mode on real networks: pairs found, bytes that eager mode saves, errors of gradients.
 
     python -m bench.eager_coverage [--model NAME ...]
 
-For each network: the pairs fused by the compiled pass (``explain``) and by ``turn_on``; bytes
-that autograd keeps in eager eval, tune and deploy mode, seen through saved-tensor hooks,
-parameters, buffers and inputs not counted; the largest error of a gradient in float32 against
-eval mode in float64, for eval and for tune mode, over several inputs; and the largest
-difference of tune from eval mode where both are float64, over the same inputs.
+For each network: the pairs fused by the compiled pass (``explain``), those and the ones whose layer
+output is saved anyway, which it leaves as written, and the pairs fused by ``turn_on``; bytes that
+autograd saves in eager eval, tune and deploy mode, seen through saved-tensor hooks, parameters,
+buffers and inputs not counted; the largest error of a gradient in float32 against eval mode in
+float64, for eval and for tune mode, over several inputs; and the largest difference of tune from
+eval mode where both are float64, over the same inputs.
 
 Rounding can make a ReLU or a maximum go the other way, in either mode, which changes a gradient
 by 1e-3 and more. Such inputs are told from the activations, counted (``flipped``), and left out
@@ -25,7 +26,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -33,92 +33,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import testing
+from convbn_inductor_pass import Code, testing
 
-from .libraries import MissingLibrary, require
+from .libraries import MissingLibrary
+from .models.covered import NETWORKS
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "eager_coverage.json"
 INPUTS = 5
-
-
-class M(nn.Module):
-    """The paper's ``M``: pairs across modules that are nested and wrapped."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
-        self.conv2 = nn.Conv2d(8, 8, 3)
-        self.nested = nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3))
-        self.wrapped = nn.Sequential(nn.Sequential(nn.BatchNorm2d(8)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.bn1(self.conv1(x))
-        return self.wrapped(self.nested(self.conv2(x)))
-
-
-class SharedHead(nn.Module):
-    """RetinaNet's head on three levels; torchvision's, or with batch norms of each level's own."""
-
-    def __init__(self, head: nn.Module | None, width: int = 16) -> None:
-        super().__init__()
-        self.lateral = nn.Conv2d(3, width, 1)
-        self.head = head
-        if head is None:
-            self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(4))
-            self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(12))
-
-    def forward(self, x: Tensor) -> Any:
-        levels = [self.lateral(x[..., ::s, ::s]) for s in (1, 2, 4)]
-        if self.head is not None:
-            return self.head(levels)
-        for i, conv in enumerate(self.convs):
-            levels = [F.relu(self.norms[3 * i + k](conv(y))) for k, y in enumerate(levels)]
-        return levels
-
-
-def _retina_head() -> nn.Module:
-    retinanet = require("torchvision.models.detection.retinanet")
-    return SharedHead(retinanet.RetinaNetHead(16, 9, 5, norm_layer=nn.BatchNorm2d))
-
-
-def _torchvision(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
-    return lambda: getattr(require("torchvision.models"), name)(**kwargs)
-
-
-def _timm(name: str) -> Callable[[], nn.Module]:
-    return lambda: require("timm").create_model(name)
-
-
-def _unet() -> nn.Module:
-    from .models.transposed import UNet
-
-    return UNet()
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "the paper's M": (M, 32),
-    "resnet18": (_torchvision("resnet18"), 64),
-    "resnet50": (_torchvision("resnet50"), 64),
-    "regnet_y_400mf": (_torchvision("regnet_y_400mf"), 64),
-    "mobilenet_v2": (_torchvision("mobilenet_v2"), 64),
-    "mobilenet_v3_small": (_torchvision("mobilenet_v3_small"), 64),
-    "efficientnet_b0": (_torchvision("efficientnet_b0"), 64),
-    "inception_v3": (
-        _torchvision("inception_v3", aux_logits=False, init_weights=False),
-        96,
-    ),
-    "densenet121": (_torchvision("densenet121"), 64),
-    "shufflenet_v2_x0_5": (_torchvision("shufflenet_v2_x0_5"), 64),
-    "timm resnet18": (_timm("resnet18"), 64),
-    "timm regnety_002": (_timm("regnety_002"), 64),
-    "timm mobilenetv3_small_050": (_timm("mobilenetv3_small_050"), 64),
-    "timm efficientnet_b0": (_timm("efficientnet_b0"), 64),
-    "timm inception_v3": (_timm("inception_v3"), 96),
-    "timm densenet121": (_timm("densenet121"), 64),
-    "U-Net": (_unet, 64),
-    "torchvision RetinaNet head": (_retina_head, 32),
-    "the same, norms per level": (lambda: SharedHead(None), 32),
-}
 
 
 def prepare(model: nn.Module) -> nn.Module:
@@ -135,23 +56,23 @@ def prepare(model: nn.Module) -> nn.Module:
     return model
 
 
-def kept_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps for the backward of one forward, each storage once."""
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes that autograd saves for the backward of one forward, each storage once."""
     alive = {t.untyped_storage().data_ptr() for t in (x, *model.state_dict().values())}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
     held = []
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
         if storage.data_ptr() not in alive:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
             held.append(t)  # so that no address is used twice
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         output = model(x)
     del output
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 class Choices(TorchDispatchMode):
@@ -179,7 +100,7 @@ class Choices(TorchDispatchMode):
 
 
 def largest_errors(model: nn.Module, inputs: list[Tensor]) -> dict[str, Any]:
-    """Largest error of a gradient, relative to its largest number; exact is eval in float64."""
+    """Largest error of a gradient, relative to its largest element; exact is eval in float64."""
 
     def run(m: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         with Choices() as choices:
@@ -213,6 +134,11 @@ def largest_errors(model: nn.Module, inputs: list[Tensor]) -> dict[str, Any]:
     }
 
 
+def pairs(explanation: cbn.Explanation) -> int:
+    """Batch norms in tune mode, and those left as written because their layer's output is saved."""
+    return explanation.fused + sum(r.code is Code.SAVED_ANYWAY for r in explanation.batch_norms)
+
+
 def measure(make: Callable[[], nn.Module], size: int) -> dict[str, Any]:
     """All that is said about one network."""
     torch._dynamo.reset()
@@ -220,26 +146,31 @@ def measure(make: Callable[[], nn.Module], size: int) -> dict[str, Any]:
     model, x = prepare(make()), torch.randn(2, 3, size, size)
     explanation = cbn.explain(model, x)
     tune = cbn.turn_on(copy.deepcopy(model), "tune")
-    kept = {"eval": kept_bytes(model, x), "tune": kept_bytes(tune, x)}
-    fused = sum(r.code.fused for r in cbn.decisions(tune))
+    saved = {"eval": saved_bytes(model, x), "tune": saved_bytes(tune, x)}
+    eager = sum(r.code.rewritten for r in cbn.decisions(tune))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deploy warns about training, which is not done here
         deploy = cbn.turn_on(copy.deepcopy(model), "deploy", example_inputs=(x,))
-    kept["deploy"] = kept_bytes(deploy, x)
+    saved["deploy"] = saved_bytes(deploy, x)
     errors = largest_errors(model, [torch.randn_like(x) for _ in range(INPUTS)])
     return {
-        "batch_norms": len(explanation.records),
+        "batch_norms": len(explanation.batch_norms),
         "compiled": explanation.fused,
-        "eager": fused,
-        "kept": kept,
+        "compiled_or_saved_anyway": pairs(explanation),
+        "eager": eager,
+        "saved": saved,
         **errors,
     }
 
 
 HEADER = (
-    *("network", "batch norms", "compiled", "eager", "kept: eval", "tune", "deploy"),
+    *("network", "batch norms", "compiled", "or saved anyway", "eager"),
+    *("saved: eval", "tune", "deploy"),
     *("error: eval", "tune", "tune, float64", "flipped: eval", "tune"),
 )
+
+
+_COUNTS = ("batch_norms", "compiled", "compiled_or_saved_anyway", "eager")
 
 
 def row(name: str, r: dict[str, Any]) -> list[str]:
@@ -247,8 +178,8 @@ def row(name: str, r: dict[str, Any]) -> list[str]:
     errors = (r[f"error_{which}"] for which in ("eval", "tune", "tune_float64"))
     return [
         name,
-        *(str(r[key]) for key in ("batch_norms", "compiled", "eager")),
-        *(f"{r['kept'][mode]:,}" for mode in ("eval", "tune", "deploy")),
+        *(str(r[key]) for key in _COUNTS),
+        *(f"{r['saved'][mode]:,}" for mode in ("eval", "tune", "deploy")),
         *("none without" if e is None else f"{e:.1e}" for e in errors),
         *(f"{r['flipped'][mode]} of {r['inputs']}" for mode in ("eval", "tune")),
     ]
@@ -263,17 +194,17 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", action="append", choices=list(MODELS))
+    parser.add_argument("--model", action="append", choices=list(NETWORKS))
     parser.add_argument("--markdown", action="store_true", help="print the table of the last run")
     arguments = parser.parse_args()
     if arguments.markdown:
         print(markdown(json.loads(RESULTS.read_text())), end="")
         return
-    names = arguments.model or list(MODELS)
+    names = arguments.model or list(NETWORKS)
     table = Table(*HEADER)
     results: dict[str, Any] = {"torch": torch.__version__, "networks": {}}
     for name in track(names, "networks"):
-        make, size = MODELS[name]
+        make, size = NETWORKS[name]
         try:
             r = measure(make, size)
         except MissingLibrary as error:
@@ -282,7 +213,7 @@ def main() -> None:
         results["networks"][name] = r
         table.add_row(*row(name, r))
     Console(width=160).print(table)
-    if names == list(MODELS):
+    if names == list(NETWORKS):
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 

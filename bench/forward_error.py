@@ -3,11 +3,10 @@
     python -m bench.forward_error [--seeds N] [--offset MEAN] [--forward auto] [--case NAME ...]
 
 Real Inductor code on CPU. Each case is compiled as written and with ``forward="fold"`` (or
-``"auto"``, which merges parallel branches, too), once per precision; weights, statistics and
-inputs are then drawn anew in place for every seed. The reference is the same module in float64
-with the same (rounded) numbers. An error is the largest of an element, relative to the largest
-number of the output. Means over the seeds are compared: the error of one seed may happen to be
-small in either mode.
+``"auto"``), once per precision; weights, statistics and inputs are then drawn in place for every
+seed. The reference is the same module in float64 with the same (rounded) values. An error is the
+largest of an element, relative to the largest element of the output. Means over the seeds are
+compared: the error of one seed may happen to be small in either mode.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from torch import Tensor, nn
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import testing
 
-from . import tables
 from .libraries import MissingLibrary, require
 from .models.repvgg import RepVGG
+from .reporting import tables
 
 __all__ = ["CASES", "PRECISIONS", "Errors", "draw", "measure"]
 

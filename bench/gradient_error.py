@@ -1,10 +1,14 @@
 """Error of every gradient against float64, eval mode's and tune mode's, layer by layer.
 
-    python -m bench.gradient_error [--device cpu] [--dtype float32]
+    python -m bench.gradient_error [--device cpu] [--dtype float32] [--backend inductor]
 
 For several layers and several ratios of mean to deviation of the layer's output (the offset
 comes from the input, as behind a ReLU, so that it cannot cancel against the layer's bias), the
-largest error of a gradient relative to its largest number. The median over ``--seeds`` runs.
+largest error of a gradient relative to its largest element. The median over ``--seeds`` runs.
+
+Both modes are compiled: through the passes alone, which leaves the rest to eager kernels
+(``testing.fast_backend``), or with ``--backend inductor`` to the end. The exact gradients are eager
+eval mode's in float64.
 
 Tune mode makes dgamma out of the layer's weight gradient: its error is that gradient's, times
 the ratio where the two sums of the formula cancel. Eval mode's grows with the ratio as well.
@@ -14,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from convbn_inductor_pass.functional.conv_bn import conv_bn_eval
+from convbn_inductor_pass import testing
+
+__all__ = ["BACKENDS", "LAYERS", "NAMES", "RATIOS", "compiled", "errors"]
 
 # name -> (batch, channels in, channels out, size, kernel)
 LAYERS = {
@@ -32,26 +40,55 @@ LAYERS = {
 }
 RATIOS = (0.0, 1.0, 10.0, 100.0, 1000.0)
 NAMES = ("dx", "dW", "dgamma", "dbeta")
+BACKENDS = ("fast", "inductor")
+
+ConvBN = Callable[..., Tensor]
+
+
+def conv_bn(
+    x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor
+) -> Tensor:
+    """The pair as users write it."""
+    return F.batch_norm(F.conv2d(x, weight), mean, var, gamma, beta, False, 0.1, 1e-5)
+
+
+def compiled(backend: str) -> dict[str, ConvBN]:
+    """The pair compiled in both modes; what was compiled before is dropped.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    torch._dynamo.reset()
+    modes = {}
+    for mode in ("eval", "tune"):
+        kwargs: dict[str, Any] = {"options": {_FLAG: mode == "tune"}}
+        if backend == "fast":
+            kwargs = {"backend": testing.fast_backend(fuse=mode == "tune")}
+        modes[mode] = torch.compile(conv_bn, dynamic=False, **kwargs)
+    return modes
+
+
+_FLAG = "efficient_conv_bn_eval_fx_passes"
 
 
 def gradients(
-    tune: bool, tensors: list[Tensor], mean: Tensor, var: Tensor, dy: Tensor
+    function: ConvBN, tensors: list[Tensor], mean: Tensor, var: Tensor, dy: Tensor
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weight, gamma and beta in the dtype of ``dy``, as float64."""
-    x, weight, gamma, beta = (t.detach().to(dy.dtype).requires_grad_() for t in tensors)
-    mean, var = mean.to(dy.dtype), var.to(dy.dtype)
-    if tune:
-        one, zero = (1, 1), (0, 0)
-        y = conv_bn_eval(
-            x, weight, None, gamma, beta, mean, var, 1e-5, one, zero, one, False, zero, 1
-        )
-    else:
-        y = F.batch_norm(F.conv2d(x, weight), mean, var, gamma, beta, False, 0.1, 1e-5)
-    return tuple(g.double() for g in torch.autograd.grad(y, (x, weight, gamma, beta), dy))
+    leaves = [t.detach().to(dy.dtype).requires_grad_() for t in tensors]
+    y = function(*leaves, mean.to(dy.dtype), var.to(dy.dtype))
+    return tuple(g.double() for g in torch.autograd.grad(y, leaves, dy))
 
 
 def errors(
-    shape: tuple[int, ...], ratio: float, seed: int, device: str, dtype: torch.dtype
+    modes: dict[str, ConvBN],
+    shape: tuple[int, ...],
+    ratio: float,
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
 ) -> dict[str, list[float]]:
     """Relative errors of the four gradients, by mode."""
     torch.manual_seed(seed)
@@ -69,36 +106,37 @@ def errors(
     gamma, beta = gamma.to(dtype).double(), beta.to(dtype).double()
     dy = torch.randn(c.shape).to(device, dtype)
     tensors = [x, weight, gamma, beta]
-    exact = gradients(False, tensors, mean, var, dy.double())
+    exact = gradients(conv_bn, tensors, mean, var, dy.double())
     return {
         mode: [
             ((g - e).abs().max() / e.abs().max()).item()
-            for g, e in zip(gradients(mode == "tune", tensors, mean, var, dy), exact, strict=True)
+            for g, e in zip(gradients(function, tensors, mean, var, dy), exact, strict=True)
         ]
-        for mode in ("eval", "tune")
+        for mode, function in modes.items()
     }
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--backend", default="fast", choices=BACKENDS)
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
     table = Table(title=f"{args.dtype} on {args.device}, torch {torch.__version__}: eval / tune")
     for column in ("layer", "mean / deviation", *NAMES):
         table.add_column(column)
     for name, shape in LAYERS.items():
+        modes = compiled(args.backend)
         for ratio in RATIOS:
             runs = [
-                errors(shape, ratio, seed, args.device, getattr(torch, args.dtype))
+                errors(modes, shape, ratio, seed, args.device, getattr(torch, args.dtype))
                 for seed in range(args.seeds)
             ]
             cells = [
                 " / ".join(
-                    f"{statistics.median(run[mode][i] for run in runs):.1e}"
-                    for mode in ("eval", "tune")
+                    f"{statistics.median(run[mode][i] for run in runs):.1e}" for mode in modes
                 )
                 for i in range(len(NAMES))
             ]

@@ -4,8 +4,8 @@ Two providers work on modules rather than on graphs:
 
 * deploy: each pair becomes one layer with the merged weight and bias, both trainable. It is
   the lower limit of memory and time, but not the same training (the paper's section 3).
-* eager tune: what MMEngine's ``efficient_conv_bn_eval`` does, written anew: the weight is
-  merged on the fly in the forward, under plain autograd.
+* eager tune: what MMEngine's ``efficient_conv_bn_eval`` does, written independently: the
+  weight is merged in each forward, under plain autograd.
 
 Pairs are found by running the network once and seeing which batch norm gets the very tensor
 that a layer returned, so that names and nesting of the modules do not matter.
@@ -83,7 +83,7 @@ def _merged(layer: Any, bn: Any) -> tuple[Tensor, Tensor]:
 
 
 class _Tuned(nn.Module):
-    """A layer and its batch norm as one, merged anew in every forward."""
+    """A layer and its batch norm as one, merged in each forward."""
 
     def __init__(self, layer: nn.Module, bn: nn.Module) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def merge(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
 
 
 def tune_eagerly(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
-    """Eager tune mode: a copy of ``model`` whose pairs merge their weight on the fly."""
+    """Eager tune mode: a copy of ``model`` whose pairs merge their weight in each forward."""
     model, pairs = _pairs_of_copy(model, inputs)
     for layer_name, layer, bn_name, bn in pairs:
         model.set_submodule(bn_name, _after(bn))

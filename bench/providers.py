@@ -25,7 +25,7 @@ __all__ = ["BUDGETS", "PROVIDERS", "Provider"]
 
 Transform = Callable[[nn.Module, tuple[Any, ...]], nn.Module]
 
-# Fractions of eval mode's activation memory that the partitioner may keep; see
+# Fractions of eval mode's activation memory that the partitioner may save; see
 # torch._functorch.config.activation_memory_budget. It recomputes the rest in backward.
 BUDGETS = (0.9, 0.7, 0.5, 0.3)
 
@@ -37,7 +37,7 @@ class Provider:
     Attributes:
         name: as given on the command line and in result files.
         title: in reports.
-        mode: what :func:`convbn_inductor_pass.saved.saved_for_backward` calls it.
+        mode: what :func:`convbn_inductor_pass.saved_tensors.saved_for_backward` calls it.
         compiled: whether ``torch.compile`` is used.
         transform: makes another module of the network first.
         inductor, functorch, options: settings that differ from the defaults, the last ones

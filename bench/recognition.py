@@ -1,4 +1,4 @@
-"""Which batch norms of real networks the kernel half recognises, and which it misses.
+"""Which batch norms of real networks forward folding recognises, and which it misses.
 
     python -m bench.recognition [--model NAME ...]
 
@@ -25,10 +25,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import testing
+from convbn_inductor_pass import Code, testing
 
-from . import tables
 from .libraries import MissingLibrary, require
+from .reporting import tables
 
 __all__ = ["MODELS", "Recognition", "frozen_batch_norms", "recognise"]
 
@@ -54,7 +54,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def recognise(model: nn.Module, *inputs: Any) -> Recognition:
-    """Count what ``model`` (in eval mode) calls, and what the kernel half folds of it."""
+    """Count what ``model`` (in eval mode) calls, and what forward folding folds of it."""
     calls: list[str] = []
     expected: collections.Counter[str] = collections.Counter()
     made: dict[int, tuple[str, Tensor, int]] = {}  # by storage; the tensor keeps it alive
@@ -85,7 +85,7 @@ def recognise(model: nn.Module, *inputs: Any) -> Recognition:
         with testing.fresh_compile(), cbn.options(forward="fold"):
             torch.compile(model, backend=testing.post_grad_backend())(*inputs)
     found = collections.Counter(
-        r.layer for r in cbn.forward_records() if r.code.folded and r.bytes_folded
+        r.layer for r in cbn.records() if r.kind == "layer" and r.code is Code.FOLDED
     )
     missed = tuple(sorted((expected - found).elements()))
     return Recognition(

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from . import memory
-from .capacity import capacity
 from .libraries import MissingLibrary
-from .measure import Budget, measure
+from .metrics import memory
+from .metrics.capacity import capacity
+from .metrics.measure import Budget, measure
+from .metrics.saved import saved_bytes
 from .protocols import PROTOCOLS, NotApplicable
 from .providers import PROVIDERS
 from .results import ResultFile, Row
-from .saved import saved_bytes
 from .workload import Settings
 
 __all__ = ["METRICS", "Job", "run"]

@@ -124,7 +124,7 @@ def _at_batch(name: str, batch: int, device: str, providers: tuple[str, ...], **
 
 
 def forward(device: str) -> list[Job]:
-    """The kernel half: inference at several batch sizes, and training, at real sizes."""
+    """Forward folding: inference at several batch sizes, and training, at real sizes."""
 
     def inference(batch: int, *more: str) -> list[Job]:
         providers = (*FOLDED_INFERENCE, *more)
@@ -136,7 +136,7 @@ def forward(device: str) -> list[Job]:
 
 
 def gpu_forward(device: str = "cuda") -> list[Job]:
-    """The kernel half on a GPU, most valuable first, for a run that may be cut off."""
+    """Forward folding on a GPU, most valuable first, for a run that may be cut off."""
 
     def inference(name: str, batch: int, precision: str, memory_format: str) -> Job:
         providers = (*FOLDED_INFERENCE, "builtin")

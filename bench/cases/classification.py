@@ -48,7 +48,7 @@ CASES = [
         "classification",
         _torchvision("resnet50"),
         batch=242,
-        note="eval mode keeps the 19.5 GB of the paper's table",
+        note="eval mode saves the 19.5 GB of the paper's table",
     ),
     _from_torchvision("resnet101", first_stages=_RESNET_STAGES),
     _from_torchvision("resnext50_32x4d", first_stages=_RESNET_STAGES),

@@ -2,7 +2,7 @@
 
 This is what ``torch.compile`` gets of a detector: what comes after it (anchors, proposals,
 sampling, region heads on a few hundred boxes) depends on data. Its activations are most of what
-a detector keeps for backward. Faster and Mask R-CNN have the same dense part. Images of
+a detector saves for backward. Faster and Mask R-CNN have the same dense part. Images of
 800 x 1333 are padded to 800 x 1344, as detectors pad them to a multiple of 32.
 
 The paper's tables use MMDetection; these networks are torchvision's and timm's of the same
@@ -126,7 +126,7 @@ CASES = [
     _case(
         "faster_rcnn_resnet50_frozen_bn",
         _rcnn("resnet50", frozen_norm=True),
-        note="FrozenBatchNorm: eval mode keeps nothing more than deploy already",
+        note="FrozenBatchNorm: eval mode saves no more than deploy mode already",
     ),
     _case("faster_rcnn_resnet101", _rcnn("resnet101")),
     _case("mask_rcnn_resnet101_fp16", _rcnn("resnet101"), batch=16, precision="fp16-autocast"),

@@ -39,10 +39,10 @@ def main() -> None:
         models[mode] = lab.in_mode(pretrained, mode)
         models[mode].head.load_state_dict(pretrained.head.state_dict())
     found: dict[str, Tensor] = {}
-    kept: dict[str, int] = {}
+    saved: dict[str, int] = {}
     times: dict[str, list[float]] = {m: [] for m in models}
     for mode, model in models.items():
-        kept[mode] = lab.saved_bytes(model, x, partial(F.cross_entropy, target=y))
+        saved[mode] = lab.saved_bytes(model, x, partial(F.cross_entropy, target=y))
     for _ in range(7):  # interleaved, so that a busy machine is unfair to nobody
         for mode, model in models.items():
             start = time.perf_counter()
@@ -59,7 +59,7 @@ def main() -> None:
             .item()
         ),
         "images": len(x),
-        "saved_bytes": kept,
+        "saved_bytes": saved,
         "median_seconds": {m: round(sorted(t)[3], 4) for m, t in times.items()},
     }
     fig, axes = lab.figure(3, "Projected gradient descent: image, found in eval mode, in tune mode")

@@ -80,7 +80,7 @@ def main() -> None:
                         p.numel() for p in model.parameters() if p.requires_grad
                     ),
                     "compiled_decisions": collections.Counter(
-                        r.code.name for r in compiled.records
+                        r.code.name for r in compiled.batch_norms
                     ),
                     "compiled_saved_bytes": compiled.saved_bytes,
                     "eager_decisions": decided,

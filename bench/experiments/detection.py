@@ -86,7 +86,7 @@ def train_detector(
     statistics(model, train[0][:256])
     package.turn_on(model.to(dtype), mode)
     train, test = (train[0].to(dtype), train[1]), (test[0].to(dtype), test[1])
-    kept = lab.saved_bytes(model, train[0][:32], partial(loss_of, targets=train[1][:32]))
+    saved = lab.saved_bytes(model, train[0][:32], partial(loss_of, targets=train[1][:32]))
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], lr=RATE, momentum=0.9
     )
@@ -103,9 +103,9 @@ def train_detector(
     return {
         "losses": losses,
         "f1": f1(model, *test),
-        "saved_bytes": kept,
+        "saved_bytes": saved,
         "step_ms": round(1e3 * sorted(times)[len(times) // 2], 2),
-        "fused": sum(r.code.fused for r in package.decisions(model)),
+        "fused": sum(r.code.rewritten for r in package.decisions(model)),
     }
 
 
@@ -136,7 +136,7 @@ def main() -> None:
     axes[0].set(xlabel="step", ylabel="loss")
     axes[0].legend()
     axes[1].bar(list(runs), [r["saved_bytes"] / 1e6 for r in runs.values()])
-    axes[1].set(ylabel="MB kept for backward, batch 32")
+    axes[1].set(ylabel="MB saved for backward, batch 32")
     lab.write("detection", {"summary": summary, "runs": runs}, fig, out, started)
 
 

@@ -151,18 +151,18 @@ def fine_tune(
 
 
 def saved_bytes(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> int:
-    """Bytes kept for backward by ``loss(model(x))``, each storage once, without parameters."""
+    """Bytes saved for backward by ``loss(model(x))``, each storage once, without parameters."""
     alive = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t
+        saved[t.untyped_storage().data_ptr()] = t
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = loss(model(x))
     del out
-    return sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in alive)
+    return sum(t.untyped_storage().nbytes() for p, t in saved.items() if p not in alive)
 
 
 def figure(columns: int, title: str) -> tuple[Any, Any]:

@@ -27,9 +27,9 @@ def main() -> None:
         for mode in MODES:
             model = lab.in_mode(pretrained, mode, seed)
             x, y = train[0][:32], train[1][:32]
-            kept = lab.saved_bytes(model, x, partial(F.cross_entropy, target=y))
+            saved = lab.saved_bytes(model, x, partial(F.cross_entropy, target=y))
             run = lab.fine_tune(model, train, lr=0.01, epochs=8)
-            runs[mode].append({**run, "saved_bytes": kept, "accuracy": lab.accuracy(model, test)})
+            runs[mode].append({**run, "saved_bytes": saved, "accuracy": lab.accuracy(model, test)})
     difference = max(
         abs(a - b)
         for e, t in zip(runs["eval"], runs["tune"], strict=True)
@@ -54,7 +54,7 @@ def main() -> None:
     axes[0].set(xlabel="step", ylabel="loss", yscale="log")
     axes[0].legend()
     axes[1].bar(MODES, [summary[m]["saved_bytes"] / 1e6 for m in MODES])
-    axes[1].set(ylabel="MB kept for backward, batch 32")
+    axes[1].set(ylabel="MB saved for backward, batch 32")
     lab.write("transfer", result, fig, out, started)
 
 

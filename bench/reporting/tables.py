@@ -8,14 +8,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..cases import CASES
+from ..protocols import PROTOCOLS
+from ..providers import PROVIDERS
+from ..results import Row
+from ..suites import settings_of
 from .analysis import Group, geometric_mean, groups, ratio, spread
-from .cases import CASES
-from .protocols import PROTOCOLS
-from .providers import PROVIDERS
 from .reasons import why, why_little
 from .references import PUBLISHED
-from .results import Row
-from .suites import settings_of
 
 __all__ = [
     "NONE",
@@ -62,7 +62,7 @@ def _megabytes(count: float | None) -> str:
 
 
 def saved(rows: list[Row]) -> str:
-    """Bytes kept for backward: every workload, four modes, and what of ours is not activations."""
+    """Bytes saved for backward: every workload, four modes, and what of ours is not activations."""
     body = []
     for group in groups(rows, "saved"):
         values = {mode: group.values(mode) for mode in MODES}
@@ -84,7 +84,7 @@ def saved(rows: list[Row]) -> str:
 
 
 def exceptions(rows: list[Row]) -> str:
-    """Workloads in which ours keeps more than eval mode or PyTorch's pass, or not deploy mode's
+    """Workloads in which ours saves more than eval mode or PyTorch's pass, or not deploy mode's
     bytes, each with the reason."""
     body = []
     for group in groups(rows, "saved"):
@@ -102,7 +102,7 @@ def exceptions(rows: list[Row]) -> str:
 
 
 def small_gains(rows: list[Row], least: float = 0.1) -> str:
-    """Workloads in which ours saves less than ``least`` of eval mode's bytes, with the reason."""
+    """Workloads in which ours reduces the bytes by less than ``least``, each with the reason."""
     body = []
     for group in groups(rows, "saved"):
         ours, baseline = (group.values(mode).get("bytes") for mode in ("ours", "eval"))
@@ -111,24 +111,24 @@ def small_gains(rows: list[Row], least: float = 0.1) -> str:
         gain = f"{1 - ours / baseline if baseline else 0.0:.1%}"
         cells = [group.label(size=True), _megabytes(baseline), _megabytes(ours), gain]
         body.append([*cells, why_little(group.settings)])
-    return markdown(["workload", "eval MB", "ours MB", "saved", "why"], body)
+    return markdown(["workload", "eval MB", "ours MB", "less", "why"], body)
 
 
 def published(rows: list[Row]) -> str:
-    """The paper's rows beside ours: its peak memory, our bytes kept and, where run, our peak."""
-    kept = {g.settings.case: g for g in groups(rows, "saved") if _usual(g)}
+    """The paper's rows beside ours: its peak; our bytes saved and, where it was run, our peak."""
+    exact = {g.settings.case: g for g in groups(rows, "saved") if _usual(g)}
     ran = {g.settings.case: g for g in groups(rows, "measure") if _usual(g, "cuda")}
     body = []
     for entry in PUBLISHED:
         cells = [entry.what, _change(entry.eval_gb * 1e9, entry.tune_gb * 1e9)]
-        for group, peak in ((kept.get(entry.case), False), (ran.get(entry.case), True)):
+        for group, peak in ((exact.get(entry.case), False), (ran.get(entry.case), True)):
             before, after = (
                 None if group is None else group.peak(m) if peak else group.values(m).get("bytes")
                 for m in ("eval", "ours")
             )
             cells.append(_change(before, after))
         body.append([*cells, entry.source])
-    header = ["eval mode → tune mode", "published: peak", "ours: kept for backward, compiled"]
+    header = ["eval mode → tune mode", "published: peak", "ours: saved for backward, compiled"]
     return markdown([*header, "ours: peak on a GPU", "published in"], body)
 
 
@@ -156,22 +156,22 @@ def measured(rows: list[Row], device: str, *, trains: bool) -> str:
             if not v:
                 continue
             times = spread(v["step_ms"]) if v.get("step_ms") else None
-            halves = [
+            phases = [
                 _number(spread(v[n]).median if v.get(n) else None, ",.1f")
                 for n in ("forward_ms", "backward_ms")
             ]
             body.append(
                 [group.label(size=True), PROVIDERS[name].title]
                 + [f"{times.median:,.1f} ({times.low:,.1f}-{times.high:,.1f})" if times else NONE]
-                + (halves if trains else [])
+                + (phases if trains else [])
                 + [_number(ratio(group, name, other), ".3f") for other in ("eval", "deploy")]
                 + [_megabytes(group.peak(name))]
                 + _code(v)
                 + [f"{v['output_error']:.1e}", _number(v.get("gradient_error"), ".1e")]
             )
-    halves = ["forward", "backward"] if trains else []
-    header = ["workload", "provider", "step ms, median (20-80%)", *halves, "to eval", "to deploy"]
-    header += ["peak MB", "kernels own + library", "traffic MB", "first step s", "pass"]
+    phases = ["forward", "backward"] if trains else []
+    header = ["workload", "provider", "step ms, median (20-80%)", *phases, "to eval", "to deploy"]
+    header += ["peak MB", "kernels own + library", "traffic MB", "first step s", "passes"]
     return markdown([*header, "output error", "gradient error"], body)
 
 
@@ -216,7 +216,7 @@ def totals(rows: list[Row], device: str) -> str:
 
 
 def recomputation(rows: list[Row]) -> str:
-    """Activation memory budgets: what is kept and, where measured, how long a step takes."""
+    """Activation memory budgets: what is saved and, where measured, how long a step takes."""
     timed = {
         (g.settings.case, g.settings.device): g
         for g in groups(rows, "measure")
@@ -228,13 +228,13 @@ def recomputation(rows: list[Row]) -> str:
         if not budgets:
             continue
         for name in ["eval", "ours", *budgets]:
-            kept = _megabytes(group.values(name).get("bytes"))
-            cells = [group.label(size=True), PROVIDERS[name].title, kept]
+            size = _megabytes(group.values(name).get("bytes"))
+            cells = [group.label(size=True), PROVIDERS[name].title, size]
             for device in ("cpu", "cuda"):
                 other = timed.get((group.settings.case, device))
                 cells.append(_number(ratio(other, name, "eval") if other else None, ".3f"))
             body.append(cells)
-    header = ["workload", "", "kept MB", "step to eval, CPU", "step to eval, GPU"]
+    header = ["workload", "", "saved MB", "step to eval, CPU", "step to eval, GPU"]
     return markdown(header, body)
 
 

@@ -1,4 +1,4 @@
-"""Why ours keeps more than another mode in a workload, or saves little: by protocol and case.
+"""Why ours saves more than another mode in a workload, or about as much as eval mode.
 
 Reports quote these; a row that none of them covers reads "not explained", and the tests fail
 on one among the committed results.
@@ -6,7 +6,7 @@ on one among the committed results.
 
 from __future__ import annotations
 
-from .workload import Settings
+from ..workload import Settings
 
 __all__ = ["UNEXPLAINED", "why", "why_little"]
 
@@ -14,7 +14,7 @@ UNEXPLAINED = "not explained"
 
 
 def why(settings: Settings, other: str) -> str:
-    """Why ours keeps more than ``other``, or other bytes than deploy mode, in this workload."""
+    """Why ours saves more than ``other``, or other bytes than deploy mode, in this workload."""
     if other == "deploy" and settings.precision.endswith("-autocast"):
         return _AUTOCAST
     by_case = _MORE_IN_CASE.get((settings.case, other))
@@ -22,26 +22,26 @@ def why(settings: Settings, other: str) -> str:
 
 
 def why_little(settings: Settings) -> str:
-    """Why ours saves next to nothing of eval mode's bytes in this workload."""
+    """Why ours saves about as many bytes as eval mode in this workload."""
     by_case = _LITTLE_IN_CASE.get(settings.case)
     return by_case or _LITTLE.get(settings.protocol, UNEXPLAINED)
 
 
-_AUTOCAST = "ours keeps less: deploy mode keeps half-precision copies of the merged weights"
+_AUTOCAST = "ours saves less: deploy mode saves half-precision copies of the merged weights"
 _SILU = "SiLU: eval mode recomputes its way to about one activation per pair already"
 _NO_BATCH_NORM = "a control: there is no batch norm"
-_FROZEN_MODULE = "FrozenBatchNorm: eval mode does not keep the convolutions' outputs either"
-_FROZEN = "the batch norms' weights are frozen: eval mode does not keep the layers' outputs either"
+_FROZEN_MODULE = "FrozenBatchNorm: eval mode does not save the convolutions' outputs either"
+_FROZEN = "the batch norms' weights are frozen: eval mode does not save the layers' outputs either"
 
 _MORE = {
     ("bn-tuning", "builtin"): (
-        "frozen layers are left alone: PyTorch's pass computes their weight gradients to get "
+        "frozen layers are left as written: PyTorch's pass computes their weight gradients to get "
         "gamma's, as ours does with fuse_frozen_layers"
     ),
-    ("bn-tuning", "deploy"): "frozen layers are left alone; deploy mode has no gamma to train",
+    ("bn-tuning", "deploy"): "frozen layers are left as written; deploy mode has no gamma to train",
 }
 
-_LAYER_SCALE = "ours keeps less: deploy mode merges batch norms, and here are layer scales"
+_LAYER_SCALE = "ours saves less: deploy mode merges batch norms, and here are layer scales"
 _MORE_IN_CASE = {
     ("convnext_tiny", "deploy"): _LAYER_SCALE,
     ("deit3_small_patch16_224", "deploy"): _LAYER_SCALE,
@@ -50,13 +50,13 @@ _MORE_IN_CASE = {
 _LITTLE = {
     "frozen-bn": _FROZEN,
     "adversarial": _FROZEN,
-    "bn-tuning": "frozen layers are left alone, unless fuse_frozen_layers is set",
+    "bn-tuning": "frozen layers are left as written, unless fuse_frozen_layers is set",
 }
 
 _LITTLE_IN_CASE = {
     "efficientnet_b0": _SILU,
     "hf_mobilevit": _SILU,
-    "convnext_tiny": "no batch norm: only the outputs that its 18 layer scales multiply are saved",
+    "convnext_tiny": "no batch norm: only what its 18 layer scales multiply is not saved",
     "vit_s_max": _NO_BATCH_NORM,
     "pit_s_max": _NO_BATCH_NORM,
     "faster_rcnn_resnet50_frozen_bn": _FROZEN_MODULE,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..results import Row, read
 from . import plots, tables
-from .results import Row, read
 
 __all__ = ["write_report"]
 
@@ -14,7 +14,7 @@ _INTRODUCTION = """\
 # Benchmark report
 
 Made by `python -m bench report`; the rules of measurement are in [README.md](../README.md).
-MB and GB are powers of ten. "Kept for backward" counts new tensors that the compiled forward
+MB and GB are powers of ten. "Saved for backward" counts new tensors that the compiled forward
 hands to the backward; parameters, inputs and views of them are alive anyway and count nothing.
 """
 
@@ -45,10 +45,10 @@ def _page(rows: list[Row], runs: list[dict[str, Any]], pictures: dict[str, Path]
             parts.append(f"## {title}\n\n{body}\n")
 
     section("Published figures beside ours", tables.published(rows))
-    section("Kept for backward", tables.saved(rows))
-    more = "Where ours keeps more than another, or not deploy mode's bytes"
+    section("Saved for backward", tables.saved(rows))
+    more = "Where ours saves more bytes than another, or not deploy mode's"
     section(more, tables.exceptions(rows))
-    section("Where ours saves less than a tenth of eval mode's bytes", tables.small_gains(rows))
+    section("Where ours saves over nine tenths of eval mode's bytes", tables.small_gains(rows))
     section("Recomputation", tables.recomputation(rows))
     for device, name in (("cpu", "CPU"), ("cuda", "GPU")):
         if any(r.metric == "measure" and r.settings.device == device for r in rows):

@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from .results import Row
-from .workload import Settings
+from ..results import Row
+from ..workload import Settings
 
 __all__ = ["Group", "Spread", "geometric_mean", "groups", "ratio", "spread"]
 

@@ -1,7 +1,7 @@
-"""Bytes kept for backward, exact and without running anything.
+"""Bytes saved for backward, exact and without running anything.
 
 The network is traced once on fake tensors, so that batches fit that no machine here could
-hold, and the graph is then partitioned as each provider would. The numbers depend on the
+hold, and the graph is then partitioned as each provider would. The figures depend on the
 network and on PyTorch's version, not on the machine: they repeat bit for bit.
 """
 
@@ -13,12 +13,12 @@ from torch import fx
 from torch._functorch import config as functorch_config
 
 import convbn_inductor_pass
-from convbn_inductor_pass.saved_tensors import SavedForBackward, saved_by_graph
 from convbn_inductor_pass._torch.tracing import trace
+from convbn_inductor_pass.saved_tensors import SavedForBackward, saved_by_graph
 
-from .protocols import NotApplicable
-from .providers import Provider
-from .workload import Settings, setup
+from ..protocols import NotApplicable
+from ..providers import Provider
+from ..workload import Settings, setup
 
 __all__ = ["saved_bytes"]
 
@@ -26,7 +26,7 @@ KINDS = ("activation", "weight", "mask")
 
 
 def saved_bytes(settings: Settings, providers: list[Provider]) -> dict[str, dict[str, Any]]:
-    """By provider: new bytes kept for backward, in all and by kind, and how many tensors.
+    """By provider: new bytes saved for backward, in all and by kind, and how many tensors.
 
     Raises:
         NotApplicable: nothing has a gradient, or a provider is not compiled.
@@ -34,10 +34,10 @@ def saved_bytes(settings: Settings, providers: list[Provider]) -> dict[str, dict
     """
     workload = setup(settings, fake=True)
     if not workload.protocol.trains:
-        raise NotApplicable("nothing is kept for backward where there is none")
+        raise NotApplicable("nothing is saved for backward where there is none")
     if eager := [p.name for p in providers if not p.compiled]:
         raise NotApplicable(f"{', '.join(eager)}: only compiled graphs can be looked at")
-    kept = {p.name: SavedForBackward(()) for p in providers}
+    saved = {p.name: SavedForBackward(()) for p in providers}
     graphs = 0
 
     def on_graph(gm: fx.GraphModule, inputs: list[Any]) -> None:
@@ -48,7 +48,7 @@ def saved_bytes(settings: Settings, providers: list[Provider]) -> dict[str, dict
                 functorch_config.patch(**provider.functorch),
                 convbn_inductor_pass.options(**provider.options),
             ):
-                kept[provider.name] += saved_by_graph(gm, inputs, provider.mode)
+                saved[provider.name] += saved_by_graph(gm, inputs, provider.mode)
 
     with workload.region():
         trace(workload.model, workload.inputs, on_graph, dynamic=settings.dynamic)
@@ -59,5 +59,5 @@ def saved_bytes(settings: Settings, providers: list[Provider]) -> dict[str, dict
             "tensors": len(tensors.tensors),
             "graphs": graphs,
         }
-        for name, tensors in kept.items()
+        for name, tensors in saved.items()
     }

@@ -53,8 +53,8 @@ class Missed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         before = self.norms[0](self.convs[0](x).relu())
-        kept = self.convs[2](x)
-        return before + self.norms[1](self.convs[1](x)) + self.norms[2](kept) * kept
+        shared = self.convs[2](x)
+        return before + self.norms[1](self.convs[1](x)) + self.norms[2](shared) * shared
 
 
 def test_misses_are_counted():

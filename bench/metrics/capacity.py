@@ -4,7 +4,7 @@ At each moment of a step, what is allocated is affine in the batch size: so much
 and gradients, plus so much per example. The peak is the largest of these, so it may grow faster
 from some batch on. Two measured peaks give a line, the line gives the largest batch under the
 cap, and a run there confirms it and gives the throughput; if it needs more than the cap, the
-line is drawn anew, through that point. Each batch size is compiled anew.
+line is drawn again, through that point. Each batch size is compiled separately.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from ..providers import Provider
+from ..workload import Settings
 from .measure import Budget, measure
-from .providers import Provider
-from .workload import Settings
 
 __all__ = ["capacity", "largest_batch"]
 

@@ -10,10 +10,10 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from ..protocols import PROTOCOLS
+from ..providers import PROVIDERS
+from ..results import Row
 from .analysis import Group, groups, ratio
-from .protocols import PROTOCOLS
-from .providers import PROVIDERS
-from .results import Row
 
 __all__ = ["draw"]
 
@@ -24,18 +24,18 @@ _COLOURS = {"eval": "#999999", "builtin": "#E69F00", "ours": "#0072B2", "deploy"
 def draw(rows: list[Row], folder: Path) -> dict[str, Path]:
     """Draw what there are results for; returns the pictures by title."""
     pictures: dict[str, Path] = {}
-    kept = [
+    saved = [
         g
         for g in groups(rows, "saved")
         if g.settings.protocol == "all" and g.values("eval") and g.values("ours")
     ]
     first: dict[str, Group] = {}
-    for group in kept:
+    for group in saved:
         first.setdefault(group.settings.case, group)
-    kept = list(first.values())
-    if kept:
-        title = "Kept for backward, relative to compiled eval mode"
-        pictures[title] = _bars(kept, title, _saved_ratio, folder / "saved.png")
+    saved = list(first.values())
+    if saved:
+        title = "Saved for backward, relative to compiled eval mode"
+        pictures[title] = _bars(saved, title, _saved_ratio, folder / "saved.png")
     for device in ("cpu", "cuda"):
         timed = [
             g
@@ -73,10 +73,6 @@ def _saved_ratio(group: Group, provider: str) -> float | None:
 def _peak_ratio(group: Group, provider: str) -> float | None:
     pair = [group.peak(name) for name in (provider, "eval")]
     return pair[0] / pair[1] if pair[0] and pair[1] else None
-
-
-def _batch(group: Group, provider: str) -> float | None:
-    return group.values(provider).get("largest_batch")
 
 
 def _bars(

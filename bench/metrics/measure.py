@@ -2,7 +2,7 @@
 
 All providers of a workload are compiled first and then take turns, one step each per round in
 an order that rotates, so that a machine that gets slower or busier does so for all of them.
-The samples of every round are kept; reports take medians, quantiles and ratios per round.
+The samples of every round are recorded; reports take medians, quantiles and ratios per round.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._inductor.utils import fresh_cache
 
+from ..providers import Provider
+from ..workload import Settings, Workload, setup
 from . import codegen, memory
-from .providers import Provider
-from .workload import Settings, Workload, setup
 
 __all__ = ["Budget", "keep_freed_memory", "measure"]
 
@@ -215,7 +215,7 @@ def _results(workload: Workload, model: nn.Module, function: Callable[..., Any])
 
 
 def _errors(runner: _Runner, reference: _Results) -> dict[str, float]:
-    """Largest difference from eager eval mode, relative to each tensor's largest number.
+    """Largest difference from eager eval mode, relative to each tensor's largest element.
 
     Deploy mode trains other parameters, so only gradients of the same name and shape count,
     and not those of merged layers.

@@ -1,0 +1,1 @@
+"""What is measured of a workload: bytes saved for backward, times and peaks, the largest batch."""

@@ -1,0 +1,1 @@
+"""Result rows as a Markdown page with tables and pictures."""
