@@ -1,6 +1,6 @@
 """Match sums over a layer's output with the call that makes its weight gradient.
 
-Both begin with one ``g``, scaled per channel and moved: :mod:`decide` has the algebra, and says what
+Both begin with one ``g``, scaled per channel and moved. :mod:`decide` has the algebra and says what
 the names mean.
 """
 
