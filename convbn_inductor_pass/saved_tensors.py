@@ -142,10 +142,8 @@ def saved_by_graph(
     with (
         _only_builtin_pass() if mode == "builtin" else _no_pass(),
         registry.passes_added("joint_custom_pre_pass", *([rewrite] if mode == "tune" else [])),
-        inductor.config.patch(fx_graph_cache=False, freezing=False),
-        inductor.functorch_config.patch(
-            enable_autograd_cache=False, force_non_lazy_backward_lowering=True
-        ),
+        inductor.caches_off(freezing=False),
+        inductor.functorch_config.patch(force_non_lazy_backward_lowering=True),
         inductor.tracing(copy.copy(inductor.TracingContext.get())),
     ):
         inductor.compile_with(stop_before_codegen, gm, example_inputs)

@@ -105,6 +105,8 @@ def metadata_key(value: Any) -> Any:
         items = value.items() if isinstance(value, dict) else value
         keys = tuple(map(metadata_key, items))
         return None if any(k is None for k in keys) else keys
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return None
     return (type(value), value)
 
 

@@ -21,7 +21,7 @@ __all__ = ["Match", "WeightGradient", "match_sums", "weight_gradients"]
 
 aten = torch.ops.aten
 
-_SCALINGS = ("scale", "divide", "negate", "cast", "move")
+_SCALINGS = ("scale", "divide", "cast", "move")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,8 @@ from torch import fx
 from ..._torch import compat, inductor
 from ...graph import affine
 from ...graph.builder import Builder, erase_unused
-from ...graph.layers import Step, same_sizes, tensor_of
-from ...graph.layout import Layout, views_onto_output_axis
+from ...graph.layers import Step, same_sizes, value_of
+from ...graph.layout import Layout
 from .decide import Decision
 from .match import Match
 
@@ -82,11 +82,11 @@ class _Rewriting:
         self.layer, self.gradient, self.g = decision.layer, match.gradient, match.g
         self.replaced: list[fx.Node] = []
         self.wide = affine.wide_dtype(self.layer)
-        self.dims = [d for d in range(_tensor(self.g).ndim) if d != match.g_dim]
+        self.dims = [d for d in range(value_of(self.g).ndim) if d != match.g_dim]
         self.scale = affine.emit_scale(self.layer, match.scaling.steps, build)
         self.power: fx.Node | None = None  # t
         self.on_weight = self.scale  # S / t
-        if _tensor(self.gradient.dc).dtype == torch.float16:
+        if value_of(self.gradient.dc).dtype == torch.float16:
             self.power = self._power_of_two()
             inverse = self._call(aten.reciprocal.default, self.power)
             self.on_weight = self._times(inverse, self.scale)
@@ -111,7 +111,7 @@ class _Rewriting:
         return self.replaced
 
     def _sum_g(self) -> fx.Node:
-        if _tensor(self.g).dtype == self.wide:
+        if value_of(self.g).dtype == self.wide:
             # As a batch norm's shift has it, so that the partitioner makes the two one.
             return self._call(aten.sum.dim_IntList, self.g, self.dims)
         return self._call(aten.sum.dim_IntList, self.g, self.dims, False, dtype=self.wide)
@@ -170,13 +170,13 @@ class _Rewriting:
         if not self.gradient.dc_first:
             scaled = self._call(aten.permute.default, scaled, [1, 0])
         self._replace(self.gradient.node, scaled)
-        size = _tensor(self.layer.weight).shape
+        size = value_of(self.layer.weight).shape
         for user in list(self.gradient.dc.users):
             # It may have been replaced for another layer with this ``dc``.
             is_product = user.target is aten.mm.default and user.args[0] is self.gradient.dc
             if is_product and user not in self.build.replaced:
                 by: Any = user.args[1]
-                if same_sizes(_tensor(by).shape, (size[1], size[0])):
+                if same_sizes(value_of(by).shape, (size[1], size[0])):
                     by = self._scaled(by, self.on_weight, Layout())
                     self._replace(user, self._call(aten.mm.default, g, by))
         return dw
@@ -185,11 +185,11 @@ class _Rewriting:
         """``g``, times t in float16, with its elements where ``dc`` has them, and in its dtype."""
         node = self.build.current(self.g)
         if self.power is not None:
-            sizes = [1] * _tensor(node).ndim
+            sizes = [1] * value_of(node).ndim
             sizes[self.match.g_dim] = -1
             power = self._call(aten.reshape.default, self.power, sizes)
             node = self._call(aten.mul.Tensor, self.build.cast(node, self.wide), power)
-        node = self.build.cast(node, _tensor(self.gradient.dc).dtype)
+        node = self.build.cast(node, value_of(self.gradient.dc).dtype)
         for step in self.match.scaling.steps:
             if step.kind == "move":
                 node = self._move(step, node)
@@ -199,7 +199,7 @@ class _Rewriting:
         target = step.node.target
         # The product with a scale may have lain in memory in another way than ``g`` does.
         is_view = target in (aten.view.default, aten._unsafe_view.default)
-        if is_view and not _tensor(node).is_contiguous():
+        if is_view and not value_of(node).is_contiguous():
             node = self._call(aten.clone.default, node, memory_format=torch.contiguous_format)
         return self._call(target, node, *step.node.args[1:], **step.node.kwargs)
 
@@ -211,7 +211,7 @@ class _Rewriting:
             weight, layout = self._call(aten.permute.default, weight, [1, 0]), Layout()
         a, b = (self.build.cast(n, self.wide) for n in (weight_gradient, weight))
         product = self._call(aten.mul.Tensor, a, b)
-        shape = _tensor(product).shape
+        shape = value_of(product).shape
         if not layout.transposed:
             return self._call(aten.sum.dim_IntList, product, [*range(1, len(shape))], False)
         rows, columns, *kernel = shape
@@ -224,11 +224,8 @@ class _Rewriting:
         """``scale * weight`` along its output channels, computed wide, in the weight's dtype."""
         if scale is None:
             return self.build.current(weight)
-        tensor = _tensor(weight)
-        for view, sizes in views_onto_output_axis(tensor.shape, layout):
-            scale = self._call(getattr(aten, view).default, scale, sizes)
-        product = self._call(aten.mul.Tensor, self.build.cast(weight, self.wide), scale)
-        return self.build.cast(product, tensor.dtype)
+        scaled = affine.emit_scaled_weight(weight, scale, layout, self.build)
+        return self.build.cast(scaled, value_of(weight).dtype)
 
     def _times(self, value: fx.Node, scale: fx.Node | None) -> fx.Node:
         return value if scale is None else self._call(aten.mul.Tensor, value, scale)
@@ -238,16 +235,9 @@ class _Rewriting:
 
     def _replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let ``new`` be used for ``old``, in its shape and dtype."""
-        tensor = _tensor(old)
-        if not same_sizes(_tensor(new).shape, tensor.shape):
+        tensor = value_of(old)
+        if not same_sizes(value_of(new).shape, tensor.shape):
             new = self._call(aten.reshape.default, new, list(tensor.shape))
         new = self.build.cast(new, tensor.dtype)
         self.build.replace(old, new)
         self.replaced.append(old)
-
-
-def _tensor(node: Any) -> torch.Tensor:
-    tensor = tensor_of(node)
-    if tensor is None:
-        raise AssertionError(f"{node} has no metadata")
-    return tensor

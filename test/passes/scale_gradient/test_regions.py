@@ -24,7 +24,7 @@ class TestRegions:
         ("context", "codes"),
         [
             (bf16, [Code.FUSED]),
-            (torch.no_grad, [Code.OTHER_GRADIENT]),  # the layer has no gradient
+            (torch.no_grad, [Code.LAYER_FROZEN]),  # the layer has no gradient
             (torch.inference_mode, []),  # raises: what it makes cannot be saved for backward
         ],
     )

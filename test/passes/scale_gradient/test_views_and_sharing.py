@@ -61,7 +61,7 @@ class TestViewsAndSharing:
         (lambda c: c.flip(2), Code.NOT_AFTER_LAYER),
         (lambda c: c[:, [1, 0, 3, 2]], Code.NOT_AFTER_LAYER),
         (lambda c: c.to(torch.float64).float(), Code.UNSUPPORTED_DTYPE),
-        (lambda c: c.detach(), Code.OTHER_GRADIENT),  # the layer has no gradient
+        (lambda c: c.detach(), Code.LAYER_FROZEN),  # the layer has no gradient
         (lambda c: c.relu(), Code.NOT_AFTER_LAYER),
         (lambda c: F.dropout(c, 0.5, True), Code.NOT_AFTER_LAYER),
     )
@@ -173,5 +173,5 @@ class TestSharing:
             lambda x, w, b, *rest: bn(bn(F.conv2d(x, w, b), *rest), *rest),
             arguments(),
             Code.FUSED,
-            Code.NOT_AFTER_LAYER,
+            Code.FUSED,
         )
