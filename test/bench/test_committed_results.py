@@ -25,7 +25,7 @@ def test_coverage_of_eager_mode():
 
 
 def test_committed_results_are_reported():
-    """report.md and the README's figures are the results', and every exception has a reason."""
+    """report.md is made of the results, and every exception has a reason."""
     folder = eager_coverage.RESULTS.parent
     found = {row.key: row for p in sorted(folder.glob("*.jsonl")) for row in results.read(p)[1]}
     rows = list(found.values())
@@ -33,6 +33,3 @@ def test_committed_results_are_reported():
     parts = [tables.published, tables.saved, tables.exceptions, tables.small_gains]
     assert all(part(rows) in page for part in parts)
     assert reasons.UNEXPLAINED not in page
-    readme = (folder.parent.parent / "README.md").read_text()
-    figures = tables.published(rows).splitlines()[2:]  # less the header
-    assert "\n".join(figures) in readme
