@@ -20,6 +20,10 @@ class Code(enum.Enum):
         "tune mode, so that the weight's copy in half precision is not saved for backward; the "
         "layer's output is saved anyway"
     )
+    SHAPE_ONLY = "wanted gradients: backward reads the tensor's shape alone; it is not saved"
+    MASK_FROM_OUTPUT = "wanted gradients: the mask is made from the activation's output"
+    MASK_AFTER_POOLING = "wanted gradients: the mask is made from what max-pooling returns"
+    MASK_AS_BITS = "wanted gradients: the mask is saved with eight elements in a byte"
     FOLDED = "folded: the scale is in the weight and the shift in the bias, recomputed each call"
 
     # There is nothing to rewrite.
@@ -63,7 +67,9 @@ class Code(enum.Enum):
     STRIDES_OBSERVED = "something observes the result's strides, which would change"
 
     # Rewriting is legal, but does not pay, or is not wanted.
-    SAVED_ANYWAY = "the layer's output, or what is computed from it, is saved for backward anyway"
+    SAVED_ANYWAY = "what would not be saved, or what it is computed from, is saved anyway"
+    OUTPUT_NOT_SAVED = "the activation's output is not saved for backward, so its mask has to be"
+    NOT_DIVISIBLE = "no dimension of the mask is known to be a multiple of 8"
     WEIGHT_COMPUTED = "the weight is computed in the graph, and would have to be saved instead"
     LAYER_FROZEN = "the layer's weight needs no gradient: rewriting would have to compute it"
     LARGE_WEIGHT = "objective 'speed': the weight is large next to the layer's output"
@@ -72,4 +78,15 @@ class Code(enum.Enum):
 
     @property
     def rewritten(self) -> bool:
-        return self in (Code.FUSED, Code.WEIGHT_COPY, Code.FOLDED)
+        return self in _REWRITTEN
+
+
+_REWRITTEN = (
+    Code.FUSED,
+    Code.WEIGHT_COPY,
+    Code.SHAPE_ONLY,
+    Code.MASK_FROM_OUTPUT,
+    Code.MASK_AFTER_POOLING,
+    Code.MASK_AS_BITS,
+    Code.FOLDED,
+)

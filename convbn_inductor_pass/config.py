@@ -30,6 +30,7 @@ class Options:
         fuse_frozen_layers: also fuse where the layer's weight needs no gradient but the batch
             norm's does (BN-tuning). This keeps one activation per pair instead of two, for
             the price of a weight gradient that nobody asked for.
+        bit_masks: save masks for backward with eight elements in a byte.
         forward: what forward folding does with a layer and the affine map after it, in inference
             and in the forward of training. ``"exact"`` keeps eval mode's bits: nothing. ``"fold"``
             scales the layer's weight each call, wherever that is legal. ``"auto"`` does so
@@ -49,6 +50,7 @@ class Options:
 
     objective: Objective = "memory"
     fuse_frozen_layers: bool = False
+    bit_masks: bool = True
     forward: Forward = "exact"
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
@@ -58,10 +60,9 @@ class Options:
             if getattr(self, name) not in get_args(choices):
                 allowed = ", ".join(repr(o) for o in get_args(choices))
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if not isinstance(self.fuse_frozen_layers, bool):
-            raise ValueError(
-                f"fuse_frozen_layers must be True or False, got {self.fuse_frozen_layers!r}"
-            )
+        for name in ("fuse_frozen_layers", "bit_masks"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("allow", "deny"):
             value = getattr(self, name)
             is_sequence = isinstance(value, (tuple, list))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +17,7 @@ from .codes import Code
 from .config import get_options
 from .passes.forward_folding import make_records as make_forward_records
 from .passes.scale_gradient.records import NamedRecord
-from .records import Record
+from .records import Kind, Record
 from .saved_tensors import Mode, SavedForBackward, saved_by_graph
 
 __all__ = ["Explanation", "explain"]
@@ -78,7 +78,7 @@ class Explanation:
         text = io.StringIO()
         console = Console(file=text, width=120)
         for kind, title, columns in _TABLES:
-            found = [r for r in self.records if r.kind == kind]
+            found = [r for r in self.records if r.kind in kind]
             if found:
                 console.print(_table(title, columns, found))
         console.print(self._summary())
@@ -94,6 +94,10 @@ class Explanation:
         if scales := [r for r in self.records if r.kind == "scale"]:
             done = sum(r.code.rewritten for r in scales)
             lines.append(f"{done} of {len(scales)} layers' outputs not saved for other scales.")
+        wanted = [r.kind for r in self.records if r.kind in _WANTED and r.code.rewritten]
+        if wanted:
+            counts = (f"{wanted.count(k)} x {title}" for k, title in _WANTED.items() if k in wanted)
+            lines.append(f"Not saved, since no wanted gradient needs it: {', '.join(counts)}.")
         baseline = self.saved_bytes["eval"]
         for mode, size in self.saved_bytes.items():
             share = f" ({size / baseline - 1:+.1%})" if baseline and mode != "eval" else ""
@@ -121,19 +125,36 @@ _SAVED: _Column = (
     "bytes less",
     lambda r: _size(r.bytes_saved) if r.code.rewritten else "",
 )
-_TABLES: tuple[tuple[str, str, tuple[_Column, ...]], ...] = (
+_WANTED: dict[Kind, str] = {
+    "shape": "read for its shape",
+    "activation": "activation's mask",
+    "pooling": "mask before pooling",
+    "mask": "mask as bits",
+}
+_TABLES: tuple[tuple[Sequence[str], str, tuple[_Column, ...]], ...] = (
     (
-        "batch norm",
+        ["batch norm"],
         "Batch norms and the layers before them",
         (_LAYER, ("batch norm", lambda r: r.batch_norm), _SHAPE, _BYTES, _SAVED, _DECISION),
     ),
     (
-        "scale",
+        ["scale"],
         "Other trained scales, by the layers before them",
         (_LAYER, _SHAPE, _BYTES, _SAVED, _DECISION),
     ),
     (
-        "layer",
+        [*_WANTED],
+        "Wanted gradients: tensors that backward can do without",
+        (
+            ("tensor of", lambda r: r.layer),
+            ("rule", lambda r: _WANTED[r.kind]),
+            ("tensor", lambda r: "x".join(map(str, r.output_shape))),
+            _SAVED,
+            _DECISION,
+        ),
+    ),
+    (
+        ["layer"],
         "Forward folding: layers and their epilogues",
         (
             _LAYER,
@@ -191,14 +212,18 @@ def explain(
             if options.forward != "exact":
                 forward.extend(make_forward_records(graph, options))
 
+        wanted: list[Record] = []
+        # What batch norms and other scales save by themselves.
+        of_scales = saved_by_graph(gm, inputs, "tune", on_records=found.extend, wanted=None)
         saved = {
             "eval": saved_by_graph(gm, inputs, "eval"),
-            "tune": saved_by_graph(gm, inputs, "tune", on_forward, found.extend),
+            "tune": saved_by_graph(gm, inputs, "tune", on_forward, wanted=wanted.extend),
             "deploy": saved_by_graph(gm, inputs, "deploy"),
         }
         # Only now, because Dynamo may give up on a graph above and trace again (dynamic floats).
         graphs += 1
-        records.extend(_with_bytes(found, saved["eval"], saved["tune"]))
+        records.extend(_with_bytes(found, saved["eval"], of_scales))
+        records.extend(wanted)
         records.extend(forward)
         for mode in _MODES:
             total[mode] = total[mode] + saved[mode]

@@ -27,23 +27,26 @@ class PassFailedWarning(UserWarning):
     """
 
 
-Kind = Literal["batch norm", "scale", "layer"]
+Kind = Literal["batch norm", "scale", "shape", "activation", "pooling", "mask", "layer"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """The decision about one batch norm, one other scale, or one layer (forward folding).
+    """The decision about one batch norm, other scale, tensor saved for backward, or layer.
 
     Attributes:
-        pass_name: "scale_gradient", "forward_folding", or "eager" (``turn_on``).
+        pass_name: "scale_gradient", "wanted_gradients", "mask_bits", "forward_folding", or "eager"
+            (``turn_on``).
         kind: "batch norm" for each call of one; "scale" for a layer whose output backward would sum
-            over for the gradient of other scales; "layer" in forward folding.
+            over for the gradient of other scales; "shape", "activation", "pooling" and "mask" for a
+            tensor that a rule of ``passes.wanted_gradients`` is about; "layer" in forward folding.
         code: what was decided.
         detail: the nodes that it was about, "" if there is nothing to add.
-        layer: module path of the convolution or linear layer, or its node's name; "" if none.
+        layer: module path of the convolution or linear layer, or of what makes the tensor, or the
+            node's name; "" if none.
         batch_norm: module path of the batch norm, or its node's name; "" for other kinds.
         source: file and line of the user's call, "" if unknown.
-        output_shape: shape of the layer's output, symbolic sizes as strings.
+        output_shape: shape of the layer's output, or of the tensor; symbolic sizes as strings.
         output_bytes: its size in bytes; hints for symbolic sizes.
         bytes_saved: bytes not saved for backward because of this decision; 0 if not rewritten.
             While compiling, the size of the layer's output, whatever the partitioner saves

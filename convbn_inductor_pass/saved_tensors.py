@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 from torch import Tensor, fx
@@ -29,6 +29,8 @@ from .graph import layers
 from .passes.scale_gradient.decide import decide
 from .passes.scale_gradient.records import NamedRecord, account
 from .passes.scale_gradient.rewrite import apply
+from .passes.wanted_gradients import MaskBitsPass, WantedGradientsPass
+from .records import Record
 
 __all__ = ["MODES", "Mode", "SavedForBackward", "SavedTensor", "saved_by_graph"]
 __all__ += ["saved_for_backward"]
@@ -111,11 +113,13 @@ def saved_by_graph(
     mode: Mode,
     on_forward: Callable[[fx.Graph], None] = lambda graph: None,
     on_records: Callable[[list[NamedRecord]], None] = lambda records: None,
+    wanted: Callable[[Iterable[Record]], None] | None = lambda records: None,
 ) -> SavedForBackward:
     """What one Dynamo graph saves for backward in ``mode``; ``gm`` is left as it is.
 
     ``on_forward`` gets the graph, in aten IR, of the forward or of inference; ``on_records`` in
-    mode "tune" the records of each joint graph.
+    mode "tune" the records of each joint graph, ``wanted`` those of ``passes.wanted_gradients``,
+    which does not run if that is None.
 
     To be called inside a Dynamo backend, whose tracing context it needs.
     """
@@ -133,7 +137,14 @@ def saved_by_graph(
         decisions = decide(graph, get_options())
         on_records(account(graph, decisions))
         apply(decisions, graph)
+        if wanted is not None:
+            wanted(WantedGradientsPass().run(graph).records)
 
+    def pack(forward: fx.Graph, backward: fx.Graph) -> None:
+        if wanted is not None:
+            wanted(MaskBitsPass().run(forward, backward).records)
+
+    ours = mode == "tune"
     gm = copy_graph_module(gm)
     if mode == "deploy":
         for module in graph_modules(gm):
@@ -141,7 +152,8 @@ def saved_by_graph(
             module.recompile()
     with (
         _only_builtin_pass() if mode == "builtin" else _no_pass(),
-        registry.passes_added("joint_custom_pre_pass", *([rewrite] if mode == "tune" else [])),
+        registry.passes_added("joint_custom_pre_pass", *([rewrite] if ours else [])),
+        registry.passes_added(registry.PARTITIONER, *([pack] if ours else [])),
         inductor.caches_off(freezing=False),
         inductor.functorch_config.patch(force_non_lazy_backward_lowering=True),
         inductor.tracing(copy.copy(inductor.TracingContext.get())),

@@ -32,6 +32,7 @@ from ._torch import inductor, registry, tracing
 from .codes import Code
 from .explanation import explain
 from .passes.scale_gradient import ScaleGradientPass
+from .passes.wanted_gradients import MaskBitsPass, WantedGradientsPass
 from .records import Record
 from .saved_tensors import saved_for_backward
 
@@ -71,9 +72,10 @@ def _code(graph: fx.Graph) -> str:
 def run_on_graph(graph: fx.Graph) -> PassResult:
     """Apply the tune-mode pass to one graph in aten IR, whatever the flag says."""
     before = _code(graph)
-    outcome = ScaleGradientPass().run(graph)
+    found = ScaleGradientPass().run(graph).records
+    found += WantedGradientsPass().run(graph).records
     graph.lint()
-    return PassResult(before, _code(graph), outcome.records)
+    return PassResult(before, _code(graph), found)
 
 
 def run_pass(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> list[PassResult]:
@@ -105,7 +107,16 @@ def fast_backend(
     def rewrite(graph: fx.Graph) -> None:
         on_result(run_on_graph(graph))
 
-    return _backend(*([rewrite] if fuse else []), efficient_conv_bn_eval_fx_passes=False)
+    def pack(forward: fx.Graph, backward: fx.Graph) -> None:
+        MaskBitsPass().run(forward, backward)
+        forward.lint()
+        backward.lint()
+
+    passes: dict[str, Callable[..., None]] = {
+        "joint_custom_pre_pass": rewrite,
+        registry.PARTITIONER: pack,
+    }
+    return _backend(passes if fuse else {}, efficient_conv_bn_eval_fx_passes=False)
 
 
 def post_grad_backend(
@@ -127,11 +138,11 @@ def post_grad_backend(
 
 
 def _backend(
-    *joint_passes: Callable[[fx.Graph], None],
+    passes: Mapping[str, Callable[..., None]] = {},
     on_post_grad: Callable[[fx.Graph], None] = lambda graph: None,
     **settings: Any,
 ) -> Callable[..., Any]:
-    """A backend: Inductor with further passes and ``settings``, then eager execution."""
+    """A backend: Inductor with further passes, by hook, and ``settings``, then eager execution."""
 
     def run_eagerly(gm: fx.GraphModule, _inputs: list[Any], **_kwargs: Any) -> Callable[..., Any]:
         # As Inductor does first: strides may become others than those that were traced.
@@ -142,10 +153,10 @@ def _backend(
         return inductor.boxed(gm)
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        with (
-            inductor.caches_off(**settings),
-            registry.passes_added("joint_custom_pre_pass", *joint_passes),
-        ):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(inductor.caches_off(**settings))
+            for hook, each in passes.items():
+                stack.enter_context(registry.passes_added(hook, each))
             return inductor.compile_with(run_eagerly, gm, example_inputs)
 
     return backend

@@ -61,7 +61,11 @@ def test_never_more_than_eval(model, kinds):
     x = torch.randn(2, 3, 16, 16, requires_grad=True)
     explanation = cbn.explain(model, x)
     assert explanation.fused == 0
-    assert explanation.saved_bytes["tune"] == explanation.saved_bytes["eval"]
+    saved = explanation.saved_bytes
+    if nn.Conv2d in kinds:  # whose input backward then reads the shape of
+        assert saved["tune"] < saved["eval"]
+    else:
+        assert saved["tune"] == saved["eval"]
     with cbn.options(fuse_frozen_layers=True):
         saved = cbn.explain(model, x).saved_bytes
     assert saved["tune"] <= saved["eval"]
@@ -142,7 +146,7 @@ def test_leaves_counters_and_records_alone():
 def test_what_runs_in_inductors_hooks_is_left_as_it_was(overwritten):
     """Passes of others, before and after ours, and that one of ours was overwritten."""
 
-    def other(graph):
+    def other(*graphs):
         pass
 
     def state():

@@ -7,12 +7,12 @@ entries are context-local from torch 2.13 on, and ``CustomGraphPass``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import fx
 from torch._inductor import config
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 
 from .version import version
 
@@ -28,7 +28,8 @@ __all__ = [
     "set_everywhere",
 ]
 
-GraphPass = Callable[[fx.Graph], None]
+GraphPass = Callable[..., None]
+PARTITIONER = "custom_partitioner_fn"  # the hook whose passes run on what the partitioner made
 
 # Up to 2.12 a hook takes one pass, and a configuration is the whole process's.
 _one_pass_per_hook: bool = version < "2.13.0a0"
@@ -49,6 +50,31 @@ class _InOrder(CustomGraphPass):
         return None if None in uuids else tuple(uuids)
 
 
+class _Partitioned(CustomPartitionerFn):
+    """A partitioner, Inductor's own or another, and passes on the two graphs that it makes."""
+
+    def __init__(self, partition: Any, *passes: GraphPass) -> None:
+        self.partition, self.passes = partition, passes
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+        partition = self.partition or min_cut_rematerialization_partition
+        forward, backward = partition(gm, joint_inputs, **kwargs)
+        for each in self.passes:
+            each(forward.graph, backward.graph)
+        for made in (forward, backward):
+            made.recompile()
+        return forward, backward
+
+    def uuid(self) -> Any:
+        theirs = "" if self.partition is None else self.partition.uuid()
+        uuids = (theirs, _InOrder(*self.passes).uuid())
+        return None if None in uuids else uuids
+
+
 def is_enabled() -> bool:
     """PyTorch's own flag, which is ours, too."""
     return bool(config.efficient_conv_bn_eval_fx_passes)
@@ -62,7 +88,7 @@ def passes_of(hook: str) -> tuple[GraphPass, ...]:
 def add_pass(hook: str, ours: GraphPass) -> None:
     """Add a pass after those that are there, in this context and in every other thread's."""
     if ours not in passes_of(hook):
-        setattr(config, hook, _as_value((*passes_of(hook), ours)))
+        setattr(config, hook, _as_value(hook, (*passes_of(hook), ours)))
     default = _as_tuple(_entry(hook).default)
     if ours not in default:
         _set_default(hook, (*default, ours))
@@ -71,7 +97,7 @@ def add_pass(hook: str, ours: GraphPass) -> None:
 def remove_pass(hook: str, ours: GraphPass) -> None:
     """Undo :func:`add_pass`; the passes of others stay."""
     if ours in passes_of(hook):
-        setattr(config, hook, _as_value(tuple(p for p in passes_of(hook) if p is not ours)))
+        setattr(config, hook, _as_value(hook, tuple(p for p in passes_of(hook) if p is not ours)))
     default = _as_tuple(_entry(hook).default)
     if ours in default:
         _set_default(hook, tuple(p for p in default if p is not ours))
@@ -80,7 +106,7 @@ def remove_pass(hook: str, ours: GraphPass) -> None:
 @contextlib.contextmanager
 def passes_added(hook: str, *passes: GraphPass) -> Iterator[None]:
     """Run further passes in a hook, after those that are there, in a ``with`` block."""
-    with config.patch({hook: _as_value((*passes_of(hook), *passes))}):
+    with config.patch({hook: _as_value(hook, (*passes_of(hook), *passes))}):
         yield
 
 
@@ -108,18 +134,24 @@ def _entry(hook: str) -> Any:
 
 
 def _set_default(hook: str, passes: tuple[GraphPass, ...]) -> None:
-    _entry(hook).default = _as_value(passes)
+    _entry(hook).default = _as_value(hook, passes)
 
 
 def _as_tuple(value: Any) -> tuple[GraphPass, ...]:
     if isinstance(value, _InOrder):
         return value.passes
+    if isinstance(value, _Partitioned):
+        return (*_as_tuple(value.partition), *value.passes)
     if value is None:
         return ()
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def _as_value(passes: tuple[GraphPass, ...]) -> Any:
+def _as_value(hook: str, passes: tuple[GraphPass, ...]) -> Any:
+    if hook == PARTITIONER:
+        ours = [p for p in passes if not isinstance(p, CustomPartitionerFn)]
+        theirs = next((p for p in passes if p not in ours), None)
+        return _Partitioned(theirs, *ours) if ours else theirs
     if len(passes) < 2:
         return passes[0] if passes else None
     return _InOrder(*passes) if _one_pass_per_hook else list(passes)

@@ -22,6 +22,7 @@ __all__ = [
     "Operand",
     "Step",
     "is_cast",
+    "is_reshape",
     "known_equal",
     "layer_of",
     "operand_per_channel",
@@ -200,6 +201,11 @@ def is_cast(node: fx.Node) -> bool:
         return False
     tensor = tensor_of(node)
     return node.target in _CASTS and tensor is not None and tensor.dtype.is_floating_point
+
+
+def is_reshape(node: Any) -> bool:
+    """Whether ``node`` has the elements of its input, in the same order, in other dimensions."""
+    return isinstance(node, fx.Node) and node.target in _RESHAPES
 
 
 Kind = Literal["scale", "divide", "shift", "cast", "move"]

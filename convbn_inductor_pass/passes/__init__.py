@@ -5,11 +5,14 @@ from .cpu_codegen import CpuCodegenPass
 from .decision_log import DecisionLogPass
 from .forward_folding import ForwardFoldingPass
 from .scale_gradient import ScaleGradientPass
+from .wanted_gradients import MaskBitsPass, WantedGradientsPass
 
 __all__ = ["PASSES", "Outcome", "Pass"]
 
 PASSES: tuple[Pass, ...] = (
     ScaleGradientPass(),
+    WantedGradientsPass(),
+    MaskBitsPass(),
     ForwardFoldingPass(),
     CpuCodegenPass(),
     DecisionLogPass(),

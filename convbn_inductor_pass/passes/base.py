@@ -9,6 +9,7 @@ import json
 import logging
 import pathlib
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import fx
@@ -32,7 +33,7 @@ class Outcome:
 class Pass(registry.CustomGraphPass):
     """A graph pass of this package; does nothing while PyTorch's flag is False.
 
-    A subclass has a ``name``, the ``hook`` of Inductor's that calls it, and :meth:`run`. To add a
+    A subclass has a ``name``, the ``hook`` of Inductor's that calls it, and ``run``. To add a
     pass: a folder or file here, its class in ``passes.PASSES``. Rewrites are counted in
     ``torch._dynamo.utils.counters["inductor"]``, under ``convbn_inductor_pass_{name}`` and under
     ``also_counted``.
@@ -43,17 +44,17 @@ class Pass(registry.CustomGraphPass):
     also_counted: ClassVar[tuple[str, ...]] = ()
     KEY: ClassVar[str] = "convbn_inductor_pass.records"  # in a node's metadata
 
-    def run(self, graph: fx.Graph) -> Outcome:
-        """Rewrite ``graph`` in place. If it raises, what is done so far has to be right."""
-        raise NotImplementedError
+    # Rewrites a graph in place (the partitioner's pass two: forward and backward). If it raises,
+    # what is done so far has to be right.
+    run: Callable[..., Outcome]
 
-    def __call__(self, graph: fx.Graph) -> None:
+    def __call__(self, graph: fx.Graph, *others: fx.Graph) -> None:
         if not registry.is_enabled():
             return
         debug = log.isEnabledFor(logging.DEBUG)
         before = _code(graph) if debug else ""
         try:
-            outcome = self.run(graph)
+            outcome = self.run(graph, *others)
         except Exception as error:
             # A user's compilation must not fail because of an optimization.
             warnings.warn(

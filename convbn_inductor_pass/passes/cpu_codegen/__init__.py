@@ -1,8 +1,8 @@
 """Workarounds for slow C++ code of Inductor's on CPU.
 
 Outputs, and what is saved for backward, stay the same bit for bit. Each file says which upstream
-behavior it works around, and when it can go: :mod:`masks` (masks are stored and loaded one element
-at a time), :mod:`invariants` (values per channel are computed again for each element).
+behavior it works around, and when it can go: :mod:`invariants` (values per channel are computed
+again for each element).
 """
 
 from __future__ import annotations
@@ -23,6 +23,5 @@ class CpuCodegenPass(Pass):
     def run(self, graph: fx.Graph) -> Outcome:
         # Here, because registering must not load a compiler.
         from .invariants import store_invariants
-        from .masks import rewrite_masks
 
-        return Outcome(rewrite_masks(graph) + store_invariants(graph))
+        return Outcome(store_invariants(graph))

@@ -15,7 +15,7 @@ from torch import fx
 
 from ...graph import layers
 from ...graph.layers import Layer, same_sizes, tensor_of
-from .find import is_move
+from ...graph.uses import is_move
 
 __all__ = ["BatchNormCall", "find_batch_norms", "subgraphs_of"]
 

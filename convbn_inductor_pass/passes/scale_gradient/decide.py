@@ -48,7 +48,8 @@ from ...graph import affine, layers
 from ...graph.affine import AffineChain
 from ...graph.layers import Layer, tensor_of
 from ...graph.provenance import module_path
-from .find import Candidate, depending_on, find_candidates, is_move, users_of
+from ...graph.uses import backward_of, depending_on, source_of, users_of
+from .find import Candidate, find_candidates
 from .match import Match, match_sums, weight_gradients
 from .saved_anyway import saved_by
 
@@ -115,8 +116,7 @@ class _Site:
 
 def decide(graph: fx.Graph, options: Options) -> list[Decision]:
     """Decide about every layer of a joint graph whose output backward sums over; only reads."""
-    inputs = graph.find_nodes(op="placeholder")
-    backward = depending_on([n for n in inputs if n.name.startswith("tangents_")])
+    backward = backward_of(graph)
     if not backward:
         return []
     trained = depending_on([*inductor.trained_inputs(graph)])
@@ -208,9 +208,7 @@ def _copies_weight(s: _Site) -> bool:
 
     The partitioner saves that copy. The scaled weight is recomputed from the parameter.
     """
-    weight = s.layer.weight
-    while is_move(weight):
-        weight = weight.all_input_nodes[0]
+    weight = source_of(s.layer.weight)
     is_copy = layers.without_casts(weight) is not weight
     used = any(user in s.backward for user in users_of(weight))
     return is_copy and used and s.options.objective == "memory"

@@ -7,7 +7,7 @@ and the names.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,13 +21,10 @@ __all__ = [
     "Candidate",
     "Path",
     "Reduction",
-    "depending_on",
     "find_candidates",
     "is_large",
-    "is_move",
     "same_shape",
     "shape_of",
-    "users_of",
 ]
 
 aten = torch.ops.aten
@@ -67,16 +64,6 @@ class Candidate:
     layer: Layer
     values: dict[fx.Node, Path]
     reductions: tuple[Reduction, ...]
-
-
-def depending_on(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """``nodes`` and all that is computed from them."""
-    found, pending = set(nodes), list(nodes)
-    while pending:
-        new = [u for u in pending.pop().users if u not in found]
-        found.update(new)
-        pending += new
-    return found
 
 
 def find_candidates(graph: fx.Graph, backward: set[fx.Node]) -> Iterator[Candidate]:
@@ -167,20 +154,6 @@ def _sums(
 
 def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
-
-
-def is_move(node: fx.Node) -> bool:
-    """Whether ``node`` only holds the elements of its input in another place."""
-    return compat.is_view(node.target) or node.target is aten.clone.default
-
-
-def users_of(node: fx.Node) -> Iterator[fx.Node]:
-    """Users of ``node`` and of its moves."""
-    for user in node.users:
-        if is_move(user):
-            yield from users_of(user)
-        else:
-            yield user
 
 
 def is_large(node: fx.Node, size: int) -> bool:

@@ -11,10 +11,10 @@ from ...codes import Code
 from ...graph import layers
 from ...graph.layers import Layer, tensor_of
 from ...graph.provenance import name_of, source_line
+from ...graph.uses import backward_of, depending_on
 from ...records import Kind, Record
 from .batch_norms import BatchNormCall, find_batch_norms, subgraphs_of
 from .decide import Decision
-from .find import depending_on
 
 __all__ = ["NamedRecord", "account"]
 
@@ -26,9 +26,8 @@ def account(graph: fx.Graph, decisions: list[Decision]) -> list[NamedRecord]:
     """Records of all decisions about ``graph``; call it before they are applied."""
     if not inductor.is_outermost(graph):
         return []  # accounted for where it is called
-    tangents = [n for n in graph.find_nodes(op="placeholder") if n.name.startswith("tangents_")]
-    backward = depending_on(tangents)
-    trained = depending_on([*inductor.trained_inputs(graph)]) if tangents else set()
+    backward = backward_of(graph)
+    trained = depending_on([*inductor.trained_inputs(graph)]) if backward else set()
     by_value = {value: d for d in decisions for value in d.candidate.values}
     found: list[NamedRecord] = []
     of_batch_norms: set[fx.Node] = set()

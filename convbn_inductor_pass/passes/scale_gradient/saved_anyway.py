@@ -10,7 +10,8 @@ from torch import fx
 
 from ..._torch import compat
 from ...graph.layers import Layer, tensor_of
-from .find import Candidate, Reduction, is_large, is_move, users_of
+from ...graph.uses import is_move, is_saved, users_of
+from .find import Candidate, Reduction, is_large
 from .match import Match
 
 __all__ = ["saved_by"]
@@ -30,7 +31,7 @@ def saved_by(candidate: Candidate, match: Match, backward: set[fx.Node]) -> fx.N
     products = {r.product for r in match.reductions}
     size = compat.size_hint(layer.out.numel())
     seen = set(candidate.values)
-    pending = [n for n in seen if not _is_saved(n, backward)]
+    pending = [n for n in seen if not is_saved(n, backward)]
     while pending:
         for user in pending.pop().users:
             tensor = tensor_of(user)
@@ -45,7 +46,7 @@ def saved_by(candidate: Candidate, match: Match, backward: set[fx.Node]) -> fx.N
             others = [n for n in user.all_input_nodes if n not in seen]
             if tensor.dtype.is_floating_point and not any(is_large(n, size) for n in others):
                 seen.add(user)
-                if not _is_saved(user, backward):
+                if not is_saved(user, backward):
                     pending.append(user)
     return None
 
@@ -57,13 +58,3 @@ def _library_call(reduction: Reduction, layer: Layer, backward: set[fx.Node]) ->
             if user in backward and not compat.is_pointwise(user.target):
                 return user
     return None
-
-
-def _is_saved(node: fx.Node, backward: set[fx.Node]) -> bool:
-    """Whether a value is an output, or needed in backward by a call that is not pointwise."""
-    while is_move(node) and node not in backward:
-        node = node.all_input_nodes[0]
-    return any(
-        user.op == "output" or (user in backward and not compat.is_pointwise(user.target))
-        for user in users_of(node)
-    )

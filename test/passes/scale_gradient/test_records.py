@@ -24,7 +24,8 @@ from convbn_inductor_pass.passes.scale_gradient import rewrite
 
 def records_of(model: nn.Module, *inputs: Tensor, dynamic: bool | None = None) -> list[Record]:
     results = testing.run_pass(model, *inputs, dynamic=dynamic)
-    return [r for result in results for r in result.records]
+    records = [r for result in results for r in result.records]
+    return [r for r in records if r.pass_name == "scale_gradient"]
 
 
 @pytest.fixture(name="x")

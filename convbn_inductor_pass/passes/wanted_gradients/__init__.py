@@ -1,0 +1,57 @@
+"""Save for backward only what the wanted gradients need: fewer bytes than a merged model saves.
+
+Each rule is a file that finds sites, says what is legal and what pays, and rewrites. The first
+three read the joint graph of forward and backward, before it is partitioned:
+
+* :mod:`pooling`: the mask of an activation before max-pooling, from what is pooled;
+* :mod:`activations`: the mask of an activation, from its output, which is saved anyway;
+* :mod:`shapes`: tensors of which backward reads the shape alone.
+
+The last one, :mod:`bits`, sees what the partitioner has decided to save, and packs masks.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ...records import Record
+from ..base import Outcome, Pass
+
+__all__ = ["MaskBitsPass", "WantedGradientsPass"]
+
+
+class WantedGradientsPass(Pass):
+    """Runs on the joint graph, after tune mode has made weight gradients of sums."""
+
+    name = "wanted_gradients"
+    hook = "joint_custom_pre_pass"
+
+    def run(self, graph: fx.Graph) -> Outcome:
+        # Here, because registering must not load a compiler.
+        from ...config import get_options
+        from . import activations, pooling, shapes
+        from .site import JointGraph, apply, record
+
+        records: list[Record] = []
+        rewritten = 0
+        # One after the other: what one rule leaves unsaved, the next does not count as saved.
+        for rule in (pooling, activations, shapes):
+            sites = rule.find_sites(JointGraph(graph, get_options()))
+            records += map(record, sites)
+            rewritten += apply(sites, graph, rule.rewrite)
+        return Outcome(rewritten, tuple(records))
+
+
+class MaskBitsPass(Pass):
+    """Runs on the forward and the backward that the partitioner has made."""
+
+    name = "mask_bits"
+    hook = "custom_partitioner_fn"
+
+    def run(self, graph: fx.Graph, backward: fx.Graph) -> Outcome:
+        from ...config import get_options
+        from .bits import find_masks, pack
+        from .site import record
+
+        sites = find_masks(graph, backward, get_options())
+        return Outcome(pack(sites, graph, backward), tuple(map(record, sites)))

@@ -1,0 +1,210 @@
+"""Rule 2: the mask of an activation from its output, if that is saved anyway.
+
+Before, for ``y = clamp(z, 0, 6)`` whose output the next layer's weight gradient needs:
+
+    dz = where(z <= 0 or z >= 6, 0, dy)         saves y, and a byte per element for the mask
+
+After:
+
+    dz = where(y <= 0 or y >= 6, 0, dy)         saves y
+
+A comparison of z with a constant is one of y for every z, infinities and NaN included:
+
+* ``y = clamp(z, lo, hi)`` with lo < hi (hardtanh, ReLU6): ``z <= lo``, ``z > lo``, ``z >= hi``,
+  ``z < hi``. Not ``z >= lo``, with which ``torch.clamp`` makes its gradient: y = lo on both sides.
+* ``y = where(z > 0, z, s * z)`` with s > 0 (leaky ReLU, randomized leaky ReLU in eval mode):
+  ``z > 0``, ``z <= 0``. Not ``z < 0``: where s * z underflows, y is -0.
+* ``y = where(z <= t, v, z)`` with v <= t (threshold): ``z <= t``, ``z > t``.
+
+Constants have to be representable in y's dtype, so that rounding y moves nothing across them. No
+rule for ELU and its kin, whose gradient for z < 0 would be y + alpha: its error is that of a number
+near alpha, however small the gradient. None for hardsigmoid: just below 3 its sum rounds to 6.
+
+Declines where the output is not saved, or where the input is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, TypeGuard
+
+import torch
+from torch import fx
+
+from ..._torch import compat
+from ...codes import Code
+from ...graph import layers
+from ...graph.builder import Builder
+from ...graph.layers import same_sizes, tensor_of, value_of
+from ...graph.uses import is_saved
+from .shapes import shape_readers
+from .site import JointGraph, Site
+
+__all__ = ["COMPARISONS", "Activation", "activation_at", "find_sites", "operand_of", "rewrite"]
+
+aten = torch.ops.aten
+
+_LE, _LT = aten.le.Scalar, aten.lt.Scalar
+_GE, _GT = aten.ge.Scalar, aten.gt.Scalar
+COMPARISONS = (_LE, _LT, _GE, _GT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """``y = f(z)``, and the comparisons of z with constants that are those of y.
+
+    ``z`` and ``y`` have the same dtype; in half precision f may compute in float32 in between.
+    """
+
+    z: fx.Node
+    y: fx.Node
+    same: frozenset[tuple[Any, float]]
+
+
+def find_sites(joint: JointGraph) -> list[Site]:
+    """Activations whose backward compares their input."""
+    readers = shape_readers(joint)
+    sites: list[Site] = []
+    for node in joint.graph.nodes:
+        activation = activation_at(node) if node in joint.forward else None
+        if activation is not None:
+            sites += _sites(joint, activation, readers)
+    return sites
+
+
+def _sites(joint: JointGraph, activation: Activation, readers: set[fx.Node]) -> Iterator[Site]:
+    z, y, same = activation.z, activation.y, activation.same
+    in_backward = [u for u in _users_of_value(z) if u not in joint.forward]
+    calls = [u for u in in_backward if u.target in COMPARISONS and (u.target, u.args[1]) in same]
+    if not calls:
+        return
+    code, detail = Code.MASK_FROM_OUTPUT, str(y)
+    if (denied := joint.denied(y)) is not None:
+        code, detail = Code.DENIED, denied
+    elif len(calls) < len(in_backward) or z.op == "placeholder":
+        code, detail = Code.SAVED_ANYWAY, str(z)
+    elif not is_saved(y, joint.backward, readers):
+        code = Code.OUTPUT_NOT_SAVED
+    elif is_saved(z, joint.backward, readers):
+        code, detail = Code.SAVED_ANYWAY, str(z)
+    nbytes = compat.size_hint(value_of(y).numel())  # a mask has a byte per element
+    yield Site("activation", y, code, detail, nbytes, tuple(calls))
+
+
+def rewrite(build: Builder, call: fx.Node, site: Site) -> None:
+    """Compare the activation's output, which is the site's tensor, in the place of its input."""
+    y = build.cast(site.node, value_of(call.args[0]).dtype)
+    call.replace_all_uses_with(build.call(call.target, y, call.args[1]))
+
+
+def activation_at(node: fx.Node) -> Activation | None:
+    """The activation that ``node`` computes, if it is one of those above."""
+    if node.target is aten.clamp_max.default:
+        found = _clamp(node)
+    elif node.target is aten.where.self:
+        found = _leaky(node) or _threshold(node)
+    else:
+        return None
+    if found is None:
+        return None
+    argument, constants, same = found
+    z, y = operand_of(argument), node
+    dtype = value_of(z).dtype
+    if dtype != value_of(node).dtype:
+        back = [u for u in node.users if layers.is_cast(u) and value_of(u).dtype == dtype]
+        if not back:
+            return None
+        y = back[0]
+    if not same_sizes(value_of(z).shape, value_of(y).shape):
+        return None
+    if not all(torch.tensor(c, dtype=dtype).item() == c for c in constants):
+        return None
+    return Activation(z, y, frozenset(same))
+
+
+_Found = tuple[fx.Node, tuple[float, ...], set[tuple[Any, float]]]
+"""The argument of an activation, its constants, and comparisons."""
+
+
+def _clamp(node: fx.Node) -> _Found | None:
+    args: Any = node.args
+    inner, hi = args
+    if inner.target is not aten.clamp_min.default:
+        return None
+    z, lo = inner.args
+    if not (_is_number(lo) and _is_number(hi) and lo < hi):
+        return None
+    return z, (lo, hi), {(_LE, lo), (_GT, lo), (_GE, hi), (_LT, hi)}
+
+
+def _leaky(node: fx.Node) -> _Found | None:
+    args: Any = node.args
+    condition, z, scaled = args
+    if not isinstance(scaled, fx.Node) or scaled.target is not aten.mul.Tensor:
+        return None
+    if condition.target is not _GT or condition.args != (z, 0) or scaled.args[0] is not z:
+        return None
+    slope = scaled.args[1]
+    if not _is_number(slope) or not 0 < slope < math.inf:
+        return None
+    return args[1], (), {(_GT, 0), (_LE, 0)}
+
+
+def _threshold(node: fx.Node) -> _Found | None:
+    args: Any = node.args
+    condition, value, z = args
+    if condition.target is not _LE or condition.args[0] is not z:
+        return None
+    v, t = constant_of(value), condition.args[1]
+    if v is None or not _is_number(t) or not v <= t:
+        return None
+    return z, (v, t), {(_LE, t), (_GT, t)}
+
+
+def constant_of(node: Any) -> float | None:
+    """The number that every element of a tensor is, if the graph says so."""
+    if not isinstance(node, fx.Node):
+        return None
+    args: Any = node.args
+    if node.target is aten.scalar_tensor.default:
+        value = args[0]
+    elif node.target is aten.full.default:
+        value = args[1]
+    else:
+        return None
+    return value if _is_number(value) else None
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def operand_of(node: fx.Node) -> fx.Node:
+    """What ``node`` has the values of: less aliases, copies, and casts to a wider dtype.
+
+    An activation that is computed in place saves a copy of its input.
+    """
+    while True:
+        if node.target in (aten.alias.default, aten.clone.default):
+            node = node.args[0]  # type: ignore[assignment]
+            continue
+        before = tensor_of(node.all_input_nodes[0]) if layers.is_cast(node) else None
+        if before is None or not _is_exact(before.dtype, value_of(node).dtype):
+            return node
+        node = node.all_input_nodes[0]
+
+
+def _is_exact(narrow: torch.dtype, wide: torch.dtype) -> bool:
+    halves = (torch.float16, torch.bfloat16)
+    return narrow in halves and wide == torch.float32
+
+
+def _users_of_value(node: fx.Node) -> Iterator[fx.Node]:
+    """Users of ``node``, and of its aliases, copies and exact casts."""
+    for user in node.users:
+        if user.op == "call_function" and operand_of(user) is not user:
+            yield from _users_of_value(user)
+        else:
+            yield user

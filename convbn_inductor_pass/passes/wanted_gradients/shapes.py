@@ -1,0 +1,168 @@
+"""Rule 1: tensors of which backward reads the shape alone.
+
+Before, for a layer whose weight needs no gradient:
+
+    dx, _, db = convolution_backward(dy, x, W, ..., output_mask=[True, False, ...])   saves x
+
+After, with ``p = size(x) - ((size(dy) - 1) * stride - 2 * padding + dilation * (k - 1) + 1)``:
+
+    dx = convolution(dy, W, transposed, output_padding=p)     db = sum(dy)            x is not saved
+
+and a plain convolution if the layer is a transposed one. Other operators of the table, and layers
+for which that is not known to be the same size, get an uninitialized tensor of x's shape in its
+place, which lives as long as the call. Depthwise layers on a GPU do, too: PyTorch has kernels of
+its own for their input gradient, and none for a transposed depthwise convolution.
+
+Declines where the tensor is saved for another reason.
+
+Source: pytorch/pytorch#133566 (open); arXiv 2404.12406 measures it in eager mode.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..._torch import compat
+from ...codes import Code
+from ...graph.builder import Builder
+from ...graph.layers import known_equal, value_of
+from ...graph.uses import is_saved, source_of
+from .site import JointGraph, Site, bytes_of
+
+__all__ = ["READ_THE_SHAPE", "find_sites", "rewrite", "shape_readers"]
+
+aten = torch.ops.aten
+
+# Operators that read the shape, and the layout, of their second argument, and no element of it.
+READ_THE_SHAPE = (
+    aten._adaptive_avg_pool2d_backward.default,
+    aten._adaptive_avg_pool3d_backward.default,
+    aten.adaptive_max_pool2d_backward.default,
+    aten.adaptive_max_pool3d_backward.default,
+    aten.avg_pool2d_backward.default,
+    aten.avg_pool3d_backward.default,
+    aten.max_pool2d_with_indices_backward.default,
+    aten.max_pool3d_with_indices_backward.default,
+    aten.reflection_pad1d_backward.default,
+    aten.reflection_pad2d_backward.default,
+    aten.reflection_pad3d_backward.default,
+    aten.replication_pad1d_backward.default,
+    aten.replication_pad2d_backward.default,
+    aten.replication_pad3d_backward.default,
+)
+
+
+def shape_readers(joint: JointGraph) -> set[fx.Node]:
+    """Calls of the backward that read a tensor's shape alone: that of their second argument."""
+    calls = (n for n in joint.graph.nodes if n in joint.backward and len(n.args) > 1)
+    return {n for n in calls if n.target in READ_THE_SHAPE or _is_of_frozen_layer(n)}
+
+
+def _is_of_frozen_layer(node: fx.Node) -> bool:
+    if node.target is not aten.convolution_backward.default or node.kwargs:
+        return False
+    mask: Any = node.args[10]
+    return not mask[1]
+
+
+def find_sites(joint: JointGraph) -> list[Site]:
+    """Tensors that are saved for their shape, each with the calls that read it."""
+    readers = shape_readers(joint)
+    by_source: dict[fx.Node, list[fx.Node]] = {}
+    for node in joint.graph.nodes:
+        if node in readers and node.args[1] not in joint.backward:
+            by_source.setdefault(source_of(node.args[1]), []).append(node)
+    return [_site(joint, source, calls, readers) for source, calls in by_source.items()]
+
+
+def _site(joint: JointGraph, source: fx.Node, calls: list[fx.Node], readers: set[fx.Node]) -> Site:
+    code, detail = Code.SHAPE_ONLY, ", ".join(str(n.target).split(".")[1] for n in calls)
+    if (denied := joint.denied(source, *calls)) is not None:
+        code, detail = Code.DENIED, denied
+    elif is_saved(source, joint.backward, readers):
+        code, detail = Code.SAVED_ANYWAY, str(source)
+    # An input of the graph is not made for backward; but saving it keeps it in memory, which
+    # matters where it is what another graph has computed.
+    nbytes = 0 if source.op == "placeholder" else bytes_of(source)
+    return Site("shape", source, code, detail, nbytes, tuple(calls))
+
+
+def rewrite(build: Builder, call: fx.Node, site: Site) -> None:
+    """Compute the same as ``call`` without the tensor that it reads the shape of."""
+    dy, _, *others = call.args
+    if call.target is not aten.convolution_backward.default:
+        new = build.call(call.target, dy, _stand_in(build, call), *others, **call.kwargs)
+        call.replace_all_uses_with(new)
+        return
+    mask: Any = call.args[10]
+    if mask[0]:
+        geometry = _input_gradient(call)
+        if geometry is None:
+            call.replace_all_uses_with(build.call(call.target, dy, _stand_in(build, call), *others))
+            return
+        _replace_result(call, 0, build.call(aten.convolution.default, dy, call.args[2], *geometry))
+    if mask[2]:
+        dims = [d for d in range(value_of(dy).ndim) if d != 1]
+        _replace_result(call, 2, build.call(aten.sum.dim_IntList, dy, dims))
+
+
+def _replace_result(call: fx.Node, index: int, new: fx.Node) -> None:
+    for user in list(call.users):
+        if user.target is operator.getitem and user.args[1] == index:
+            user.replace_all_uses_with(new)
+            user.graph.erase_node(user)
+
+
+def _input_gradient(call: fx.Node) -> tuple[Any, ...] | None:
+    """The further arguments of the convolution that gives the layer's input gradient.
+
+    None if there is none that is known to have the right size, or to have a kernel.
+    """
+    args: Any = call.args
+    dy, x, weight, _, stride, padding, dilation, transposed, _, groups, _ = args
+    shapes = (value_of(n).shape[2:] for n in (x, dy, weight))
+    kernel = value_of(weight).shape[2:]
+    each = (v * len(kernel) if len(v) == 1 else v for v in (stride, padding, dilation))
+    per_dim = list(zip(*shapes, *each, strict=True))
+    if transposed:
+        # Sizes of a plain convolution.
+        fits = all(
+            known_equal(n, (m + 2 * p - d * (k - 1) - 1) // s + 1) for n, m, k, s, p, d in per_dim
+        )
+        return (None, stride, padding, dilation, False, [0] * len(kernel), groups) if fits else None
+    if value_of(dy).is_cuda and groups != 1 and known_equal(value_of(weight).shape[1], 1):
+        return None
+    output_padding = [
+        _surely_in_range(n - ((m - 1) * s - 2 * p + d * (k - 1) + 1), s)
+        for n, m, k, s, p, d in per_dim
+    ]
+    if None in output_padding:
+        return None
+    return (None, stride, padding, dilation, True, output_padding, groups)
+
+
+def _surely_in_range(value: Any, stop: Any) -> int | None:
+    """The number in ``range(stop)`` that ``value`` is for every input, None if it is unknown."""
+    found = (i for i in range(stop if isinstance(stop, int) else 1) if known_equal(value, i))
+    return next(found, None)
+
+
+def _stand_in(build: Builder, call: fx.Node) -> fx.Node:
+    """An uninitialized tensor of the shape, dtype and order of strides of the second argument."""
+    dy, x = call.args[:2]
+    tensor = value_of(x)
+    strides = [compat.size_hint(s) for s in tensor.stride()]
+    order = sorted(range(tensor.ndim), key=lambda d: -strides[d])
+    sizes = [
+        s if isinstance(s, int) else build.call(aten.sym_size.int, x, d)
+        for d, s in enumerate(tensor.shape)
+    ]
+    # Of the gradient, so that it is made in backward.
+    new = build.call(aten.new_empty.default, dy, [sizes[d] for d in order], dtype=tensor.dtype)
+    inverse = [order.index(d) for d in range(tensor.ndim)]
+    is_in_order = inverse == list(range(tensor.ndim))
+    return new if is_in_order else build.call(aten.permute.default, new, inverse)

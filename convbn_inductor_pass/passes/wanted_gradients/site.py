@@ -1,0 +1,121 @@
+"""A tensor that backward might do without, and what the rules read of the joint graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+
+from torch import fx
+
+from ..._torch import compat, inductor
+from ...codes import Code
+from ...config import Options
+from ...graph import layers
+from ...graph.builder import Builder, erase_unused
+from ...graph.layers import tensor_of
+from ...graph.provenance import module_path, name_of, source_line
+from ...graph.uses import backward_of
+from ...records import Kind, Record
+
+__all__ = ["PROVENANCE", "JointGraph", "Site", "apply", "bytes_of", "record"]
+
+# What new calls say about where they come from: that of the call whose place they take.
+PROVENANCE = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "partitioner_tag")
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A decision about one tensor.
+
+    Attributes:
+        kind: the rule.
+        node: the tensor.
+        code, detail: what was decided.
+        nbytes: bytes that are not saved for backward if it is rewritten, by estimate.
+        calls: what the rule rewrites.
+    """
+
+    kind: Kind
+    node: fx.Node
+    code: Code
+    detail: str = ""
+    nbytes: int = 0
+    calls: tuple[fx.Node, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class JointGraph:
+    """A joint graph and the options, with what the rules ask of them."""
+
+    graph: fx.Graph
+    options: Options
+
+    @functools.cached_property
+    def backward(self) -> set[fx.Node]:
+        """What depends on a gradient of an output."""
+        return backward_of(self.graph)
+
+    @functools.cached_property
+    def forward(self) -> set[fx.Node]:
+        """What the outputs of the forward are computed from."""
+        (output,) = self.graph.find_nodes(op="output")
+        pending = [n for n in output.all_input_nodes if n not in self.backward]
+        found = set(pending)
+        while pending:
+            new = [n for n in pending.pop().all_input_nodes if n not in found]
+            found.update(new)
+            pending += new
+        return found
+
+    def denied(self, *nodes: fx.Node) -> str | None:
+        """The module paths of nodes that the options leave out, None if they do not."""
+        paths = [*map(module_path, nodes)]
+        if self.options.allows(*paths):
+            return None
+        return " and ".join(filter(None, dict.fromkeys(paths)))
+
+
+def apply(
+    sites: Iterable[Site], graph: fx.Graph, rewrite: Callable[[Builder, fx.Node, Site], None]
+) -> int:
+    """Rewrite the calls of all sites that were decided to be rewritten; returns how many sites.
+
+    ``rewrite`` has a builder that puts new calls before the call that it is given.
+    """
+    wanted = [s for s in sites if s.code.rewritten]
+    build = Builder(graph, share=False)
+    for site in wanted:
+        for call in site.calls:
+            build.meta = {k: v for k, v in call.meta.items() if k in PROVENANCE}
+            with (
+                graph.inserting_before(call),
+                compat.fake_mode_of(layers.value_of(site.node)),
+                compat.plain_dispatch(),
+            ):
+                rewrite(build, call, site)
+            erase_unused(call)
+    if wanted:
+        inductor.sort_graph(graph)
+    return len(wanted)
+
+
+def bytes_of(node: fx.Node) -> int:
+    """The size of a tensor in bytes, with hints for symbolic sizes."""
+    tensor = tensor_of(node)
+    return 0 if tensor is None else compat.size_hint(tensor.numel()) * tensor.element_size()
+
+
+def record(site: Site) -> Record:
+    """What users read of a decision."""
+    return Record(
+        pass_name="mask_bits" if site.kind == "mask" else "wanted_gradients",
+        kind=site.kind,
+        code=site.code,
+        detail=site.detail,
+        layer=name_of(site.node),
+        source=source_line(site.node),
+        output_shape=compat.shape_of(layers.value_of(site.node)),
+        output_bytes=bytes_of(site.node),
+        bytes_saved=site.nbytes if site.code.rewritten else 0,
+    )

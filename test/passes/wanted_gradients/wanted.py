@@ -1,0 +1,73 @@
+"""What the tests of wanted gradients share: compare with the passes and without, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convbn_inductor_pass import Code, Record, explain, testing
+from convbn_inductor_pass.testing import PassResult
+
+__all__ = ["Compared", "check_bits", "codes", "compare", "wanted_records"]
+
+KINDS = ("shape", "activation", "pooling", "mask")
+
+
+class Compared:
+    """Outputs and gradients with the passes and without, and what the passes did."""
+
+    def __init__(self, runs: list[Any], results: list[PassResult]) -> None:
+        (self.outputs, self.gradients), (self.plain_outputs, self.plain_gradients) = runs
+        self.results = results
+
+    @property
+    def codes(self) -> list[tuple[str, Code]]:
+        found = [r for result in self.results for r in result.records]
+        return [(r.kind, r.code) for r in found if r.kind in KINDS]
+
+
+def compare(
+    fn: Callable[..., Any], *inputs: Tensor, dynamic: bool | None = None, autocast: bool = False
+) -> Compared:
+    """Run ``fn`` and backward twice, graphs by aten kernels; the outputs' bits have to be equal."""
+    parameters = dict(fn.named_parameters()) if isinstance(fn, nn.Module) else {}
+    results: list[PassResult] = []
+    runs = []
+    for backend in (
+        testing.fast_backend(on_result=results.append),
+        testing.fast_backend(fuse=False),
+    ):
+        torch._dynamo.reset()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            compiled = torch.compile(fn, backend=backend, dynamic=dynamic)
+            runs.append(testing.outputs_and_gradients(compiled, parameters, inputs))
+    for result in results:
+        changed = result.before != result.after
+        assert changed == any(r.code.rewritten for r in result.records)
+    compared = Compared(runs, results)
+    same(compared.outputs, compared.plain_outputs)
+    return compared
+
+
+def check_bits(fn: Callable[..., Any], *inputs: Tensor, **options: Any) -> Compared:
+    """:func:`compare`, and every bit of the gradients has to be equal, too."""
+    compared = compare(fn, *inputs, **options)
+    assert compared.gradients
+    same(compared.gradients, compared.plain_gradients)
+    return compared
+
+
+def same(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def wanted_records(fn: Callable[..., Any], *inputs: Tensor, **options: Any) -> list[Record]:
+    """The records of ``explain`` that are about wanted gradients."""
+    return [r for r in explain(fn, *inputs, **options).records if r.kind in KINDS]
+
+
+def codes(fn: Callable[..., Any], *inputs: Tensor, **options: Any) -> list[tuple[str, Code]]:
+    return [(r.kind, r.code) for r in wanted_records(fn, *inputs, **options)]
