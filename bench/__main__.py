@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import cases, protocols, providers, suites, workload
+from . import cases, protocols, providers, readers, suites, workload
 from .metrics.measure import Budget
 from .reporting.report import write_report
 from .results import ResultFile, Row
@@ -104,6 +104,26 @@ def gpu(
     suite = "gpu-forward" if forward else "gpu"
     path = output or _RESULTS / f"{suite}-cuda.jsonl"
     _execute(suites.SUITES[suite]("cuda"), path, budget, {"suite": suite, "minutes": minutes})
+
+
+@app.command("readers")
+def list_readers(
+    case: Annotated[
+        list[str] | None, typer.Option(help="Cases instead of the paper suite's; patterns.")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="With --case.")] = "all",
+    output: Annotated[Path, typer.Option(help="Markdown file.")] = _RESULTS / "readers.md",
+) -> None:
+    """List what backward reads the saved tensors with, in eval mode and in ours."""
+    if case:
+        _choice(protocol, protocols.PROTOCOLS, "--protocol")
+        settings = [suites.settings_of(c, protocol=protocol) for c in cases.select(case)]
+    else:
+        settings = [
+            j.settings for j in suites.SUITES["paper"]("cpu") if j.providers == suites.SAVED
+        ]
+    output.write_text(readers.report(settings, on_case=console.print), encoding="utf-8")
+    console.print(f"wrote {output}")
 
 
 @app.command()

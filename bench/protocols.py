@@ -23,13 +23,15 @@ class NotApplicable(ValueError):
 class Protocol:
     """``freeze(model, case)`` sets ``requires_grad`` of a model whose parameters all have it.
 
-    ``input_gradient``: the input has a gradient. ``trains``: there is a backward at all.
+    ``input_gradient``: the input has a gradient. ``features``: the outputs are those of the case's
+    ``features``. ``trains``: there is a backward at all.
     """
 
     name: str
     title: str
     freeze: Callable[[nn.Module, Case], None]
     input_gradient: bool = False
+    features: bool = False
     trains: bool = True
 
 
@@ -44,6 +46,18 @@ def _nothing(model: nn.Module, case: Case) -> None:
 
 
 def _everything(model: nn.Module, case: Case) -> None:
+    model.requires_grad_(False)
+
+
+def _everything_for_features(model: nn.Module, case: Case) -> None:
+    if not case.features:
+        raise NotApplicable(f"{case.name} names no features to compare")
+    model.requires_grad_(False)
+
+
+def _everything_of_discriminator(model: nn.Module, case: Case) -> None:
+    if not case.discriminates:
+        raise NotApplicable(f"{case.name} is no discriminator")
     model.requires_grad_(False)
 
 
@@ -98,6 +112,19 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol("frozen-bn", "BN affine frozen", _batch_norms),
         Protocol("bn-tuning", "BN affine and head train", _all_but_batch_norms_and_head),
         Protocol("adversarial", "gradient of the input only", _everything, input_gradient=True),
+        Protocol(
+            "perceptual-loss",
+            "a loss on the frozen network's features, whose input is trained",
+            _everything_for_features,
+            input_gradient=True,
+            features=True,
+        ),
+        Protocol(
+            "gan-discriminator",
+            "the generator's step: the discriminator is frozen, its input is trained",
+            _everything_of_discriminator,
+            input_gradient=True,
+        ),
         Protocol("inference", "no gradient", _everything, trains=False),
     )
 }

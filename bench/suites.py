@@ -75,6 +75,8 @@ def paper(device: str) -> list[Job]:
             protocols.insert(0, "frozen-stages")
         jobs += [_saved(name, protocol=p) for p in protocols]
     jobs += [_saved(name, BUDGETED) for name in ("resnet50", "faster_rcnn_resnet50")]
+    jobs += [_saved(name, protocol="perceptual-loss") for name in ("vgg19", "vgg16_bn")]
+    jobs += [_saved("dcgan_discriminator", protocol="gan-discriminator")]
     others = [p for p in PRECISIONS if p != "float32"]
     jobs += [_saved("resnet50", precision=p) for p in others]
     jobs += [_saved("resnet50", memory_format="channels_last")]

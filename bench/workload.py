@@ -54,14 +54,25 @@ class Settings:
 
 
 class _TensorOutputs(nn.Module):
-    """A network that returns its floating-point outputs as a tuple, however they are nested."""
+    """A network that returns its floating-point outputs as a tuple, however they are nested.
 
-    def __init__(self, network: nn.Module) -> None:
+    With ``features``, the outputs of the modules of these names instead.
+    """
+
+    def __init__(self, network: nn.Module, features: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.network = network
+        self.features: list[Tensor] = []
+        for name in features:
+            network.get_submodule(name).register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.features.append(output)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_tensors(self.network(*inputs)))
+        self.features.clear()
+        outputs = self.network(*inputs)
+        return tuple(self.features) or tuple(_tensors(outputs))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -142,7 +153,8 @@ def setup(settings: Settings, *, fake: bool = False, seed: int = 0) -> Workload:
     with FakeTensorMode() if fake else contextlib.nullcontext():
         x = torch.randn(settings.batch, *settings.shape, device=settings.device, dtype=dtype)
         x = x.contiguous(**kwargs).requires_grad_(protocol.input_gradient)
-    return Workload(settings, protocol, _TensorOutputs(network), (x,))
+    features = case.features if protocol.features else ()
+    return Workload(settings, protocol, _TensorOutputs(network, features), (x,))
 
 
 def _settle_batch_norms(network: nn.Module, settings: Settings) -> None:

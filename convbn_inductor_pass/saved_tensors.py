@@ -26,6 +26,7 @@ from ._torch.tracing import copy_graph_module, graph_modules, trace
 from .config import get_options
 from .deployed import merge_pairs
 from .graph import layers
+from .graph.uses import users_of
 from .passes.scale_gradient.decide import decide
 from .passes.scale_gradient.records import NamedRecord, account
 from .passes.scale_gradient.rewrite import apply
@@ -47,7 +48,8 @@ class SavedTensor:
     as strings, ``nbytes`` is its size in bytes (hints for symbolic sizes), ``kind`` is
     "activation", "weight" (computed from parameters and buffers alone) or "mask" (bool, uint8);
     ``layer`` is the node of the layer that it is computed from element by element, the nearest if
-    there are several, or "".
+    there are several, or ""; ``readers`` are the operators of the backward that take it, up to
+    views.
     """
 
     name: str
@@ -56,6 +58,7 @@ class SavedTensor:
     nbytes: int
     kind: Literal["activation", "weight", "mask"]
     layer: str = ""
+    readers: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +213,10 @@ def _new_tensors(
         elif node in from_weights:
             kind = "weight"
         size = compat.size_hint(value.numel()) * value.element_size()
+        readers = sorted({str(n.target) for n in users_of(taken) if n.op == "call_function"})
         yield SavedTensor(
-            node.name, compat.shape_of(value), dtype, size, kind, _nearest_layer(node)
+            *(node.name, compat.shape_of(value), dtype, size),
+            *(kind, _nearest_layer(node), tuple(readers)),
         )
 
 

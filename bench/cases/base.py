@@ -25,6 +25,10 @@ class Case:
         precision: the precision that it is usually trained in (see ``bench.workload``).
         first_stages: prefixes of the parameters that detectors freeze, stem and first stage.
             Without them the case has no "frozen stages" protocol.
+        features: names of the modules whose outputs a perceptual loss compares. Without them the
+            case has no "perceptual-loss" protocol.
+        discriminates: whether it is a GAN's discriminator. Others have no "gan-discriminator"
+            protocol.
         head: prefix of the new layers that fine-tuning always trains. Empty: the last layer.
         note: what a reader of the table needs to know.
     """
@@ -38,5 +42,7 @@ class Case:
     small_batch: int = 8
     precision: str = "float32"
     first_stages: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    discriminates: bool = False
     head: str = ""
     note: str = ""

@@ -13,6 +13,9 @@ from .base import Case
 __all__ = ["CASES"]
 
 _RESNET_STAGES = ("conv1", "bn1", "layer1")
+# The last ReLU before each pooling.
+_VGG16_BN_FEATURES = tuple(f"features.{i}" for i in (5, 12, 22, 32, 42))
+_VGG19_FEATURES = tuple(f"features.{i}" for i in (3, 8, 17, 26, 35))
 
 
 def _torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -57,7 +60,8 @@ CASES = [
     _from_torchvision("regnet_y_1_6gf"),
     _from_torchvision("regnet_x_3_2gf"),
     _from_torchvision("densenet121"),
-    _from_torchvision("vgg16_bn"),
+    _from_torchvision("vgg16_bn", features=_VGG16_BN_FEATURES),
+    _from_torchvision("vgg19", features=_VGG19_FEATURES, note="no batch norm"),
     _from_torchvision("googlenet", options={"aux_logits": False, "init_weights": False}),
     _from_torchvision(
         "inception_v3",

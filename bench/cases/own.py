@@ -65,6 +65,17 @@ CASES = [
         note="transposed convolutions with batch norms",
     ),
     Case(
+        "dcgan_discriminator",
+        "generation",
+        transposed.dcgan_discriminator,
+        shape=(3, 64, 64),
+        batch=128,
+        small_shape=(3, 64, 64),
+        small_batch=16,
+        discriminates=True,
+        note="leaky ReLU",
+    ),
+    Case(
         "timeseries_fcn",
         "other ranks",
         other_ranks.TimeSeriesFCN,

@@ -1,4 +1,4 @@
-"""Networks with transposed convolutions and batch norms: a U-Net and a GAN's generator.
+"""Networks with transposed convolutions and batch norms: a U-Net, a GAN's two networks.
 
 Sources, both written from their descriptions: Ronneberger et al., "U-Net", MICCAI 2015
 (arXiv 1505.04597), with batch norms and padding as is usual now; Radford et al.,
@@ -7,10 +7,12 @@ Sources, both written from their descriptions: Ronneberger et al., "U-Net", MICC
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["UNet", "dcgan_generator"]
+__all__ = ["UNet", "dcgan_discriminator", "dcgan_generator"]
 
 
 def _double_conv(inputs: int, outputs: int) -> nn.Sequential:
@@ -75,3 +77,15 @@ def dcgan_generator(latent: int = 100, width: int = 64) -> nn.Module:
         channels = factor * width
     layers += [nn.ConvTranspose2d(channels, 3, 4, 2, 1, bias=False), nn.Tanh()]
     return nn.Sequential(*layers)
+
+
+def dcgan_discriminator(widths: tuple[int, ...] = (64, 128, 256, 512)) -> nn.Sequential:
+    """``[N, 3, 64, 64] -> [N, 1, 1, 1]``: strided convolutions, batch norms, leaky ReLU."""
+    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [
+            nn.Conv2d(inputs, outputs, 4, 2, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.LeakyReLU(0.2),
+        ]
+    return nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4))

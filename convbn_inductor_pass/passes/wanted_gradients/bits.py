@@ -2,13 +2,18 @@
 
 Before: the partitioner saves a mask for backward, a byte per element.
 
-After, with eight neighbours along a dimension that is a multiple of 8 (channels, if they are):
+After, with a dimension that is a multiple of 8 split in two, one of them of size 8:
 
-    forward   bits = sum over j of mask[8 * i + j] << j, a uint8           is saved
-    backward  mask[8 * i + j] = bits[i] >> j & 1
+    forward   bits = sum over j of mask[j] * 2**j, a uint8        is saved
+    backward  mask[j] = bits & 2**j != 0
 
 Runs after the partitioner, on both graphs, so that it sees which masks are saved. All of it is
 plain aten, which Inductor generates code for together with what makes the mask, and what uses it.
+The sum is one of floats, which are exact and which Inductor's C++ vectorizes.
+
+Which dimension: the channels, neighbours in a channels-last tensor, so that on a GPU the kernel
+that makes the mask packs it as well. On a CPU the images first, with eight of them in a byte that
+lie far apart: then every loop runs along memory, whatever the layout.
 
 Declines small masks, those that are in memory anyway (inputs and outputs), and those without such a
 dimension.
@@ -60,17 +65,22 @@ def _site(mask: fx.Node, options: Options) -> Site:
         code, detail = Code.DENIED, "bit_masks=False"
     elif not options.allows(module_path(mask)):
         code, detail = Code.DENIED, module_path(mask)
-    elif _packed_dim(mask) is None:
+    elif _split_of(mask) is None:
         code = Code.NOT_DIVISIBLE
     return Site("mask", mask, code, detail, bytes_of(mask) * 7 // 8, (mask,))
 
 
-def _packed_dim(mask: fx.Node) -> int | None:
-    """The dimension along which eight elements become a byte: the channels if possible."""
-    shape = value_of(mask).shape
-    dims = sorted(range(len(shape)), key=lambda d: (d != 1, d))
-    fitting = (d for d in dims if isinstance(shape[d], int) and shape[d] % 8 == 0 and shape[d] > 0)
-    return next(fitting, None)
+def _split_of(mask: fx.Node) -> tuple[int, int] | None:
+    """The dimension along which eight elements become a byte, and where the new one is put."""
+    tensor = value_of(mask)
+    first = 0 if tensor.device.type == "cpu" else 1
+    dims = sorted(range(tensor.ndim), key=lambda d: (d != first, d != 1, d))
+    sizes = tensor.shape
+    fitting = (d for d in dims if isinstance(sizes[d], int) and sizes[d] % 8 == 0 and sizes[d] > 0)
+    dim = next(fitting, None)
+    if dim is None:
+        return None
+    return dim, dim if dim == 0 and tensor.ndim > 1 else dim + 1
 
 
 def pack(sites: list[Site], forward: fx.Graph, backward: fx.Graph) -> int:
@@ -79,12 +89,12 @@ def pack(sites: list[Site], forward: fx.Graph, backward: fx.Graph) -> int:
     inputs = {n.name: n for n in backward.find_nodes(op="placeholder")}
     (output,) = forward.find_nodes(op="output")
     for mask in wanted:
-        taken, dim = inputs[mask.name], _packed_dim(mask)
-        if dim is None:
+        taken, split = inputs[mask.name], _split_of(mask)
+        if split is None:
             raise AssertionError(f"{mask} was found to have a dimension to pack")
         with compat.fake_mode_of(value_of(mask)), compat.plain_dispatch():
             with forward.inserting_before(mask.next):
-                bits = _packed(Builder(forward, share=False), mask, dim)
+                bits = _packed(Builder(forward, share=False), mask, *split)
             bits._rename(f"{mask.name}_bits")
             output.replace_input_with(mask, bits)
             with backward.inserting_before(taken):
@@ -94,48 +104,40 @@ def pack(sites: list[Site], forward: fx.Graph, backward: fx.Graph) -> int:
             with backward.inserting_before(min(taken.users)):
                 build = Builder(backward, share=False)
                 build.meta = {k: v for k, v in mask.meta.items() if k in PROVENANCE}
-                unpacked = _unpacked(build, given, dim)
+                unpacked = _unpacked(build, given, *split)
         taken.replace_all_uses_with(unpacked)
         backward.erase_node(taken)
     return len(wanted)
 
 
-def _packed(build: Builder, mask: fx.Node, dim: int) -> fx.Node:
-    """The uint8 tensor with ``size // 8`` along ``dim`` that holds a mask."""
+def _packed(build: Builder, mask: fx.Node, dim: int, new: int) -> fx.Node:
+    """The uint8 tensor with an eighth of the size along ``dim`` that holds a mask."""
     build.meta = {k: v for k, v in mask.meta.items() if k in PROVENANCE}
     sizes = _sizes(build, mask)
-    by_eight = build.call(
-        aten.view.default, mask, [*sizes[:dim], sizes[dim] // 8, 8, *sizes[dim + 1 :]]
-    )
-    shifted = build.call(
-        aten.bitwise_left_shift.Tensor, build.cast(by_eight, torch.int32), _shifts(build, mask, dim)
-    )
-    total = build.call(aten.sum.dim_IntList, shifted, [dim + 1], False, dtype=torch.int32)
-    return build.cast(total, torch.uint8)
+    sizes[dim] //= 8
+    split = build.call(aten.view.default, mask, [*sizes[:new], 8, *sizes[new:]])
+    powers = build.cast(_powers(build, mask, new), torch.float32)
+    scaled = build.call(aten.mul.Tensor, build.cast(split, torch.float32), powers)
+    return build.cast(build.call(aten.sum.dim_IntList, scaled, [new]), torch.uint8)
 
 
-def _unpacked(build: Builder, bits: fx.Node, dim: int) -> fx.Node:
+def _unpacked(build: Builder, bits: fx.Node, dim: int, new: int) -> fx.Node:
     """The mask that :func:`_packed` was made of."""
     sizes = _sizes(build, bits)
-    wide = build.cast(build.call(aten.unsqueeze.default, bits, dim + 1), torch.int32)
-    shifted = build.call(aten.bitwise_right_shift.Tensor, wide, _shifts(build, bits, dim))
-    mask = build.cast(build.call(aten.bitwise_and.Scalar, shifted, 1), torch.bool)
-    return build.call(aten.reshape.default, mask, [*sizes[:dim], sizes[dim] * 8, *sizes[dim + 1 :]])
+    sizes[dim] *= 8
+    wide = build.cast(build.call(aten.unsqueeze.default, bits, new), torch.int32)
+    chosen = build.call(aten.bitwise_and.Tensor, wide, _powers(build, bits, new))
+    return build.call(aten.reshape.default, build.call(aten.ne.Scalar, chosen, 0), sizes)
 
 
-def _shifts(build: Builder, like: fx.Node, dim: int) -> fx.Node:
-    """0 to 7, along the dimension after ``dim`` of a tensor that has one more than ``like``."""
+def _powers(build: Builder, like: fx.Node, new: int) -> fx.Node:
+    """1, 2, 4 to 128, int32, along the dimension ``new`` that ``like`` is to get."""
     tensor = value_of(like)
-    numbers = build.call(
-        prims.iota.default,
-        8,
-        start=0,
-        step=1,
-        dtype=torch.int32,
-        device=tensor.device,
-        requires_grad=False,
-    )
-    return build.call(aten.view.default, numbers, [8, *[1] * (tensor.ndim - dim - 1)])
+    kwargs = {"dtype": torch.int32, "device": tensor.device, "requires_grad": False}
+    shifts = build.call(prims.iota.default, 8, start=0, step=1, **kwargs)
+    one = build.call(aten.full.default, [], 1, dtype=torch.int32, device=tensor.device)
+    powers = build.call(aten.bitwise_left_shift.Tensor, one, shifts)
+    return build.call(aten.view.default, powers, [8, *[1] * (tensor.ndim - new)])
 
 
 def _sizes(build: Builder, node: fx.Node) -> list[Any]:
