@@ -79,8 +79,11 @@ def test_frozen_layers_on_request_save_less():
 
 
 def test_batch_norm_written_out_is_as_it_was():
-    saved = cbn.explain(Frozen(), torch.randn(2, 3, 16, 16)).saved_bytes
-    assert saved["tune"] == saved["eval"] == saved["deploy"]
+    """Of masks, bits are saved."""
+    saved = cbn.explain(Frozen(), torch.randn(2, 3, 16, 16)).saved
+    assert saved["tune"].bytes_of("activation") == saved["eval"].bytes_of("activation")
+    assert saved["eval"].tensors == saved["deploy"].tensors
+    assert saved["tune"].bytes_of("mask") * 8 == saved["eval"].bytes_of("mask") > 0
 
 
 def test_exact_numbers():

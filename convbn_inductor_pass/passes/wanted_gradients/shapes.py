@@ -29,8 +29,8 @@ from torch import fx
 from ..._torch import compat
 from ...codes import Code
 from ...graph.builder import Builder
-from ...graph.layers import known_equal, value_of
-from ...graph.uses import is_saved, source_of
+from ...graph.layers import known_equal, tensor_of, value_of
+from ...graph.uses import is_saved, source_of, users_of
 from .site import JointGraph, Site, bytes_of
 
 __all__ = ["READ_THE_SHAPE", "find_sites", "rewrite", "shape_readers"]
@@ -85,10 +85,17 @@ def _site(joint: JointGraph, source: fx.Node, calls: list[fx.Node], readers: set
         code, detail = Code.DENIED, denied
     elif is_saved(source, joint.backward, readers):
         code, detail = Code.SAVED_ANYWAY, str(source)
-    # An input of the graph is not made for backward; but saving it keeps it in memory, which
-    # matters where it is what another graph has computed.
-    nbytes = 0 if source.op == "placeholder" else bytes_of(source)
-    return Site("shape", source, code, detail, nbytes, tuple(calls))
+    return Site("shape", source, code, detail, _bytes_less(joint, source), tuple(calls))
+
+
+def _bytes_less(joint: JointGraph, source: fx.Node) -> int:
+    if source.op == "placeholder":
+        # It is not made for backward; but saving it keeps it in memory, which matters where it is
+        # what another graph has computed.
+        return 0
+    others = (tensor_of(u) for u in users_of(source) if u not in joint.forward)
+    has_mask = any(t is not None and t.dtype == torch.bool for t in others)
+    return bytes_of(source) - has_mask * bytes_of(source) // value_of(source).element_size()
 
 
 def rewrite(build: Builder, call: fx.Node, site: Site) -> None:
