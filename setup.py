@@ -22,6 +22,8 @@ TEST = ["pytest>=8", "pytest-xdist>=3.5", "expecttest>=0.2", "hypothesis>=6.100"
 DEV = [*TEST, "mypy==2.4.1", "pre-commit>=4", "ruff==0.17.5"]
 # Without these, tests of real models, recognition, report and the benchmarks' command line skip.
 BENCH = ["matplotlib>=3.8", "timm>=1.0", "torchvision", "transformers>=4.48", "typer>=0.12"]
+# With the adapters' trainers (convbn_inductor_pass/integrations); without them their tests skip.
+TRAINERS = ["accelerate>=1.1", "lightning>=2.2", "mmengine>=0.10.5", "transformers>=4.48"]
 
 setup(
     name="convbn-inductor-pass",
@@ -36,7 +38,7 @@ setup(
     package_data={"convbn_inductor_pass": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "rich>=13"],
-    extras_require={"demo": DEMO, "test": TEST, "dev": DEV, "bench": BENCH},
+    extras_require={"demo": DEMO, "test": TEST, "dev": DEV, "bench": BENCH, "trainers": TRAINERS},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",

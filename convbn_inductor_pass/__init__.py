@@ -32,6 +32,7 @@ from .records import PassFailedWarning, Record, clear_records, records, summary 
 if TYPE_CHECKING:
     from .eager import decisions, turn_off, turn_on
     from .explanation import Explanation, explain
+    from .freeze import freeze_batch_norms, unfreeze_batch_norms
 
 __version__ = "0.2.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "disable",
     "enable",
     "explain",
+    "freeze_batch_norms",
     "get_options",
     "install",
     "is_installed",
@@ -56,6 +58,7 @@ __all__ = [
     "summary",
     "turn_off",
     "turn_on",
+    "unfreeze_batch_norms",
     "uninstall",
 ]
 
@@ -63,8 +66,10 @@ _LAZY = {
     "Explanation": "explanation",
     "decisions": "eager",
     "explain": "explanation",
+    "freeze_batch_norms": "freeze",
     "turn_off": "eager",
     "turn_on": "eager",
+    "unfreeze_batch_norms": "freeze",
 }
 
 

@@ -36,10 +36,7 @@ class Code(enum.Enum):
         "inside a higher-order operator (cond, scan, nested_compile_region), whose graph PyTorch "
         "partitions on its own"
     )
-    BATCH_STATISTICS = (
-        "the batch norm normalizes with batch statistics: it is in training mode, or has no "
-        "running statistics"
-    )
+    BATCH_STATISTICS = "the batch norm is in training mode, or has no running statistics"
     NO_GRAD = "nothing here requires a gradient, so nothing is saved for backward"
     AFFINE_FROZEN = (
         "the batch norm's weight needs no gradient: eval mode does not save the layer's output"
@@ -80,6 +77,11 @@ class Code(enum.Enum):
     def rewritten(self) -> bool:
         return self in _REWRITTEN
 
+    @property
+    def remedy(self) -> str:
+        """What to do about it, "" where nothing is to be done."""
+        return _REMEDIES.get(self, "")
+
 
 _REWRITTEN = (
     Code.FUSED,
@@ -90,3 +92,24 @@ _REWRITTEN = (
     Code.MASK_AS_BITS,
     Code.FOLDED,
 )
+
+_REMEDIES = {
+    Code.LAYER_IN_ANOTHER_GRAPH: (
+        "compile both in one graph: TORCH_LOGS=graph_breaks shows where it ends; for DDP's buckets "
+        "raise bucket_cap_mb"
+    ),
+    Code.INSIDE_HIGHER_ORDER_OP: "take the block out of it",
+    Code.BATCH_STATISTICS: (
+        "call model.eval() after the trainer's train(), or "
+        "convbn_inductor_pass.freeze_batch_norms(model)"
+    ),
+    Code.UNSUPPORTED_DTYPE: "give layer and batch norm one floating dtype, or use autocast",
+    Code.UNBATCHED: "give the input a batch dimension",
+    Code.INPUT_MUTATED: "write to a copy",
+    Code.STATISTICS_REQUIRE_GRAD: "call requires_grad_(False) on running_mean and running_var",
+    Code.REGION: "run both under the same autocast, grad mode and hooks",
+    Code.FLOAT16_RANGE: "use bfloat16, or autocast",
+    Code.LARGE_WEIGHT: "set the option objective='memory'",
+    Code.MORE_BYTES: "set the option forward='fold' to fold it all the same",
+    Code.DENIED: "change these options",
+}

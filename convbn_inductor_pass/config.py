@@ -1,4 +1,4 @@
-"""Options of the pass: one frozen, hashable value, part of every cache key.
+"""Options of the pass: one frozen, hashable value, part of every cache key but for ``announce``.
 
 Whether the pass runs at all is not decided here but by PyTorch's own flag,
 ``torch._inductor.config.efficient_conv_bn_eval_fx_passes``.
@@ -40,6 +40,7 @@ class Options:
             rewritten together with what follows it if one of the two matches one of them: the
             layer's own path, or that of a batch norm or of other steps that would be taken in.
         deny: the same, of what is never rewritten; wins over ``allow``.
+        announce: say in one line for each model how many batch norms are in tune mode.
 
     Without a graph, in eager mode, ``turn_on`` heeds ``fuse_frozen_layers`` alone: its own argument
     ``modules`` says where it is on.
@@ -54,13 +55,14 @@ class Options:
     forward: Forward = "exact"
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
+    announce: bool = True
 
     def __post_init__(self) -> None:
         for name, choices in (("objective", Objective), ("forward", Forward)):
             if getattr(self, name) not in get_args(choices):
                 allowed = ", ".join(repr(o) for o in get_args(choices))
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("fuse_frozen_layers", "bit_masks"):
+        for name in ("fuse_frozen_layers", "bit_masks", "announce"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("allow", "deny"):

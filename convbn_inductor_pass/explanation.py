@@ -91,6 +91,8 @@ class Explanation:
             return "There is no batch norm in what torch.compile sees of this model."
         norms = f"{self.fused} of {len(self.batch_norms)} batch norms in tune mode"
         lines = [f"{norms}, {self.graphs} graph(s)."]
+        codes = dict.fromkeys(r.code for r in self.left() if r.code.remedy)
+        lines += [f"{code.name}: {code.remedy}" for code in codes]
         if scales := [r for r in self.records if r.kind == "scale"]:
             done = sum(r.code.rewritten for r in scales)
             lines.append(f"{done} of {len(scales)} layers' outputs not saved for other scales.")

@@ -10,14 +10,24 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from .codes import Code
 
-__all__ = ["PassFailedWarning", "Record", "clear_records", "publish", "records", "summary"]
+__all__ = [
+    "PassFailedWarning",
+    "Record",
+    "clear_records",
+    "publish",
+    "records",
+    "summary",
+    "take_new",
+]
 
 log = logging.getLogger("convbn_inductor_pass")
+if log.level == logging.NOTSET:
+    log.setLevel(logging.INFO)  # or the one line that there is (announce.py) would not be seen
 
 
 class PassFailedWarning(UserWarning):
@@ -102,6 +112,7 @@ def summary(found: Iterable[Record]) -> str:
 
 # The newest records of this process. Bounded: a long-running process compiles many.
 _history: collections.deque[Record] = collections.deque(maxlen=1 << 16)
+_new: collections.deque[Record] = collections.deque(maxlen=1 << 16)
 
 
 def records() -> list[Record]:
@@ -113,22 +124,35 @@ def records() -> list[Record]:
         from ._torch import store
 
         for text in store.take():
-            _history.extend(map(Record.from_dict, json.loads(text)))
+            _add([Record.from_dict(each) for each in json.loads(text)])
     return list(_history)
+
+
+def take_new() -> list[Record]:
+    """The records since the last call; like :func:`records` also of code from a compile cache."""
+    records()
+    new = list(_new)
+    _new.clear()
+    return new
 
 
 def clear_records() -> None:
     """Forget the records so far."""
-    records()
+    take_new()
     _history.clear()
 
 
-def publish(made: Iterable[Record]) -> None:
-    """Keep records for :func:`records`, and log them: a line each at debug level."""
-    made = tuple(made)
+def _add(made: Sequence[Record]) -> None:
     _history.extend(made)
+    _new.extend(made)
+
+
+def publish(made: Iterable[Record]) -> None:
+    """Keep records for :func:`records`, and log them at debug level: a summary, and a line each."""
+    made = tuple(made)
+    _add(made)
     if any(r.kind == "batch norm" for r in made):
-        log.info("%s", summary(made))
+        log.debug("%s", summary(made))
     for r in made:
         name = f"{r.layer or '-'} -> {r.batch_norm}" if r.kind == "batch norm" else r.layer
         log.debug("%s: %s %s %s (%s)", r.pass_name, name, r.code.name, r.detail, r.source)

@@ -51,6 +51,6 @@ class TestExplain:
         assert codes == ["BATCH_STATISTICS"] + ["LAYER_FROZEN"] * 4 + ["FUSED"]
         # rich wraps long cells: compare words
         words = " ".join(str(explanation).replace("│", " ").split())
-        assert "batch statistics" in words
+        assert "is in training mode" in words
         left = explanation.left(except_codes=(cbn.Code.LAYER_FROZEN,))
         assert [r.batch_norm for r in left] == ["stem_bn"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,8 @@ def few(split: lab.Split, shots: int, seed: int) -> lab.Split:
 def main() -> None:
     out, started = lab.arguments(__doc__), time.time()
     train, test = lab.digits(5, 9)
-    rows, explained = [], {}
+    rows: list[dict[str, Any]] = []
+    explained: dict[str, dict[str, Any]] = {}
     for seed in SEEDS:
         pretrained = lab.pretrain(seed)
         for protocol in PROTOCOLS:

@@ -19,6 +19,7 @@ from .version import version
 __all__ = [
     "CustomGraphPass",
     "add_pass",
+    "call_after_compilation",
     "config",
     "hooks_restored",
     "is_enabled",
@@ -120,6 +121,14 @@ def hooks_restored(hooks: set[str]) -> Iterator[None]:
         finally:
             for hook, value in defaults.items():
                 _entry(hook).default = value
+
+
+def call_after_compilation(callback: Callable[[Any], None]) -> None:
+    """Have Dynamo call ``callback`` when a compilation ends, this one too; again is harmless."""
+    from torch._dynamo.callback import callback_handler
+
+    if callback not in callback_handler.end_callbacks:
+        callback_handler.register_end_callback(callback)
 
 
 def set_everywhere(name: str, value: Any) -> None:

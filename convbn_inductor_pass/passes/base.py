@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import fx
 from torch._logging import trace_structured
 
+from .. import announce
 from .._torch import registry
 from ..config import get_options
 from ..records import PassFailedWarning, Record, log, publish
@@ -51,6 +52,7 @@ class Pass(registry.CustomGraphPass):
     def __call__(self, graph: fx.Graph, *others: fx.Graph) -> None:
         if not registry.is_enabled():
             return
+        announce.listen()
         debug = log.isEnabledFor(logging.DEBUG)
         before = _code(graph) if debug else ""
         try:
@@ -99,7 +101,9 @@ class Pass(registry.CustomGraphPass):
         """In Inductor's cache keys: the sources of all of the package, and the options."""
         if not registry.is_enabled():
             return f"convbn_inductor_pass.{self.name}, off"
-        options = hashlib.sha256(repr(get_options()).encode()).hexdigest()
+        announce.listen()  # here as well, because no pass is called if the code is in the cache
+        decisive = dataclasses.replace(get_options(), announce=True)
+        options = hashlib.sha256(repr(decisive).encode()).hexdigest()
         return f"convbn_inductor_pass.{self.name} {sources_hash()} {options}"
 
     def __deepcopy__(self, memo: Any) -> Pass:

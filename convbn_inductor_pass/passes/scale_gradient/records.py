@@ -50,12 +50,15 @@ def account(graph: fx.Graph, decisions: list[Decision]) -> list[NamedRecord]:
     for inner in subgraphs_of(graph, backward):
         for bn in find_batch_norms(inner, (), without_origin=True):
             code = Code.BATCH_STATISTICS if bn.trains else Code.INSIDE_HIGHER_ORDER_OP
+            code = code if backward else Code.NO_GRAD
             found.append(_record("batch norm", bn.layer, code, "", bn.node))
     return found
 
 
 def _code(bn: BatchNormCall, decision: Decision | None, trained: set[fx.Node]) -> tuple[Code, str]:
     """The code of a batch norm call; ``trained`` is empty in a graph without a backward."""
+    if not trained:
+        return Code.NO_GRAD, ""
     if bn.trains:
         return Code.BATCH_STATISTICS, ""
     if decision is not None:
@@ -64,8 +67,6 @@ def _code(bn: BatchNormCall, decision: Decision | None, trained: set[fx.Node]) -
         return Code.LAYER_IN_ANOTHER_GRAPH, f"{bn.input} is an input of the graph"
     if bn.layer is None:
         return Code.NOT_AFTER_LAYER, f"it follows {bn.input}"
-    if not trained:
-        return Code.NO_GRAD, ""
     if not any(scale in trained for scale in bn.scales):
         return Code.AFFINE_FROZEN, ""
     if layers.operand_per_channel(bn.node.args[1], bn.layer.out.shape, bn.layer.dim) is None:

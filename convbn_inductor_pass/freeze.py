@@ -1,0 +1,127 @@
+"""``freeze_batch_norms``: keeps batch norms in eval mode when a trainer calls ``model.train()``.
+
+A frozen batch norm has a ``train`` of its own, in the instance: a ``functools.partial`` of a
+function of this module and the batch norm. A copy or pickle of the batch norm then has a partial of
+the copy; a closure or a bound method would not survive both. The class stays as it is, for
+``fully_shard`` and ``isinstance``. There is no hook, so nothing is done in forward, compiled or
+not. Parameters, buffers and ``state_dict`` are untouched.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Iterable
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["freeze_batch_norms", "unfreeze_batch_norms"]
+
+
+def freeze_batch_norms(
+    model: nn.Module, modules: Iterable[str | nn.Module] | None = None
+) -> nn.Module:
+    """Put batch norms in eval mode, and keep them there through later calls of ``model.train()``.
+
+    Their running statistics are then used and stay as they are; weights and biases train as before.
+    Dropout and everything else follow ``train()`` and ``eval()`` as ever. Copies (``deepcopy``,
+    ``AveragedModel``) and pickles are frozen, too; to load such a pickle this package has to be
+    installed, for a ``state_dict`` it does not.
+
+    Freeze after ``SyncBatchNorm.convert_sync_batchnorm``, which makes new modules, and unfreeze
+    before ``torch.optim.swa_utils.update_bn``, which resets statistics and would not get new ones.
+
+    Args:
+        model: any module; compiled, wrapped in DDP or sharded, or to be so later.
+        modules: which batch norms: modules of ``model``, their paths, or patterns of these as in
+            ``"backbone.*"``. Each stands for all batch norms inside it. By default all of them. A
+            second call adds to the first.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: there is no batch norm in ``model``, or in one of ``modules``; the model is then
+            as before.
+
+    Example::
+
+        model = torch.compile(convbn_inductor_pass.freeze_batch_norms(model))
+    """
+    norms = _batch_norms(model)
+    if not norms:
+        raise ValueError(f"there is no batch norm in this {type(model).__name__}")
+    for norm in _choose(norms, modules):
+        norm.train = functools.partial(_train_but_stay_in_eval_mode, norm)  # type: ignore[method-assign]
+        norm.train(norm.training)
+    return model
+
+
+def unfreeze_batch_norms(model: nn.Module) -> nn.Module:
+    """Undo :func:`freeze_batch_norms`: batch norms get the mode of ``model``, and follow it again.
+
+    Batch norms that are not frozen are left alone. Returns ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    for norm in _batch_norms(model).values():
+        if _is_frozen(norm):
+            del norm.train
+            norm.train(model.training)
+    return model
+
+
+def _train_but_stay_in_eval_mode(norm: _BatchNorm, mode: bool = True) -> _BatchNorm:
+    type(norm).train(norm, mode)  # of the class, for what is inside: timm's have an activation
+    norm.training = False
+    return norm
+
+
+def _is_frozen(norm: _BatchNorm) -> bool:
+    own = norm.__dict__.get("train")
+    return isinstance(own, functools.partial) and own.func is _train_but_stay_in_eval_mode
+
+
+def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """All batch norms by path; one that is used in several places has several paths."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {_describe(model)}")
+    named = model.named_modules(remove_duplicate=False)
+    return {path: m for path, m in named if isinstance(m, _BatchNorm)}
+
+
+def _choose(
+    norms: dict[str, _BatchNorm], modules: Iterable[str | nn.Module] | None
+) -> list[_BatchNorm]:
+    if modules is None:
+        return list(norms.values())
+    if isinstance(modules, str) or not isinstance(modules, Iterable):
+        raise ValueError(f"modules must be a list such as ['backbone'], got {_describe(modules)}")
+    chosen: list[_BatchNorm] = []
+    for each in modules:
+        if isinstance(each, nn.Module):
+            inside = {*each.modules()}
+            found = [norm for norm in norms.values() if norm in inside]
+        else:
+            found = [norm for path, norm in norms.items() if _matches(path, each)]
+        if not found:
+            paths = ", ".join(list(norms)[:3])
+            raise ValueError(f"no batch norm is in {_describe(each)}; there are: {paths}, ...")
+        chosen += found
+    if not chosen:
+        raise ValueError("modules is empty: leave it out for all batch norms")
+    return chosen
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Whether ``pattern`` matches ``path``, or that of a module that it is inside."""
+    parts = path.replace("_orig_mod.", "").split(".")  # torch.compile's wrapper is no part of it
+    return any(fnmatch.fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1))
+
+
+def _describe(value: object) -> str:
+    """In one line, which the ``repr`` of a module is not."""
+    return f"a {type(value).__name__}" if isinstance(value, nn.Module) else repr(value)
