@@ -1,7 +1,7 @@
 """Says what was done: one line for each model and result, when a compilation has ended.
 
 The line goes to the logger ``convbn_inductor_pass``: as a warning if fewer than half of the batch
-norms are in tune mode and something can be done about it, else as information. Where no logging is set up it goes to stderr, as
+norms are in tune mode though they could gain by it, else as information. Where no logging is set up it goes to stderr, as
 Python's warnings of loggers do. To silence it: the option ``announce=False``, or a level above
 ``WARNING`` for that logger.
 
@@ -23,6 +23,7 @@ from .records import Record, log, take_new
 
 __all__ = ["listen", "say"]
 
+_NOTHING_TO_GAIN = (Code.AFFINE_FROZEN, Code.LAYER_FROZEN, Code.SAVED_ANYWAY)
 _said: set[Hashable] = set()
 
 
@@ -56,8 +57,8 @@ def say(made: Iterable[Record]) -> None:
     key = (paths, len(fused), frozenset(left.items()))
     if key not in _said:
         _said.add(key)
-        can_do = any(code.remedy for code, _ in left.most_common(1))
-        level = logging.WARNING if can_do and 2 * len(fused) < len(norms) else logging.INFO
+        left_out = sum(n for code, n in left.items() if code not in _NOTHING_TO_GAIN)
+        level = logging.WARNING if 2 * left_out > len(norms) else logging.INFO
         # Wanted gradients save with batch norms in tune mode, and without.
         saved = sum(r.bytes_saved for r in made if r.code.rewritten)
         _write(level, _line(len(norms), len(fused), saved, left))

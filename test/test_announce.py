@@ -77,9 +77,18 @@ def test_some_in_tune_mode(x, lines):
     model = Residual()
     model.down.requires_grad_(False)
     compiled(model, x)
-    text = "5 of 6 batch norms in tune mode, 20.48 kB less saved for backward; 1 are not: "
-    why = f"{cbn.Code.LAYER_FROZEN.value}; {cbn.Code.LAYER_FROZEN.remedy}"
-    assert lines() == [("INFO", text + why)]
+    # The frozen layer's input, less its mask, is not saved either.
+    text = "5 of 6 batch norms in tune mode, 23.55 kB less saved for backward; 1 are not: "
+    assert lines() == [("INFO", text + cbn.Code.LAYER_FROZEN.value)]
+
+
+def test_nothing_to_gain_is_no_warning(x, lines):
+    """Adversarial examples: no batch norm trains, and yet less is saved."""
+    compiled(Residual().requires_grad_(False), x.requires_grad_())
+    [(level, line)] = lines()
+    assert level == "INFO"
+    assert line.startswith("0 of 6 batch norms in tune mode, ")
+    assert " less saved for backward: the batch norm's weight needs no gradient" in line
 
 
 def test_the_most_frequent_reason_without_a_remedy(x, lines):
