@@ -1,9 +1,9 @@
 """Says what was done: one line for each model and result, when a compilation has ended.
 
 The line goes to the logger ``convbn_inductor_pass``: as a warning if fewer than half of the batch
-norms are in tune mode though they could gain by it, else as information. Where no logging is set up it goes to stderr, as
-Python's warnings of loggers do. To silence it: the option ``announce=False``, or a level above
-``WARNING`` for that logger.
+norms are in tune mode though they could gain by it, else as information. Where no logging is set
+up it goes to stderr, as Python's warnings of loggers do. To silence it: the option
+``announce=False``, or a level above ``WARNING`` for that logger.
 
 Dynamo calls back at the end of each compilation, and only there is it known what code from a cache
 had been decided. It makes one graph or, for DDP, several; a graph break ends it, so that each part

@@ -420,7 +420,7 @@ class _Drawer:
         targets = [x, *layer_tensors, *layer_tensors, *bn_tensors, c]
         if any(t.name == "x_alias" for t in self.tensors):
             targets.append("x_alias")
-        if self.chance(25):
+        if self.chance(15):
             between.insert(self.pick(0, len(between)), "")
             at = between.index("")
             between[at : at + 1] = self.write(targets)
@@ -440,7 +440,7 @@ class _Drawer:
             bn_lines.append(f"{y} = {y} + {c}" if not self.levit else f"{y} = {y} + {c}.sum()")
         if self.chance(3):
             self.returned.append(c)
-        if self.chance(10):
+        if self.chance(6):
             bn_lines += self.write([*targets, c, y])
         self.lines += self.arrange(conv_lines, between, bn_lines)
         self.activations[c] = shape

@@ -9,11 +9,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.patches import Patch
 
 from ..protocols import PROTOCOLS
 from ..providers import PROVIDERS
 from ..results import Row
 from .analysis import Group, groups, ratio
+from .tables import overview
 
 __all__ = ["draw"]
 
@@ -24,6 +26,8 @@ _COLOURS = {"eval": "#999999", "builtin": "#E69F00", "ours": "#0072B2", "deploy"
 def draw(rows: list[Row], folder: Path) -> dict[str, Path]:
     """Draw what there are results for; returns the pictures by title."""
     pictures: dict[str, Path] = {}
+    if chosen := overview(rows):
+        pictures["Saved for backward, megabytes"] = _overview(chosen, folder / "overview.png")
     saved = [
         g
         for g in groups(rows, "saved")
@@ -63,6 +67,28 @@ def draw(rows: list[Row], folder: Path) -> dict[str, Path]:
             capacities, title, lambda g, p: g.values(p).get("largest_batch"), path
         )
     return pictures
+
+
+def _overview(chosen: list[tuple[str, str, Group]], path: Path) -> Path:
+    """Eval mode's megabytes against ours, the largest workload's bar filling the width."""
+    figure, axes = plt.subplots(figsize=(9, 0.55 * len(chosen) + 0.9))
+    for y, (_, _, group) in enumerate(chosen):
+        sizes = [group.values(mode)["bytes"] / 1e6 for mode in ("eval", "ours")]
+        for offset, size, mode in zip((-0.19, 0.19), sizes, ("eval", "ours"), strict=True):
+            axes.barh(y + offset, size, 0.36, color=_COLOURS[mode])
+        axes.text(sizes[0], y - 0.19, f" {sizes[0]:,.0f}", va="center", fontsize=9)
+        text = f" {sizes[1]:,.0f} MB, {1 - sizes[1] / sizes[0]:.0%} less"
+        axes.text(sizes[1], y + 0.19, text, va="center", fontsize=9, weight="bold")
+    axes.set_yticks(range(len(chosen)), [f"{name}\ntrained: {what}" for name, what, _ in chosen])
+    axes.tick_params(axis="y", labelsize=8.5, length=0)
+    axes.invert_yaxis()
+    axes.set_xticks([])
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    handles = [Patch(color=_COLOURS[m]) for m in ("eval", "ours")]
+    labels = ["eval mode, torch.compile", "with convbn_inductor_pass"]
+    axes.legend(handles, labels, loc="lower right", frameon=False)
+    axes.set_title("Megabytes saved for backward", loc="left", fontsize=11)
+    return _save(figure, path)
 
 
 def _saved_ratio(group: Group, provider: str) -> float | None:

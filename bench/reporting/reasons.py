@@ -14,11 +14,8 @@ UNEXPLAINED = "not explained"
 
 
 def why(settings: Settings, other: str) -> str:
-    """Why ours saves more than ``other``, or other bytes than deploy mode, in this workload."""
-    if other == "deploy" and settings.precision.endswith("-autocast"):
-        return _AUTOCAST
-    by_case = _MORE_IN_CASE.get((settings.case, other))
-    return by_case or _MORE.get((settings.protocol, other), UNEXPLAINED)
+    """Why ours saves more than ``other`` in this workload."""
+    return _MORE.get((settings.protocol, other), UNEXPLAINED)
 
 
 def why_little(settings: Settings) -> str:
@@ -27,7 +24,6 @@ def why_little(settings: Settings) -> str:
     return by_case or _LITTLE.get(settings.protocol, UNEXPLAINED)
 
 
-_AUTOCAST = "ours saves less: deploy mode saves half-precision copies of the merged weights"
 _SILU = "SiLU: eval mode recomputes its way to about one activation per pair already"
 _NO_BATCH_NORM = "a control: there is no batch norm"
 _FROZEN_MODULE = "FrozenBatchNorm: eval mode does not save the convolutions' outputs either"
@@ -39,12 +35,6 @@ _MORE = {
         "gamma's, as ours does with fuse_frozen_layers"
     ),
     ("bn-tuning", "deploy"): "frozen layers are left as written; deploy mode has no gamma to train",
-}
-
-_LAYER_SCALE = "ours saves less: deploy mode merges batch norms, and here are layer scales"
-_MORE_IN_CASE = {
-    ("convnext_tiny", "deploy"): _LAYER_SCALE,
-    ("deit3_small_patch16_224", "deploy"): _LAYER_SCALE,
 }
 
 _LITTLE = {

@@ -44,10 +44,10 @@ def _page(rows: list[Row], runs: list[dict[str, Any]], pictures: dict[str, Path]
         if body.count("\n") > 1 or body.startswith(("-", "!")):
             parts.append(f"## {title}\n\n{body}\n")
 
+    section("In short", tables.overview_table(rows))
     section("Published figures beside ours", tables.published(rows))
     section("Saved for backward", tables.saved(rows))
-    more = "Where ours saves more bytes than another, or not deploy mode's"
-    section(more, tables.exceptions(rows))
+    section("Where ours saves more bytes than another", tables.exceptions(rows))
     section("Where ours saves over nine tenths of eval mode's bytes", tables.small_gains(rows))
     section("Recomputation", tables.recomputation(rows))
     for device, name in (("cpu", "CPU"), ("cuda", "GPU")):

@@ -23,6 +23,8 @@ __all__ = [
     "exceptions",
     "machine",
     "measured",
+    "overview",
+    "overview_table",
     "problems",
     "published",
     "recomputation",
@@ -83,9 +85,53 @@ def saved(rows: list[Row]) -> str:
     return markdown(header, body)
 
 
+_OVERVIEW = (
+    ("resnet50", "all", "ResNet-50"),
+    ("mobilenet_v2", "all", "MobileNetV2"),
+    ("vgg16_bn", "all", "VGG16-BN"),
+    ("faster_rcnn_resnet50", "frozen-stages", "Faster R-CNN, up to the region heads"),
+    ("resnet50", "bn-tuning", "ResNet-50"),
+    ("resnet50", "adversarial", "ResNet-50"),
+    ("vgg19", "perceptual-loss", "VGG-19"),
+    ("dcgan_discriminator", "gan-discriminator", "DCGAN's discriminator"),
+)
+_TRAINED = {
+    "all": "everything",
+    "frozen-stages": "all but the first stage",
+    "bn-tuning": "batch norms (BN-tuning)",
+    "adversarial": "the input (adversarial examples)",
+    "perceptual-loss": "the input (perceptual loss)",
+    "gan-discriminator": "the input (the generator's step)",
+}
+
+
+def overview(rows: list[Row]) -> list[tuple[str, str, Group]]:
+    """A few workloads of different kinds: network, what is trained, and its rows."""
+    found = []
+    for case, protocol, name in _OVERVIEW:
+        for group in groups(rows, "saved"):
+            s = group.settings
+            usual = s.memory_format == "contiguous" and not s.dynamic
+            if (s.case, s.protocol) == (case, protocol) and s.precision == "float32" and usual:
+                found.append((name, _TRAINED[protocol], group))
+                break
+    return found
+
+
+def overview_table(rows: list[Row]) -> str:
+    """:func:`overview` in Markdown, megabytes."""
+    header = ["network", "input", "trained", "eval mode", "deploy mode", "this package", "less"]
+    body = []
+    for name, trained, group in overview(rows):
+        size = "x".join(str(n) for n in (group.settings.batch, *group.settings.shape))
+        sizes = [group.values(mode)["bytes"] for mode in ("eval", "deploy", "ours")]
+        less = f"{1 - sizes[2] / sizes[0]:.0%}"
+        body.append([name, size, trained, *(f"{s / 1e6:,.0f}" for s in sizes), less])
+    return markdown(header, body)
+
+
 def exceptions(rows: list[Row]) -> str:
-    """Workloads in which ours saves more than eval mode or PyTorch's pass, or not deploy mode's
-    bytes, each with the reason."""
+    """Workloads in which ours saves more than another mode, each with the reason."""
     body = []
     for group in groups(rows, "saved"):
         ours = group.values("ours").get("bytes")
@@ -93,7 +139,7 @@ def exceptions(rows: list[Row]) -> str:
             continue
         for mode in ("eval", "builtin", "deploy"):
             other = group.values(mode).get("bytes")
-            if other is None or ours == other or (ours < other and mode != "deploy"):
+            if other is None or ours <= other:
                 continue
             cells = [group.label(size=True), _megabytes(ours), PROVIDERS[mode].title]
             difference = f"{(ours - other) / 1e6:+,.3f}"

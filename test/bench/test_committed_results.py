@@ -33,3 +33,6 @@ def test_committed_results_are_reported():
     parts = [tables.published, tables.saved, tables.exceptions, tables.small_gains]
     assert all(part(rows) in page for part in parts)
     assert reasons.UNEXPLAINED not in page
+    readme = (folder.parent.parent / "README.md").read_text()
+    assert tables.overview_table(rows) in readme
+    assert tables.overview_table(rows).count("\n") == 9
