@@ -53,8 +53,8 @@ class Explanation:
 
     @property
     def saved_bytes(self) -> dict[str, int]:
-        """New bytes saved for backward, by mode."""
-        return {mode: tensors.new_bytes for mode, tensors in self.saved.items()}
+        """Bytes saved for backward beside parameters, buffers and inputs, by mode."""
+        return {mode: s.new_bytes + s.copied_bytes for mode, s in self.saved.items()}
 
     def left(self, *, except_codes: tuple[Code, ...] = ()) -> tuple[Record, ...]:
         """Batch norms left as written, less those left for one of ``except_codes``."""
@@ -104,6 +104,12 @@ class Explanation:
         for mode, size in self.saved_bytes.items():
             share = f" ({size / baseline - 1:+.1%})" if baseline and mode != "eval" else ""
             lines.append(f"saved for backward, {mode} mode: {size:,} bytes{share}")
+        if copied := self.saved["tune"].copied_bytes:
+            lines.append(
+                f"{copied:,} bytes of that are channels-last copies of weights and inputs, which "
+                "Inductor makes and saves; model.to(memory_format=torch.channels_last), and the "
+                "inputs likewise, saves them."
+            )
         return "\n".join(lines)
 
 

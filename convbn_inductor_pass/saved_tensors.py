@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx
 
 from . import plugin
@@ -66,9 +67,15 @@ class SavedForBackward:
     """New tensors that one or several compiled graphs save for backward, each storage once."""
 
     tensors: tuple[SavedTensor, ...]
+    copied_bytes: int = 0
 
     @property
     def new_bytes(self) -> int:
+        """Bytes of all tensors, without ``copied_bytes``.
+
+        Those are what Inductor adds where it makes a model channels-last that is not: it saves
+        the copies of convolutions' weights and inputs instead of the originals.
+        """
         return sum(t.nbytes for t in self.tensors)
 
     def bytes_of(self, kind: str) -> int:
@@ -80,7 +87,8 @@ class SavedForBackward:
         return sum(t.nbytes for t in self.tensors if t.layer == layer)
 
     def __add__(self, other: SavedForBackward) -> SavedForBackward:
-        return SavedForBackward(self.tensors + other.tensors)
+        copied = self.copied_bytes + other.copied_bytes
+        return SavedForBackward(self.tensors + other.tensors, copied)
 
 
 def saved_for_backward(
@@ -164,10 +172,12 @@ def saved_by_graph(
         inductor.compile_with(stop_before_codegen, gm, example_inputs)
         if False in graphs:
             on_forward(graphs[False].graph)  # with what is known of the inputs while compiling
+            channels_last = inductor.makes_channels_last(graphs[False].graph)
     if True not in graphs:  # nothing requires a gradient
         return SavedForBackward(())
     forward, backward = graphs[False].graph, graphs[True].graph
-    return SavedForBackward(tuple(_new_tensors(forward, backward, static_inputs)))
+    tensors = tuple(_new_tensors(forward, backward, static_inputs))
+    return SavedForBackward(tensors, _copied_bytes(forward, backward, channels_last))
 
 
 def _no_pass() -> contextlib.AbstractContextManager[None]:
@@ -218,6 +228,22 @@ def _new_tensors(
             *(node.name, compat.shape_of(value), dtype, size),
             *(kind, _nearest_layer(node), tuple(readers)),
         )
+
+
+def _copied_bytes(forward: fx.Graph, backward: fx.Graph, channels_last: bool) -> int:
+    """Bytes of channels-last copies of inputs that the backward takes, made for convolutions."""
+    saved = {n.name for n in backward.find_nodes(op="placeholder")} if channels_last else ()
+    total = 0
+    for node in forward.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if node.name not in saved or not isinstance(value, Tensor) or value.ndim != 4:
+            continue
+        for user in node.users:
+            takes = node in user.args[:2] and user.target is torch.ops.aten.convolution.default
+            if takes and not value.is_contiguous(memory_format=torch.channels_last):
+                total += compat.size_hint(value.numel()) * value.element_size()
+                break
+    return total
 
 
 def _nearest_layer(node: fx.Node) -> str:
