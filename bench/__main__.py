@@ -106,6 +106,36 @@ def gpu(
     _execute(suites.SUITES[suite]("cuda"), path, budget, {"suite": suite, "minutes": minutes})
 
 
+@app.command("cuda-codegen")
+def cuda_codegen(
+    case: Annotated[
+        list[str] | None, typer.Option(help="Cases instead of the suite; patterns as 'r50_*'.")
+    ] = None,
+    provider: Annotated[list[str] | None, typer.Option(help="With --case.")] = None,
+    protocol: Annotated[list[str] | None, typer.Option(help="With --case; default: all.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="With --case.")] = None,
+    batch: Annotated[int | None, typer.Option(help="With --case.")] = None,
+    contiguous: Annotated[bool, typer.Option(help="With --case: not channels-last.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Result file; resumed if there.")] = None,
+) -> None:
+    """What is generated for CUDA: launches, traffic, memory. Needs a CUDA build, and no GPU."""
+    jobs = suites.cuda_codegen()
+    if case:
+        fields: dict[str, object] = {} if batch is None else {"batch": batch}
+        fields |= {"memory_format": "contiguous"} if contiguous else {}
+        names = tuple(_choice(p, providers.PROVIDERS, "--provider") for p in provider or [])
+        jobs = [
+            Job(
+                "cuda-codegen", suites.cuda_settings(c, how, dtype, **fields), names or suites.SAVED
+            )
+            for c in cases.select(case)
+            for how in protocol or ["all"]
+            for dtype in precision or ["float32"]
+        ]
+    path = output or _RESULTS / ("custom-codegen.jsonl" if case else "cuda-codegen.jsonl")
+    _execute(jobs, path, Budget(), {"suite": None if case else "cuda-codegen"})
+
+
 @app.command()
 def report(
     files: Annotated[list[Path] | None, typer.Argument(help="Default: all in results/.")] = None,
@@ -166,6 +196,9 @@ def _line(row: Row) -> str:
         return f"{what} {row.problem}"
     if row.metric == "saved":
         return f"{what} {row.values['bytes'] / 1e6:,.1f} MB saved for backward"
+    if row.metric == "cuda-codegen":
+        counts = [f"{row.values.get(f'{p}_kernels', 0)} {p}" for p in ("forward", "backward")]
+        return f"{what} {' + '.join(counts)} kernels, peak {row.values['peak_bytes'] / 1e6:,.1f} MB"
     if row.metric == "capacity":
         return f"{what} batch {row.values['largest_batch']}"
     if "step_ms" in row.values:

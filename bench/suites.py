@@ -10,7 +10,7 @@ from .providers import BUDGETS
 from .runner import Job
 from .workload import PRECISIONS, Settings
 
-__all__ = ["SUITES", "custom", "gpu", "gpu_forward", "settings_of"]
+__all__ = ["SUITES", "cuda_settings", "custom", "gpu", "gpu_forward", "settings_of"]
 
 SAVED = ("eval", "builtin", "ours", "deploy")
 TRAINING = ("eval", "ours", "deploy", "builtin")  # those worth most first
@@ -180,6 +180,29 @@ def gpu(device: str = "cuda") -> list[Job]:
     ]
 
 
+def cuda_codegen(device: str = "cuda") -> list[Job]:
+    """Code for CUDA without a GPU, as people train there: channels-last, and under autocast."""
+    jobs = []
+    for name in _VARIED:
+        for protocol in PROTOCOLS:
+            if protocol == "frozen-stages" and not CASES[name].first_stages:
+                continue
+            usual = (
+                ("float32", "bf16-autocast") if protocol in ("all", "inference") else ("float32",)
+            )
+            jobs += [
+                Job("cuda-codegen", cuda_settings(CASES[name], protocol, precision), SAVED)
+                for precision in usual
+            ]
+    return jobs
+
+
+def cuda_settings(case: Case, protocol: str, precision: str, **fields: Any) -> Settings:
+    """Settings of a case at its real size for code that is generated for CUDA."""
+    usual = {"memory_format": "channels_last", "device": "cuda"}
+    return settings_of(case, protocol=protocol, precision=precision, **{**usual, **fields})
+
+
 SUITES = {
     "quick": quick,
     "paper": paper,
@@ -187,6 +210,7 @@ SUITES = {
     "forward": forward,
     "gpu": gpu,
     "gpu-forward": gpu_forward,
+    "cuda-codegen": cuda_codegen,
 }
 
 
