@@ -183,16 +183,14 @@ def gpu(device: str = "cuda") -> list[Job]:
 def cuda_codegen(device: str = "cuda") -> list[Job]:
     """Code for CUDA without a GPU, as people train there: channels-last, and under autocast."""
     jobs = []
-    for name in _VARIED:
-        for protocol in PROTOCOLS:
+    for protocol in PROTOCOLS:
+        for name in _VARIED:
             if protocol == "frozen-stages" and not CASES[name].first_stages:
                 continue
-            usual = (
-                ("float32", "bf16-autocast") if protocol in ("all", "inference") else ("float32",)
-            )
+            precisions = ("float32", "bf16-autocast") if protocol == "all" else ("float32",)
             jobs += [
                 Job("cuda-codegen", cuda_settings(CASES[name], protocol, precision), SAVED)
-                for precision in usual
+                for precision in precisions
             ]
     return jobs
 

@@ -11,11 +11,14 @@ import re
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
+import triton.language as tl
 from torch import Tensor
 from torch._inductor import async_compile
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.runtime.triton_heuristics import GridExpr
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from .recording import Graph, Lowered
 
@@ -23,6 +26,17 @@ __all__ = ["run_step"]
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise ImportError("TRITON_INTERPRET=1 has to be set before Triton is imported")
+
+_cast = InterpreterBuilder.cast_impl
+
+
+def _rounding_cast(self: Any, value: Any, dtype: Any) -> Any:
+    """The interpreter's cast, which cuts float32 off to bfloat16 where a GPU rounds it."""
+    if value.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+        return _cast(self, value, dtype)
+    rounded = torch.from_numpy(np.ascontiguousarray(value.data)).bfloat16()
+    return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+
 
 # The interpreter has no body for these functions of CUDA's library, but for Triton's own.
 _LIBDEVICE = re.compile(r"libdevice\.(rsqrt|sqrt|exp|log)\(")
@@ -74,6 +88,7 @@ def _call(graph: Graph, inputs: list[Tensor]) -> list[Any]:
     with (
         mock.patch.object(async_compile, "AsyncCompile", Kernels),
         mock.patch.object(torch._C._dynamo.guards, "_empty_strided_cuda", empty),
+        mock.patch.object(InterpreterBuilder, "cast_impl", _rounding_cast),
         mock.patch.object(torch.cuda, "_DeviceGuard", return_value=contextlib.nullcontext()),
     ):
         exec(compile(source, "wrapper", "exec"), namespace)
