@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from rich.table import Table
 from . import cases, protocols, providers, suites, workload
 from .metrics.measure import Budget
 from .reporting.report import write_report
-from .results import ResultFile, Row
+from .results import ResultFile, Row, read
 from .runner import METRICS, Job
 from .runner import run as run_jobs
 
@@ -95,15 +96,23 @@ def gpu(
         bool, typer.Option("--forward", help="Forward folding instead of tune mode.")
     ] = False,
     minutes: Annotated[float, typer.Option(help="Ends after about so long.")] = 9,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only compile everything, for a pretended GPU.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Result file; resumed if there.")] = None,
 ) -> None:
     """What is wanted from a CUDA GPU, most valuable first, in 9 minutes; then go on with more."""
+    suite = "gpu-forward" if forward else "gpu"
+    jobs = suites.SUITES[suite]("cuda")
+    if dry_run:
+        path = output or Path(tempfile.mkdtemp()) / "dry-run.jsonl"
+        _execute(suites.dry_run(jobs), path, Budget(), {"suite": suite, "dry_run": True})
+        raise typer.Exit(any(row.problem for row in read(path)[1]))
     if not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device here")
     budget = Budget(rounds=30, seconds=20, deadline=time.monotonic() + 60 * minutes - 20)
-    suite = "gpu-forward" if forward else "gpu"
     path = output or _RESULTS / f"{suite}-cuda.jsonl"
-    _execute(suites.SUITES[suite]("cuda"), path, budget, {"suite": suite, "minutes": minutes})
+    _execute(jobs, path, budget, {"suite": suite, "minutes": minutes})
 
 
 @app.command("cuda-codegen")

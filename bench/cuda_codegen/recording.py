@@ -247,7 +247,7 @@ def recording(result: Lowered) -> Iterator[Recorder]:
         mock.patch.object(guards, "_empty_strided_cuda", empty),
         mock.patch.object(guards, "_reinterpret_tensor", torch.as_strided),
         mock.patch.object(guards, "assert_alignment", nothing),
-        config.patch(force_disable_caches=True, shape_padding=False),
+        config.patch(force_disable_caches=True, shape_padding=False, compile_threads=1),
         functorch_config.patch(enable_autograd_cache=False),
     ):
         yield recorder
