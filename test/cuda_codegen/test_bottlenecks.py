@@ -8,6 +8,7 @@ Record the figures again, for the version that is installed, with
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import unittest
@@ -24,7 +25,8 @@ VERSION = ".".join(torch.__version__.split(".")[:2])
 
 def run(*arguments: str) -> dict[str, Any]:
     command = [sys.executable, str(PROGRAM), *arguments]
-    done = subprocess.run(command, cwd=PROGRAM.parents[2], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     found: dict[str, Any] = json.loads(done.stdout)
     assert list(found) == list(arguments[3:])
