@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from rich.table import Table
 from . import cases, protocols, providers, readers, suites, workload
 from .metrics.measure import Budget
 from .reporting.report import write_report
-from .results import ResultFile, Row
+from .results import ResultFile, Row, read
 from .runner import METRICS, Job
 from .runner import run as run_jobs
 
@@ -95,15 +96,53 @@ def gpu(
         bool, typer.Option("--forward", help="Forward folding instead of tune mode.")
     ] = False,
     minutes: Annotated[float, typer.Option(help="Ends after about so long.")] = 9,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only compile everything, for a pretended GPU.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Result file; resumed if there.")] = None,
 ) -> None:
     """What is wanted from a CUDA GPU, most valuable first, in 9 minutes; then go on with more."""
+    suite = "gpu-forward" if forward else "gpu"
+    jobs = suites.SUITES[suite]("cuda")
+    if dry_run:
+        path = output or Path(tempfile.mkdtemp()) / "dry-run.jsonl"
+        _execute(suites.dry_run(jobs), path, Budget(), {"suite": suite, "dry_run": True})
+        raise typer.Exit(any(row.problem for row in read(path)[1]))
     if not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device here")
     budget = Budget(rounds=30, seconds=20, deadline=time.monotonic() + 60 * minutes - 20)
-    suite = "gpu-forward" if forward else "gpu"
     path = output or _RESULTS / f"{suite}-cuda.jsonl"
-    _execute(suites.SUITES[suite]("cuda"), path, budget, {"suite": suite, "minutes": minutes})
+    _execute(jobs, path, budget, {"suite": suite, "minutes": minutes})
+
+
+@app.command("cuda-codegen")
+def cuda_codegen(
+    case: Annotated[
+        list[str] | None, typer.Option(help="Cases instead of the suite; patterns as 'r50_*'.")
+    ] = None,
+    provider: Annotated[list[str] | None, typer.Option(help="With --case.")] = None,
+    protocol: Annotated[list[str] | None, typer.Option(help="With --case; default: all.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="With --case.")] = None,
+    batch: Annotated[int | None, typer.Option(help="With --case.")] = None,
+    contiguous: Annotated[bool, typer.Option(help="With --case: not channels-last.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Result file; resumed if there.")] = None,
+) -> None:
+    """What is generated for CUDA: launches, traffic, memory. Needs a CUDA build, and no GPU."""
+    jobs = suites.cuda_codegen()
+    if case:
+        fields: dict[str, object] = {} if batch is None else {"batch": batch}
+        fields |= {"memory_format": "contiguous"} if contiguous else {}
+        names = tuple(_choice(p, providers.PROVIDERS, "--provider") for p in provider or [])
+        jobs = [
+            Job(
+                "cuda-codegen", suites.cuda_settings(c, how, dtype, **fields), names or suites.SAVED
+            )
+            for c in cases.select(case)
+            for how in protocol or ["all"]
+            for dtype in precision or ["float32"]
+        ]
+    path = output or _RESULTS / ("custom-codegen.jsonl" if case else "cuda-codegen.jsonl")
+    _execute(jobs, path, Budget(), {"suite": None if case else "cuda-codegen"})
 
 
 @app.command("readers")
@@ -186,6 +225,9 @@ def _line(row: Row) -> str:
         return f"{what} {row.problem}"
     if row.metric == "saved":
         return f"{what} {row.values['bytes'] / 1e6:,.1f} MB saved for backward"
+    if row.metric == "cuda-codegen":
+        counts = [f"{row.values.get(f'{p}_kernels', 0)} {p}" for p in ("forward", "backward")]
+        return f"{what} {' + '.join(counts)} kernels, peak {row.values['peak_bytes'] / 1e6:,.1f} MB"
     if row.metric == "capacity":
         return f"{what} batch {row.values['largest_batch']}"
     if "step_ms" in row.values:

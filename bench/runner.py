@@ -12,6 +12,7 @@ import torch
 from .libraries import MissingLibrary
 from .metrics import memory
 from .metrics.capacity import capacity
+from .metrics.cuda_codegen import cuda_codegen
 from .metrics.measure import Budget, measure
 from .metrics.saved import saved_bytes
 from .protocols import PROTOCOLS, NotApplicable
@@ -21,7 +22,7 @@ from .workload import Settings
 
 __all__ = ["METRICS", "Job", "run"]
 
-METRICS = ("saved", "measure", "capacity")
+METRICS = ("saved", "measure", "capacity", "cuda-codegen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,8 @@ def _values(job: Job, names: list[str], budget: Budget) -> Iterator[tuple[str, d
         yield from saved_bytes(job.settings, providers).items()
     elif job.metric == "measure":
         yield from measure(job.settings, providers, budget)
+    elif job.metric == "cuda-codegen":
+        yield from cuda_codegen(job.settings, providers)
     elif job.metric == "capacity":
         yield from capacity(job.settings, providers, budget, job.cap_bytes)
     else:

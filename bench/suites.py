@@ -6,11 +6,11 @@ from typing import Any
 
 from .cases import CASES, Case
 from .protocols import PROTOCOLS
-from .providers import BUDGETS
+from .providers import BUDGETS, PROVIDERS
 from .runner import Job
 from .workload import PRECISIONS, Settings
 
-__all__ = ["SUITES", "custom", "gpu", "gpu_forward", "settings_of"]
+__all__ = ["SUITES", "cuda_settings", "custom", "dry_run", "gpu", "gpu_forward", "settings_of"]
 
 SAVED = ("eval", "builtin", "ours", "deploy")
 TRAINING = ("eval", "ours", "deploy", "builtin")  # those worth most first
@@ -21,6 +21,7 @@ BUDGETED = tuple(f"{who}-budget-{b}" for b in BUDGETS for who in ("eval", "ours"
 EAGER = ("eager-eval", "eager-tune")
 
 _GB = 10**9
+_GPU_CAP = 20 * _GB
 
 
 def settings_of(case: Case, *, small: bool = False, **fields: Any) -> Settings:
@@ -114,7 +115,7 @@ def _capacity(device: str) -> list[Job]:
         settings = settings_of(CASES["resnet18"], small=True)
         return [Job("capacity", settings, providers, cap_bytes=_GB // 2)]
     settings = settings_of(CASES["resnet50"], device=device)
-    return [Job("capacity", settings, providers, cap_bytes=24 * _GB)]
+    return [Job("capacity", settings, providers, cap_bytes=_GPU_CAP)]
 
 
 _FOLDED = ("resnet50", "mobilenet_v2", "resnext50_32x4d", "regnet_y_1_6gf", "repvgg_a0")
@@ -166,20 +167,56 @@ def gpu_forward(device: str = "cuda") -> list[Job]:
 
 def gpu(device: str = "cuda") -> list[Job]:
     """What is wanted of a GPU, most valuable first, for a run that may be cut off."""
-    fast = {"precision": "bf16-autocast", "memory_format": "channels_last"}
+    plain = {"memory_format": "channels_last"}
+    fast = {"precision": "bf16-autocast", **plain}
+    everyone = (*TRAINING, "eval-budget-0.5")
+    detectors = ("resnet101", "resnext101", "regnetx", "hrnet_w32", "repvgg_fp16")
     return [
-        _measured("resnet50", device, TRAINING),
-        _measured("resnet50", device, TRAINING, **fast),
-        _measured("faster_rcnn_resnet50", device, TRAINING),
+        _measured("resnet50", device, everyone, **fast),
+        _measured("resnet50", device, everyone, **plain),
+        _measured("resnet50", device, ("eval", "ours"), protocol="adversarial", **fast),
+        _measured("resnet50", device, ("eval", "ours"), protocol="bn-tuning", **fast),
+        _measured("faster_rcnn_resnet50", device, TRAINING, **plain),
         _measured("resnet50", device, INFERENCE, protocol="inference", **fast),
-        _measured("resnet50", device, ("eval-budget-0.7", "eval-budget-0.5", "eval-budget-0.3")),
-        _measured("resnet50", device, ("eager-eval", "eager-tune")),
-        _measured("repvgg_a0", device, TRAINING),
-        _measured("r50_hybrid", device, TRAINING),
         *_capacity(device),
-        _measured("mobilenet_v2", device, TRAINING),
-        _measured("faster_rcnn_hrnet_w32", device, TRAINING),
+        *(
+            _measured(f"faster_rcnn_{name}", device, ("eval", "ours", "deploy"), **plain)
+            for name in detectors
+        ),
+        _measured("resnet50", device, ("eval-budget-0.7", "eval-budget-0.3"), **plain),
+        _measured("resnet50", device, ("eager-eval", "eager-tune"), **plain),
+        *(_measured(name, device, TRAINING, **plain) for name in ("repvgg_a0", "mobilenet_v2")),
     ]
+
+
+def dry_run(jobs: list[Job]) -> list[Job]:
+    """The same workloads and compiled providers, lowered for a pretended GPU, not measured."""
+    return [
+        Job("cuda-codegen", job.settings, names)
+        for job in jobs
+        if (names := tuple(p for p in job.providers if PROVIDERS[p].compiled))
+    ]
+
+
+def cuda_codegen(device: str = "cuda") -> list[Job]:
+    """Code for CUDA without a GPU, as people train there: channels-last, and under autocast."""
+    jobs = []
+    for protocol in PROTOCOLS:
+        for name in _VARIED:
+            if protocol == "frozen-stages" and not CASES[name].first_stages:
+                continue
+            precisions = ("float32", "bf16-autocast") if protocol == "all" else ("float32",)
+            jobs += [
+                Job("cuda-codegen", cuda_settings(CASES[name], protocol, precision), SAVED)
+                for precision in precisions
+            ]
+    return jobs
+
+
+def cuda_settings(case: Case, protocol: str, precision: str, **fields: Any) -> Settings:
+    """Settings of a case at its real size for code that is generated for CUDA."""
+    usual = {"memory_format": "channels_last", "device": "cuda"}
+    return settings_of(case, protocol=protocol, precision=precision, **{**usual, **fields})
 
 
 SUITES = {
@@ -189,6 +226,7 @@ SUITES = {
     "forward": forward,
     "gpu": gpu,
     "gpu-forward": gpu_forward,
+    "cuda-codegen": cuda_codegen,
 }
 
 
@@ -206,6 +244,6 @@ def custom(
                 case, small=small and metric != "saved", **{**fields, "device": device}
             )
             names = tuple(providers) or usual.get(metric, SAVED)
-            cap = 0 if metric != "capacity" else _GB // 2 if device == "cpu" else 24 * _GB
+            cap = 0 if metric != "capacity" else _GB // 2 if device == "cpu" else _GPU_CAP
             jobs.append(Job(metric, settings, names, cap))
     return jobs

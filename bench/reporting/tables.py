@@ -303,7 +303,7 @@ def problems(rows: list[Row]) -> str:
     """What was skipped or failed, with the reason, one line per workload and reason."""
     lines = {
         f"- {group.metric} {group.label(size=True)}: {row.problem}": None
-        for metric in ("saved", "measure", "capacity")
+        for metric in ("saved", "measure", "capacity", "cuda-codegen")
         for group in groups(rows, metric)
         for row in group.rows.values()
         if row.problem

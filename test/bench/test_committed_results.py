@@ -6,7 +6,7 @@ import json
 
 from bench import eager_coverage, results
 from bench.models import covered
-from bench.reporting import reasons, tables
+from bench.reporting import generated, reasons, tables
 
 
 def test_coverage_of_eager_mode():
@@ -31,6 +31,7 @@ def test_committed_results_are_reported():
     rows = list(found.values())
     page = (folder / "report.md").read_text()
     parts = [tables.published, tables.saved, tables.exceptions, tables.small_gains]
+    parts += [generated.cuda_code]
     assert all(part(rows) in page for part in parts)
     assert reasons.UNEXPLAINED not in page
     readme = (folder.parent.parent / "README.md").read_text()

@@ -47,6 +47,19 @@ def test_every_job_of_every_suite_is_valid():
                 assert set(job.providers) <= set(PROVIDERS)
 
 
+def test_a_dry_run_compiles_what_would_be_measured():
+    timed = runner.Job("measure", TINY, ("eval", "eager-eval"))
+    eager = runner.Job("measure", TINY, ("eager-tune",))
+    assert suites.dry_run([timed, eager]) == [runner.Job("cuda-codegen", TINY, ("eval",))]
+
+
+def test_code_for_cuda_needs_a_cuda_build(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    job = runner.Job("cuda-codegen", TINY, ("eval",))
+    (row,) = _run([job], tmp_path / "out.jsonl")
+    assert row.problem.startswith("needs a CUDA build of PyTorch")
+
+
 def test_cases_are_selected_by_pattern():
     assert [c.name for c in cases.select(["r50_*"])] == ["r50_max", "r50_hybrid"]
     with pytest.raises(ValueError, match="no case is called 'nothing'"):
@@ -134,6 +147,14 @@ def test_report_renders(tmp_path):
     for provider, factor in (("eval", 1.0), ("ours", 0.5), ("eval-budget-0.5", 1.2)):
         file.add(_measured(provider, factor))
     file.add(Row("measure", TINY, "deploy", problem="RuntimeError: out of luck"))
+    generated = {
+        "forward_kernels": 3,
+        "forward_library_calls": 4,
+        "forward_kernel_bytes": 5 * 10**9,
+    }
+    memory = {"saved_bytes": 0, "resident_bytes": 10**6, "peak_bytes": 2 * 10**6}
+    inference = dataclasses.replace(TINY, protocol="inference")
+    file.add(Row("cuda-codegen", inference, "ours", generated | memory))
     file.add(Row("capacity", TINY, "ours", {"cap_bytes": 10**6, "largest_batch": 7}))
     written = report.write_report([file.path], tmp_path / "out")
     page = written[0].read_text()
@@ -141,6 +162,7 @@ def test_report_renders(tmp_path):
     assert "| convbn_inductor_pass | 5.5 (5.2-5.8) | 4.0 | 7.0 | 0.500 | not measured |" in page
     assert "RuntimeError: out of luck" in page
     assert "## GPU\n\nnot measured" in page
+    assert "| convbn_inductor_pass | 3 + 4 | 5.00 |  |  | 0.0 | 3.0 |" in page
     assert all(path.stat().st_size > 1000 for path in written)
     assert len(written) == 6
 
