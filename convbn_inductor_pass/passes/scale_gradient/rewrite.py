@@ -20,7 +20,7 @@ from torch import fx
 from ..._torch import compat, inductor
 from ...graph import affine
 from ...graph.builder import Builder, erase_unused
-from ...graph.layers import Step, same_sizes, value_of
+from ...graph.layers import Step, is_cast, same_sizes, tensor_of, value_of
 from ...graph.layout import Layout
 from .decide import Decision
 from .match import Match
@@ -189,11 +189,18 @@ class _Rewriting:
             sizes[self.match.g_dim] = -1
             power = self._call(aten.reshape.default, self.power, sizes)
             node = self._call(aten.mul.Tensor, self.build.cast(node, self.wide), power)
-        node = self.build.cast(node, value_of(self.gradient.dc).dtype)
+        node = self._narrow(node, value_of(self.gradient.dc).dtype)
         for step in self.match.scaling.steps:
             if step.kind == "move":
                 node = self._move(step, node)
         return node
+
+    def _narrow(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """``node`` in ``dtype``, as what it was widened from if that is it."""
+        before = tensor_of(node.all_input_nodes[0]) if is_cast(node) else None
+        if before is not None and before.dtype == dtype and dtype.itemsize < self.wide.itemsize:
+            return self.build.current(node.all_input_nodes[0])
+        return self.build.cast(node, dtype)
 
     def _move(self, step: Step, node: fx.Node) -> fx.Node:
         target = step.node.target
