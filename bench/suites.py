@@ -201,7 +201,7 @@ def dry_run(jobs: list[Job]) -> list[Job]:
 def cuda_codegen(device: str = "cuda") -> list[Job]:
     """Code for CUDA without a GPU, as people train there: channels-last, and under autocast."""
     jobs = []
-    for protocol in PROTOCOLS:
+    for protocol in ("all", *_OTHER_PROTOCOLS, "inference"):
         for name in _VARIED:
             if protocol == "frozen-stages" and not CASES[name].first_stages:
                 continue

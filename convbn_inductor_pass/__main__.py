@@ -119,6 +119,27 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dynamic", action="store_true", help="as torch.compile(dynamic=True): symbolic sizes"
     )
+    command.add_argument(
+        "--autocast",
+        choices=["bfloat16", "float16"],
+        help="run the model under autocast in this dtype",
+    )
+    command.add_argument(
+        "--channels-last", action="store_true", help="model and 4-d inputs in channels-last"
+    )
+    command.add_argument(
+        "--freeze",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="parameters that are not trained, by name, such as 'layer1.*'; may be repeated",
+    )
+    command.add_argument(
+        "--train-bn", action="store_true", help="batch norms are trained, whatever is frozen"
+    )
+    command.add_argument(
+        "--png", metavar="FILE", help="draw what each part of the model saves for backward"
+    )
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.set_defaults(run=_run_explain)
     return parser
@@ -155,7 +176,25 @@ def _run_explain(arguments: argparse.Namespace) -> None:
             f"({_one_line(error)}); expected one --input for each of its inputs, of a shape "
             "that it takes"
         ) from error
-    explanation = explain(model, *inputs, dynamic=True if arguments.dynamic else None)
+    try:
+        with Console(stderr=True).status("tracing the model in each mode"):
+            explanation = explain(
+                model,
+                *inputs,
+                dynamic=True if arguments.dynamic else None,
+                autocast=_DTYPES[arguments.autocast] if arguments.autocast else None,
+                channels_last=arguments.channels_last,
+                freeze=arguments.freeze,
+                train_bn=arguments.train_bn,
+            )
+        if arguments.png:
+            explanation.save_picture(arguments.png)
+    except (ValueError, OSError) as error:
+        raise _UsageError(str(error)) from error
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise _UsageError("--png needs matplotlib; pip install matplotlib") from None
     if arguments.json:
         print(json.dumps(explanation.to_dict(), indent=1))
     else:

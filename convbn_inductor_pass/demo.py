@@ -4,6 +4,7 @@ A ResNet learns the handwritten digits 0 to 4 in train mode, which gives its bat
 statistics and weights that differ from channel to channel. It gets a new head, and two copies
 of it are fine-tuned on the digits 5 to 9 with batch norms in eval mode, both compiled by
 Inductor, on the same batches: one with the pass off (eval mode), one with it on (tune mode).
+Then adversarial examples are made against the second copy, whose weights are frozen for it.
 """
 
 from __future__ import annotations
@@ -155,6 +156,9 @@ class Result:
         losses: first and last loss.
         loss_difference: largest difference of the losses of a step between the modes.
         accuracy: on all images of the new digits after the last step.
+        frozen_bytes: the same as ``saved_bytes`` where only batch norms are trained
+            ("BN-tuning"), and where only the input has a gradient ("adversarial example").
+        accuracy_attacked: accuracy on adversarial examples.
         time_ratio: a step's time in tune mode over that of the same step in eval mode, run
             right before or after it; the median of the steps after the first three (which
             compile and fill caches), None if there are none.
@@ -167,6 +171,8 @@ class Result:
     losses: dict[str, tuple[float, float]]
     loss_difference: float
     accuracy: dict[str, float]
+    frozen_bytes: dict[str, dict[str, int]]
+    accuracy_attacked: float
     time_ratio: float | None
 
     def table(self) -> Table:
@@ -195,6 +201,9 @@ class Result:
         row("  largest difference", {"tune": f"{self.loss_difference:.1e}"})
         row("accuracy", {m: f"{a:.1%}" for m, a in self.accuracy.items()})
         row("time of a step", {"eval": "1", "tune": ratio})
+        for name, sizes in self.frozen_bytes.items():
+            row(f"bytes saved, {name}", {m: f"{b:,}" for m, b in sizes.items()})
+        row("accuracy under attack", {"tune": f"{self.accuracy_attacked:.1%}"})
         return table
 
 
@@ -212,6 +221,16 @@ def _pretrain(digits: _Digits, generator: torch.Generator, batch_size: int) -> S
         optimizer.step()
     model.head.reset_parameters()
     return model.eval()
+
+
+def _attacked(fine_tuned: _FineTuning, digits: _Digits) -> Tensor:
+    """Adversarial examples: each pixel moved by 0.3 along the sign of the loss's gradient."""
+    fine_tuned.model.requires_grad_(False)
+    images = digits.images.clone().requires_grad_()
+    F.cross_entropy(fine_tuned.forward(images), digits.labels).backward()
+    if images.grad is None:
+        raise AssertionError("the input has no gradient")
+    return images.detach() + 0.3 * images.grad.sign()
 
 
 def run(
@@ -232,7 +251,7 @@ def run(
     digits = _load_digits(torch.device(device))
     new_digits = digits.only(5, 9)
     with Progress(console=console or Console(stderr=True)) as progress:
-        task = progress.add_task("pretraining in train mode", total=steps + 2)
+        task = progress.add_task("pretraining in train mode", total=steps + 3)
         pretrained = _pretrain(digits.only(0, 4), generator, batch_size)
         images, labels = new_digits.batch(batch_size, generator)
 
@@ -249,6 +268,13 @@ def run(
                 each.step(images, labels)
             progress.update(task, description="fine-tuning", advance=1)
             images, labels = new_digits.batch(batch_size, generator)
+        accuracy = {
+            mode: each.accuracy(new_digits) for mode, each in (("eval", by_eval), ("tune", by_tune))
+        }
+        progress.update(task, description="adversarial examples", advance=1)
+        attacked = _Digits(_attacked(by_tune, new_digits), new_digits.labels)
+        bn_tuning = explain(pretrained, images, freeze=["*"], train_bn=True)
+        adversarial = explain(by_tune.model, images.clone().requires_grad_())
         progress.update(task, description="done")
 
     modes = {"eval": by_eval, "tune": by_tune}
@@ -262,6 +288,11 @@ def run(
         measured_bytes={mode: each.saved_bytes for mode, each in modes.items()},
         losses={mode: (each.losses[0], each.losses[-1]) for mode, each in modes.items()},
         loss_difference=max(abs(a - b) for a, b in losses),
-        accuracy={mode: each.accuracy(new_digits) for mode, each in modes.items()},
+        accuracy=accuracy,
+        frozen_bytes={
+            "BN-tuning": bn_tuning.saved_bytes,
+            "adversarial": adversarial.saved_bytes,
+        },
+        accuracy_attacked=by_tune.accuracy(attacked),
         time_ratio=statistics.median(ratios) if ratios else None,
     )

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
-import io
-from collections.abc import Callable, Sequence
+import fnmatch
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.filesize import decimal
-from rich.table import Table
-from torch import fx
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from ._torch import tracing
 from .codes import Code
 from .config import get_options
 from .passes.forward_folding import make_records as make_forward_records
 from .passes.scale_gradient.records import NamedRecord
-from .records import Kind, Record
+from .records import Record
 from .saved_tensors import Mode, SavedForBackward, saved_by_graph
 
 __all__ = ["Explanation", "explain"]
@@ -75,118 +78,30 @@ class Explanation:
         }
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        console = Console(file=text, width=120)
-        for kind, title, columns in _TABLES:
-            found = [r for r in self.records if r.kind in kind]
-            if found:
-                console.print(_table(title, columns, found))
-        console.print(self._summary())
-        return text.getvalue()
+        from .show import as_text
 
-    def _summary(self) -> str:
-        if not self.graphs:
-            return "Dynamo made no graph: there is nothing that torch.compile would compile."
-        if not self.records:
-            return "There is no batch norm in what torch.compile sees of this model."
-        norms = f"{self.fused} of {len(self.batch_norms)} batch norms in tune mode"
-        lines = [f"{norms}, {self.graphs} graph(s)."]
-        codes = dict.fromkeys(r.code for r in self.left() if r.code.remedy)
-        lines += [f"{code.name}: {code.remedy}" for code in codes]
-        if scales := [r for r in self.records if r.kind == "scale"]:
-            done = sum(r.code.rewritten for r in scales)
-            lines.append(f"{done} of {len(scales)} layers' outputs not saved for other scales.")
-        wanted = [r.kind for r in self.records if r.kind in _WANTED and r.code.rewritten]
-        if wanted:
-            counts = (f"{wanted.count(k)} x {title}" for k, title in _WANTED.items() if k in wanted)
-            lines.append(f"Not saved, since no wanted gradient needs it: {', '.join(counts)}.")
-        baseline = self.saved_bytes["eval"]
-        for mode, size in self.saved_bytes.items():
-            share = f" ({size / baseline - 1:+.1%})" if baseline and mode != "eval" else ""
-            lines.append(f"saved for backward, {mode} mode: {size:,} bytes{share}")
-        if copied := self.saved["tune"].copied_bytes:
-            lines.append(
-                f"{copied:,} bytes of that are channels-last copies of weights and inputs, which "
-                "Inductor makes and saves; model.to(memory_format=torch.channels_last), and the "
-                "inputs likewise, saves them."
-            )
-        return "\n".join(lines)
+        return as_text(self)
 
+    def save_picture(self, path: str | pathlib.Path) -> None:
+        """Draw what each part of the model saves for backward, in eval mode and in tune mode.
 
-def _decision(r: Record) -> str:
-    why = f" ({r.detail})" if r.detail else ""
-    if r.code.rewritten:
-        return f"{r.code.name}{f' ({r.kernel})' if r.kernel else ''}{why}"
-    return f"{r.code.name}: {r.code.value}{why}"
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        from .show import draw
 
-
-def _size(size: int) -> str:
-    return decimal(size) if size >= 0 else f"-{decimal(-size)}"
-
-
-_Column = tuple[str, Callable[[Record], str]]
-_LAYER: _Column = ("layer", lambda r: r.layer)
-_DECISION: _Column = ("decision", _decision)
-_SHAPE: _Column = ("layer's output", lambda r: "x".join(map(str, r.output_shape)))
-_BYTES: _Column = ("bytes", lambda r: _size(r.output_bytes) if r.output_bytes else "")
-_SAVED: _Column = (
-    "bytes less",
-    lambda r: _size(r.bytes_saved) if r.code.rewritten else "",
-)
-_WANTED: dict[Kind, str] = {
-    "shape": "read for its shape",
-    "activation": "activation's mask",
-    "pooling": "mask before pooling",
-    "mask": "mask as bits",
-}
-_TABLES: tuple[tuple[Sequence[str], str, tuple[_Column, ...]], ...] = (
-    (
-        ["batch norm"],
-        "Batch norms and the layers before them",
-        (_LAYER, ("batch norm", lambda r: r.batch_norm), _SHAPE, _BYTES, _SAVED, _DECISION),
-    ),
-    (
-        ["scale"],
-        "Other trained scales, by the layers before them",
-        (_LAYER, _SHAPE, _BYTES, _SAVED, _DECISION),
-    ),
-    (
-        [*_WANTED],
-        "Wanted gradients: tensors that backward can do without",
-        (
-            ("tensor of", lambda r: r.layer),
-            ("rule", lambda r: _WANTED[r.kind]),
-            ("tensor", lambda r: "x".join(map(str, r.output_shape))),
-            _SAVED,
-            _DECISION,
-        ),
-    ),
-    (
-        ["layer"],
-        "Forward folding: layers and their epilogues",
-        (
-            _LAYER,
-            ("epilogue", lambda r: r.epilogue),
-            ("bytes as written", lambda r: decimal(r.bytes_exact)),
-            ("bytes folded", lambda r: decimal(r.bytes_folded)),
-            _DECISION,
-        ),
-    ),
-)
-
-
-def _table(title: str, columns: tuple[_Column, ...], records: list[Record]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name, _ in columns:
-        is_number = name.startswith("bytes")
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
-    for r in records:
-        table.add_row(*(cell(r) for _, cell in columns))
-    return table
+        draw(self, path)
 
 
 def explain(
-    model: Callable[..., Any], *example_inputs: Any, dynamic: bool | None = None
+    model: Callable[..., Any],
+    *example_inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+    autocast: torch.dtype | None = None,
+    channels_last: bool = False,
+    freeze: Sequence[str] = (),
+    train_bn: bool = False,
 ) -> Explanation:
     """Say what the passes do to ``torch.compile(model)`` and what that saves.
 
@@ -196,8 +111,18 @@ def explain(
 
     Args:
         model: a module or function, in the mode (eval, requires_grad) that it is to be used in.
-        example_inputs: its inputs; tensors may be real or fake, other values are passed on.
+        example_inputs, kwargs: its inputs; tensors may be real or fake, other values are passed on.
         dynamic: as in ``torch.compile``.
+        autocast: the dtype of an autocast region around the call; None for no region.
+        channels_last: explain model and 4-d inputs in this memory format.
+        freeze: patterns of parameter names (``"layer1.*"``) that are explained as frozen.
+        train_bn: explain batch norms' weights and biases as trained, whatever ``freeze`` says.
+
+    The last three explain a copy; ``model`` itself stays as it is.
+
+    Raises:
+        TypeError: ``model`` is no module or function; or no module, where one is needed.
+        ValueError: it does not run on these inputs, or a pattern matches no parameter.
 
     Example::
 
@@ -206,6 +131,14 @@ def explain(
             batch = torch.empty(64, 3, 224, 224)
         print(convbn_inductor_pass.explain(model, batch))
     """
+    if isinstance(model, type) or not callable(model):
+        what = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
+        raise TypeError(f"model must be a module or a function, got {what}")
+    inputs, keywords = example_inputs, dict(kwargs or {})
+    if channels_last or freeze or train_bn:
+        model = _variant(model, channels_last, freeze, train_bn)
+    if channels_last:
+        inputs, keywords = pytree.tree_map(_in_channels_last, (inputs, keywords))
     records: list[Record] = []
     total = {mode: SavedForBackward(()) for mode in _MODES}
     graphs = 0
@@ -236,8 +169,48 @@ def explain(
         for mode in _MODES:
             total[mode] = total[mode] + saved[mode]
 
-    tracing.trace(model, example_inputs, on_graph, dynamic=dynamic)
+    tensors = [t for t in pytree.tree_leaves((inputs, keywords)) if isinstance(t, Tensor)]
+    device = tensors[0].device.type if tensors else "cpu"
+    region = torch.autocast(device, autocast) if autocast else contextlib.nullcontext()
+    try:
+        with region:
+            tracing.trace(model, inputs, on_graph, keywords, dynamic=dynamic)
+    except tracing.ModelError as error:
+        # Of Dynamo's many lines, what the model's own call has raised.
+        raised = re.search(r"got (\w+\(.*\))", str(error))
+        line = raised.group(1) if raised else str(error).strip().partition("\n")[0]
+        raise ValueError(f"the model does not run on these inputs: {line}") from error
     return Explanation(tuple(records), {str(m): s for m, s in total.items()}, graphs)
+
+
+def _variant(
+    model: Callable[..., Any], channels_last: bool, freeze: Sequence[str], train_bn: bool
+) -> nn.Module:
+    """A copy of a module with other parameters trained, or in another memory format."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"channels_last, freeze and train_bn need a module, got {model!r}")
+    model = copy.deepcopy(model)
+    parameters = dict(model.named_parameters())
+    for pattern in freeze:
+        found = fnmatch.filter(parameters, pattern)
+        if not found:
+            some = ", ".join([*parameters][:3])
+            raise ValueError(f"freeze: {pattern!r} matches no parameter; there are {some}, ...")
+        for name in found:
+            parameters[name].requires_grad_(False)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for parameter in (p for m in norms if train_bn for p in m.parameters()):
+        parameter.requires_grad_(True)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def _in_channels_last(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return value
+    made = value.detach().contiguous(memory_format=torch.channels_last)
+    return made.requires_grad_(value.requires_grad)
 
 
 def _with_bytes(

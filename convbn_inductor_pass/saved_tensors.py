@@ -27,6 +27,7 @@ from ._torch.tracing import copy_graph_module, graph_modules, trace
 from .config import get_options
 from .deployed import merge_pairs
 from .graph import layers
+from .graph.provenance import module_path
 from .graph.uses import users_of
 from .passes.scale_gradient.decide import decide
 from .passes.scale_gradient.records import NamedRecord, account
@@ -50,7 +51,7 @@ class SavedTensor:
     "activation", "weight" (computed from parameters and buffers alone) or "mask" (bool, uint8);
     ``layer`` is the node of the layer that it is computed from element by element, the nearest if
     there are several, or ""; ``readers`` are the operators of the backward that take it, up to
-    views.
+    views; ``module`` is the path of the module that makes it, "" if unknown.
     """
 
     name: str
@@ -60,6 +61,7 @@ class SavedTensor:
     kind: Literal["activation", "weight", "mask"]
     layer: str = ""
     readers: tuple[str, ...] = ()
+    module: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +228,7 @@ def _new_tensors(
         readers = sorted({str(n.target) for n in users_of(taken) if n.op == "call_function"})
         yield SavedTensor(
             *(node.name, compat.shape_of(value), dtype, size),
-            *(kind, _nearest_layer(node), tuple(readers)),
+            *(kind, _nearest_layer(node), tuple(readers), module_path(node)),
         )
 
 

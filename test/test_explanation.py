@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 import torch.nn.functional as F
-from common import Residual, UNet, freeze
+from common import ConvBN, Residual, UNet, freeze
 from torch import nn
 
 import convbn_inductor_pass as cbn
@@ -25,7 +26,80 @@ class TestExplain:
         data = json.loads(json.dumps(explanation.to_dict()))
         assert data["fused"] == data["batch_norms"] == 4
         assert data["saved_bytes"] == saved
-        assert sum(t["nbytes"] for t in data["saved_tensors"]["tune"]) == saved["tune"]
+        copied = explanation.saved["tune"].copied_bytes
+        assert sum(t["nbytes"] for t in data["saved_tensors"]["tune"]) + copied == saved["tune"]
+
+    def test_keyword_inputs(self):
+        class Masked(ConvBN):
+            def forward(self, x, *, mask):
+                return super().forward(x) * mask
+
+        model, x = Masked(nn.Conv2d(4, 6, 3)), torch.randn(2, 4, 8, 8)
+        explanation = cbn.explain(model, x, kwargs={"mask": torch.ones(6, 6)})
+        assert explanation.fused == 1
+        assert explanation.batch_norms[0].layer == "layer"
+
+    def test_autocast(self):
+        x = torch.randn(2, 3, 16, 16)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = cbn.explain(Residual(), x).saved_bytes
+        assert cbn.explain(Residual(), x, autocast=torch.bfloat16).saved_bytes == expected
+        assert cbn.explain(Residual(), x).saved_bytes != expected
+
+    def test_as_it_would_be_trained(self):
+        """Frozen by pattern, BN-tuning, channels-last: as the model itself so trained."""
+        model, x = Residual(), torch.randn(2, 3, 16, 16)
+        found = cbn.explain(model, x, freeze=["*"], train_bn=True, channels_last=True)
+        assert all(p.requires_grad for p in model.parameters())
+        assert model.stem.weight.is_contiguous()
+        model = freeze(Residual(), nn.Conv2d, nn.Linear).to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
+        expected = cbn.explain(model, x)
+        assert found.saved_bytes == expected.saved_bytes
+        assert [r.code for r in found.records] == [r.code for r in expected.records]
+        assert {r.code for r in found.batch_norms} == {cbn.Code.LAYER_FROZEN}
+
+    @pytest.mark.parametrize(
+        ("call", "error", "message"),
+        [
+            (lambda x: cbn.explain(Residual, x), TypeError, "got the class Residual"),
+            (lambda x: cbn.explain(None, x), TypeError, "must be a module or a function, got None"),
+            (lambda x: cbn.explain(len, x, train_bn=True), TypeError, "need a module"),
+            (lambda x: cbn.explain(Residual(), x[:, :2]), ValueError, "to have 3 channels, but"),
+            (lambda x: cbn.explain(Residual()), ValueError, "does not run on these inputs"),
+            (
+                lambda x: cbn.explain(Residual(), x, freeze=["layer9.*"]),
+                ValueError,
+                "'layer9.*' matches no parameter; there are stem.weight, ",
+            ),
+        ],
+    )
+    def test_errors_are_one_line(self, call, error, message):
+        before = torch._inductor.config.efficient_conv_bn_eval_fx_passes
+        with pytest.raises(error) as raised:
+            call(torch.randn(2, 3, 8, 8))
+        assert message in str(raised.value)
+        assert "\n" not in str(raised.value)
+        assert torch._inductor.config.efficient_conv_bn_eval_fx_passes == before
+
+    def test_copies_in_another_layout(self):
+        """Inductor makes a contiguous model channels-last, and saves what it has copied."""
+        model, x = Residual(), torch.randn(2, 3, 16, 16)
+        explanation = cbn.explain(model, x)
+        weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+        copied = [w for w in weights if not w.is_contiguous(memory_format=torch.channels_last)]
+        saved = explanation.saved["tune"]
+        assert saved.copied_bytes >= sum(w.nbytes for w in copied[1:]) > 0
+        assert explanation.saved_bytes["tune"] == saved.new_bytes + saved.copied_bytes
+        assert "channels-last copies" in str(explanation)
+        there = cbn.explain(model, x, channels_last=True)
+        assert there.saved["tune"].copied_bytes == 0
+        assert "channels-last copies" not in str(there)
+
+    def test_picture(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        cbn.explain(Residual(), torch.randn(2, 3, 16, 16)).save_picture(tmp_path / "a.png")
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
     def test_no_batch_norm(self):
         text = str(cbn.explain(nn.Linear(3, 4), torch.randn(2, 3)))

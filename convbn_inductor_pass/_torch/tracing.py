@@ -5,24 +5,28 @@ from __future__ import annotations
 import contextlib
 import copy
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._dynamo import config as dynamo_config
+from torch._dynamo.exc import TorchRuntimeError, Unsupported, UserError
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
-__all__ = ["copy_graph_module", "graph_modules", "trace"]
+__all__ = ["ModelError", "copy_graph_module", "graph_modules", "trace"]
+
+ModelError = (TorchRuntimeError, Unsupported, UserError, TypeError)
 
 
 def trace(
     fn: Callable[..., Any],
     inputs: tuple[Any, ...],
     on_graph: Callable[[fx.GraphModule, list[Any]], None],
+    keywords: Mapping[str, Any] | None = None,
     *,
     dynamic: bool | None = None,
 ) -> Any:
@@ -30,20 +34,25 @@ def trace(
 
     Returns what ``fn`` returns, as fake tensors. Graph breaks give several graphs. Leaves no
     compiled code behind for ``fn`` itself, and counters as they were.
+
+    Raises:
+        ModelError: ``fn`` cannot be traced, or raises on these inputs.
     """
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         on_graph(gm, example_inputs)
         return gm.forward
 
-    def call(model: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        return model(*arguments)
+    def call(
+        model: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Any:
+        return model(*arguments, **keywords)
 
     # A code object of its own, so that the entries in Dynamo's cache go with it.
     fresh = types.FunctionType(
         call.__code__.replace(co_name="explained"), call.__globals__, "explained"
     )
-    fakes = (t for t in pytree.tree_leaves(inputs) if isinstance(t, FakeTensor))
+    fakes = (t for t in pytree.tree_leaves((inputs, keywords)) if isinstance(t, FakeTensor))
     fake_mode = next((t.fake_mode for t in fakes), FakeTensorMode())
     fake_mode.allow_non_fake_inputs = True
 
@@ -51,11 +60,11 @@ def trace(
         is_real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
         return fake_mode.from_tensor(value, static_shapes=True) if is_real else value
 
-    fake_inputs = pytree.tree_map(fake, inputs)
+    fake_inputs = pytree.tree_map(fake, (inputs, dict(keywords or {})))
     # Sizes that differ from an earlier trace's are no sign that they vary in the user's model.
     static = {} if dynamic is not None else {"automatic_dynamic_shapes": False}
     with fake_mode, _counters_kept(), dynamo_config.patch(static):
-        return torch.compile(fresh, backend=backend, dynamic=dynamic)(fn, fake_inputs)
+        return torch.compile(fresh, backend=backend, dynamic=dynamic)(fn, *fake_inputs)
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:

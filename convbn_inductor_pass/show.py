@@ -1,0 +1,168 @@
+"""An explanation as text, and as a picture."""
+
+from __future__ import annotations
+
+import collections
+import io
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from .records import Kind, Record
+
+if TYPE_CHECKING:
+    from .explanation import Explanation
+
+__all__ = ["as_text", "draw"]
+
+
+def as_text(explanation: Explanation) -> str:
+    """Tables of the decisions, and the bytes of each mode."""
+    text = io.StringIO()
+    console = Console(file=text, width=120)
+    for kinds, title, columns in _TABLES:
+        found = [r for r in explanation.records if r.kind in kinds]
+        if found:
+            console.print(_table(title, columns, found))
+    console.print(_summary(explanation))
+    return text.getvalue()
+
+
+def draw(explanation: Explanation, path: str | pathlib.Path) -> None:
+    """Draw megabytes saved for backward by part of the model, in each mode.
+
+    A part is a module at the top or, where there is but one, the level below it.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    modules = [t.module.split(".") for s in explanation.saved.values() for t in s.tensors]
+    depth = 1 if len({m[0] for m in modules}) > 1 else 2
+    sizes: dict[str, collections.Counter[str]] = {}
+    for mode, saved in explanation.saved.items():
+        for tensor in saved.tensors:
+            part = ".".join(tensor.module.split(".")[:depth]) or "(model)"
+            sizes.setdefault(part, collections.Counter())[mode] += tensor.nbytes
+    figure = Figure(figsize=(8, 1.4 + 0.5 * len(sizes)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colours = {"eval": "#999999", "tune": "#0072B2", "deploy": "#009E73"}
+    for i, (mode, saved) in enumerate(explanation.saved.items()):
+        heights = [size[mode] / 1e6 for size in sizes.values()]
+        label = f"{mode} mode: {saved.new_bytes / 1e6:,.1f} MB"
+        places = [y + 0.27 * (i - 1) for y in range(len(sizes))]
+        axes.barh(places, heights, 0.25, label=label, color=colours[mode])
+    axes.set_yticks(range(len(sizes)), [*sizes])
+    axes.invert_yaxis()
+    axes.set_xlabel("MB saved for backward")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _summary(explanation: Explanation) -> str:
+    if not explanation.graphs:
+        return "Dynamo made no graph: there is nothing that torch.compile would compile."
+    if not explanation.records:
+        return "There is no batch norm in what torch.compile sees of this model."
+    norms = f"{explanation.fused} of {len(explanation.batch_norms)} batch norms in tune mode"
+    lines = [f"{norms}, {explanation.graphs} graph(s)."]
+    codes = dict.fromkeys(r.code for r in explanation.left() if r.code.remedy)
+    lines += [f"{code.name}: {code.remedy}" for code in codes]
+    if scales := [r for r in explanation.records if r.kind == "scale"]:
+        done = sum(r.code.rewritten for r in scales)
+        lines.append(f"{done} of {len(scales)} layers' outputs not saved for other scales.")
+    wanted = [r.kind for r in explanation.records if r.kind in _WANTED and r.code.rewritten]
+    if wanted:
+        counts = (f"{wanted.count(k)} x {title}" for k, title in _WANTED.items() if k in wanted)
+        lines.append(f"Not saved, since no wanted gradient needs it: {', '.join(counts)}.")
+    baseline = explanation.saved_bytes["eval"]
+    for mode, size in explanation.saved_bytes.items():
+        share = f" ({size / baseline - 1:+.1%})" if baseline and mode != "eval" else ""
+        lines.append(f"saved for backward, {mode} mode: {size:,} bytes{share}")
+    if copied := explanation.saved["tune"].copied_bytes:
+        lines.append(
+            f"{copied:,} bytes of that are channels-last copies of weights and inputs, which "
+            "Inductor makes and saves; model.to(memory_format=torch.channels_last), and the "
+            "inputs likewise, saves them."
+        )
+    return "\n".join(lines)
+
+
+def _decision(r: Record) -> str:
+    why = f" ({r.detail})" if r.detail else ""
+    if r.code.rewritten:
+        return f"{r.code.name}{f' ({r.kernel})' if r.kernel else ''}{why}"
+    return f"{r.code.name}: {r.code.value}{why}"
+
+
+def _size(size: int) -> str:
+    return decimal(size) if size >= 0 else f"-{decimal(-size)}"
+
+
+_Column = tuple[str, Callable[[Record], str]]
+_LAYER: _Column = ("layer", lambda r: r.layer)
+_DECISION: _Column = ("decision", _decision)
+_SHAPE: _Column = ("layer's output", lambda r: "x".join(map(str, r.output_shape)))
+_BYTES: _Column = ("bytes", lambda r: _size(r.output_bytes) if r.output_bytes else "")
+_SAVED: _Column = (
+    "bytes less",
+    lambda r: _size(r.bytes_saved) if r.code.rewritten else "",
+)
+_WANTED: dict[Kind, str] = {
+    "shape": "read for its shape",
+    "activation": "activation's mask",
+    "pooling": "mask before pooling",
+    "mask": "mask as bits",
+}
+_TABLES: tuple[tuple[Sequence[str], str, tuple[_Column, ...]], ...] = (
+    (
+        ["batch norm"],
+        "Batch norms and the layers before them",
+        (_LAYER, ("batch norm", lambda r: r.batch_norm), _SHAPE, _BYTES, _SAVED, _DECISION),
+    ),
+    (
+        ["scale"],
+        "Other trained scales, by the layers before them",
+        (_LAYER, _SHAPE, _BYTES, _SAVED, _DECISION),
+    ),
+    (
+        [*_WANTED],
+        "Wanted gradients: tensors that backward can do without",
+        (
+            ("tensor of", lambda r: r.layer),
+            ("rule", lambda r: _WANTED[r.kind]),
+            ("tensor", lambda r: "x".join(map(str, r.output_shape))),
+            _SAVED,
+            _DECISION,
+        ),
+    ),
+    (
+        ["layer"],
+        "Forward folding: layers and their epilogues",
+        (
+            _LAYER,
+            ("epilogue", lambda r: r.epilogue),
+            ("bytes as written", lambda r: decimal(r.bytes_exact)),
+            ("bytes folded", lambda r: decimal(r.bytes_folded)),
+            _DECISION,
+        ),
+    ),
+)
+
+
+def _table(title: str, columns: tuple[_Column, ...], records: list[Record]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name, _ in columns:
+        is_number = name.startswith("bytes")
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    for r in records:
+        table.add_row(*(cell(r) for _, cell in columns))
+    return table
