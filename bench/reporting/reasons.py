@@ -37,11 +37,7 @@ _MORE = {
     ("bn-tuning", "deploy"): "frozen layers are left as written; deploy mode has no gamma to train",
 }
 
-_LITTLE = {
-    "frozen-bn": _FROZEN,
-    "adversarial": _FROZEN,
-    "bn-tuning": "frozen layers are left as written, unless fuse_frozen_layers is set",
-}
+_LITTLE = {"frozen-bn": _FROZEN}
 
 _LITTLE_IN_CASE = {
     "efficientnet_b0": _SILU,
