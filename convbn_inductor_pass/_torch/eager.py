@@ -14,11 +14,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 __all__ = [
     "WeakIdKeyDictionary",
     "autocast_off",
+    "backward_pass",
     "in_functional_transform",
     "is_compiled_module",
     "is_functorch_tensor",
     "remove_function_mode",
     "saved_tensors_hooks",
+    "storage_is_foreign",
+    "storage_is_freed",
     "storage_key",
     "torch_functions_off",
 ]
@@ -38,6 +41,23 @@ def storage_key(value: Any) -> int | None:
         return None
 
 
+def storage_is_freed(value: Tensor) -> bool:
+    """Whether the memory of ``value`` was given back, as FSDP does between uses of a weight."""
+    try:
+        return value.device.type != "meta" and value.untyped_storage().size() == 0
+    except (NotImplementedError, RuntimeError):
+        return False
+
+
+def storage_is_foreign(value: Tensor) -> bool:
+    """Whether others can write to ``value`` unseen: NumPy or whoever else has its memory.
+
+    PyTorch marks such memory by not letting it be resized; that of another process, too.
+    """
+    storage = value.untyped_storage()
+    return not storage.resizable() and not storage.is_shared()
+
+
 def is_functorch_tensor(value: Tensor) -> bool:
     """Whether ``value`` belongs to a level of torch.func (vmap, grad, jvp)."""
     return torch._C._functorch.is_functorch_wrapped_tensor(value)
@@ -53,6 +73,11 @@ def in_functional_transform() -> bool:
 def saved_tensors_hooks() -> tuple[Any, Any] | None:
     """The innermost ``torch.autograd.graph.saved_tensors_hooks``; checkpoint uses them, too."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def backward_pass() -> int:
+    """Number of the backward pass that runs in this thread; -1 if none does."""
+    return torch._C._current_graph_task_id()
 
 
 def autocast_off() -> contextlib.AbstractContextManager[None]:

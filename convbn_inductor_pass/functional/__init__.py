@@ -1,8 +1,8 @@
-"""A layer and an eval-mode batch norm as one differentiable function.
+"""Layers and eval-mode batch norms as differentiable functions that save one activation a pair.
 
-``conv_bn`` holds the formulas of forward and gradient, ``half`` what float16 needs besides.
+``conv_bn`` holds the formulas of the gradients, ``half`` what float16 needs besides.
 """
 
-from .conv_bn import BatchNorm, Conv, conv_bn_eval, fold_affine
+from .conv_bn import BatchNorm, Conv, batch_norm, fold_affine, layer, layer_before
 
-__all__ = ["BatchNorm", "Conv", "conv_bn_eval", "fold_affine"]
+__all__ = ["BatchNorm", "Conv", "batch_norm", "fold_affine", "layer", "layer_before"]

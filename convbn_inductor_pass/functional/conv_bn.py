@@ -1,24 +1,28 @@
-"""A layer followed by an eval-mode batch norm, as one function that saves no activation but ``x``.
+"""A layer and an eval-mode batch norm that save one activation between them: the layer's input.
 
 Before:  ``c = layer(x, W, b)``;  ``y = gamma * (c - mean) * invstd + beta``;  saves ``x`` and ``c``
-After:   ``y = layer(x, A * W, A * (b - mean) + beta)``;                       saves ``x``
+After:   the same two calls, and the same bits;                               saves ``x``
 
 with ``invstd = (running_var + eps) ** -0.5`` and ``A = gamma * invstd``, per channel. With ``g``
 the gradient of ``y`` and ``<,>`` the inner product per output channel, the gradients are
 
-    dx, dW' = convolution_backward(g, x, A * W)    dbeta = sum of g over all but channels
+    dc = A * g                                     dbeta = sum of g over all but channels
+    dx = the layer's, from dc                      dW' = the layer's weight gradient, from g
     dW = A * dW'                                   dgamma = invstd * (<dW', W> + (b - mean) * dbeta)
     db = A * dbeta
 
 ``<dW', W>`` equals the sum of ``g * layer(x, W)``: what eval mode reads the saved layer output for
-comes out of the weight gradient that is computed anyway. Nothing is divided by gamma. The scaled
-weight is recomputed each call, in forward and in backward, from the parameters as they are then.
+comes out of the weight gradient that is computed anyway. Nothing is divided by gamma.
 
-Numerics. Everything of channel size, and sums over activations, are float32 for half-precision
-inputs (float64 for float64); each gradient is rounded once to its parameter's dtype. The output
-differs from eval mode's by rounding, since the product with ``A`` is rounded before the sum and not
-after it; in float16 that costs digits where ``A * W`` is below 2 ** -14. The errors of dx, dW and
-dbeta are eval mode's. dgamma is as accurate as the weight gradient; like eval mode's it cancels
+Both calls stay nodes of the graph, joined by a true ``c``, so that hooks, other uses and whoever
+stores ``c`` see what they see in eval mode. The batch norm's node saves no activation: it holds
+the layer's node, reads what that one saved, computes ``dW'``, sends ``dc`` down and hands ``dW``
+over. The layer's node takes ``dW`` if the gradient that arrives is that very ``dc``. If it is
+another one (``c`` has another use, a hook changed it), it computes ``dW`` from what arrives.
+
+Numerics. dx is eval mode's, bit for bit. Everything of channel size, and sums over activations,
+are float32 for half-precision inputs (float64 for float64); each gradient is rounded once to its
+parameter's dtype. dgamma is as accurate as the weight gradient; like eval mode's it cancels
 where the mean of ``c`` is far larger than its deviation. ``half`` keeps float16 gradients in range.
 
 Declines: no forward-mode rule and no vmap rule, for which callers run layer and batch norm as
@@ -30,17 +34,18 @@ formula for dgamma follows from its equation for the folded weight.
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._torch import eager as torch_eager
 from ..graph.layout import Layout, channel_inner_product, scale_weight
 from .half import gradient_scale
 
-__all__ = ["BatchNorm", "Conv", "conv_bn_eval", "fold_affine"]
+__all__ = ["BatchNorm", "Conv", "batch_norm", "fold_affine", "layer", "layer_before"]
 
 aten = torch.ops.aten
 
@@ -66,25 +71,47 @@ class BatchNorm(NamedTuple):
     eps: float
 
 
-def conv_bn_eval(
-    x: Tensor, weight: Tensor, bias: Tensor | None, bn: BatchNorm, conv: Conv | None
-) -> Tensor:
-    """Batched convolution, plain or transposed, or linear layer; then batch norm. Runs once.
+def layer(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None) -> Tensor:
+    """Batched convolution, plain or transposed, or linear layer. Twice differentiable.
 
-    Twice differentiable. Layer and batch norm compute in the dtype of ``x``; parameters may have a
-    wider one, as under autocast, and get their gradients in it.
+    It computes in the dtype of ``x``; parameters may have a wider one, as under autocast, and get
+    their gradients in it.
 
     Args:
         x: [N, C_in, *spatial]; for a linear layer [..., C_in] of at least two dimensions.
         weight: laid out as in :mod:`convbn_inductor_pass.graph.layout`.
         bias: [C_out].
-        bn: the batch norm, of C_out channels.
         conv: how the convolution goes; None for a linear layer.
-
-    Returns:
-        [N, C_out, *spatial'], of a linear layer [rows, C_out], in the dtype of ``x``.
     """
-    return _ConvBNEval.apply(x, weight, bias, *bn, conv)
+    return _apply_layer(x, weight, bias, conv)
+
+
+def layer_before(c: Tensor) -> Any:
+    """The graph node of :func:`layer` whose unmodified output ``c`` is; None if it is not.
+
+    It has the layer's ``conv``, ``channels``, and ``input`` and ``weight`` as weak references.
+    The output of a linear layer may be viewed as [rows, C_out].
+    """
+    node: Any = c.grad_fn
+    if node is None or c._version:
+        return None
+    if c.ndim == 2 and type(node).__name__ in _VIEWS:
+        node = node.next_functions[0][0]
+        if not _is_layer(node) or node.conv is not None or c.shape[1] != node.channels:
+            return None
+    return node if _is_layer(node) else None
+
+
+def batch_norm(c: Tensor, bn: BatchNorm) -> Tensor:
+    """Batch norm in eval mode of a ``c`` that is not saved. Twice differentiable.
+
+    ``c`` [N, C, ...] has a :func:`layer_before`, or ``bn.weight`` requires no gradient. The weight
+    of that layer must be there in the backward of the batch norm already.
+    """
+    node = layer_before(c)
+    if node is None and bn.weight is not None and bn.weight.requires_grad:
+        raise ValueError("the gradient of a batch norm's weight comes from the layer before it")
+    return _apply_batch_norm(c, *bn, node)
 
 
 def fold_affine(
@@ -103,71 +130,176 @@ def fold_affine(
     return scale_weight(weight.to(acc), scale, layout).to(dtype), shift.to(dtype)
 
 
-class _ConvBNEval(torch.autograd.Function):
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+_Saved = tuple[Tensor, Tensor, Tensor | None]
+
+
+@dataclasses.dataclass(eq=False)
+class _HandedOver:
+    """What the batch norm's backward leaves at the node of its layer, in one backward pass.
+
+    Saved tensors are handed on, too: under checkpointing each may be unpacked only once a pass.
+    """
+
+    dc: Tensor
+    dw: Tensor | None
+    db: Tensor | None
+    saved: _Saved
+
+    def __post_init__(self) -> None:
+        self.version = self.dc._version
+        self.backward_pass = torch_eager.backward_pass()
+
+    def is_for(self, g: Tensor) -> bool:
+        """Whether ``g`` is ``dc`` as it was sent, or a view of it with the same elements.
+
+        Memory cannot have been reused, because ``dc`` is held here.
+        """
+        if g is not self.dc:
+            key = torch_eager.storage_key(g)
+            if key is None or key != torch_eager.storage_key(self.dc):
+                return False
+            if g.numel() != self.dc.numel() or not (g.is_contiguous() and self.dc.is_contiguous()):
+                return False
+        return g._version == self.version
+
+
+class _Layer(torch.autograd.Function):
+    conv: Conv | None
+    channels: int
+    handed_over: _HandedOver | None
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *bn_and_conv: Any
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None
     ) -> Tensor:
-        bn, conv = BatchNorm(*bn_and_conv[:-1]), bn_and_conv[-1]
-        ctx.save_for_backward(x, weight, bias, bn.weight, bn.running_mean, bn.running_var)
-        ctx.eps, ctx.conv = bn.eps, conv
-        ctx.bn_bias_dtype = None if bn.bias is None else bn.bias.dtype
+        ctx.save_for_backward(x, weight, bias)
+        ctx.set_materialize_grads(False)
+        ctx.conv, ctx.handed_over = conv, None
+        ctx.input, ctx.weight = weakref.ref(x), weakref.ref(weight)
+        w, b = _to(weight, x.dtype), None if bias is None else _to(bias, x.dtype)
         with torch_eager.autocast_off():
-            folded, shift = fold_affine(weight, bias, bn, _layout(conv), x.dtype)
-            if conv is None:
-                return F.linear(x, folded, shift).flatten(0, -2)
-            return aten.convolution.default(x, folded, shift, *conv)
+            c = (
+                aten.linear.default(x, w, b)
+                if conv is None
+                else aten.convolution.default(x, w, b, *conv)
+            )
+        ctx.channels = c.shape[-1 if conv is None else 1]
+        return c
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        left: _HandedOver | None = ctx.handed_over
+        ctx.handed_over = None
+        if left is not None and left.backward_pass != torch_eager.backward_pass():
+            left = None
+        if g is None:
+            return None, None, None, None
+        x, weight, bias = ctx.saved_tensors if left is None else left.saved
+        need_dx, need_dw, need_db, _ = ctx.needs_input_grad
+        with torch_eager.autocast_off():
+            if left is not None and left.is_for(g):
+                dx = _layer_backward(g, x, weight, ctx.conv, (need_dx, False, False))[0]
+                return dx, left.dw, left.db, None
+            dx, dw, db = _layer_backward(g, x, weight, ctx.conv, (need_dx, need_dw, need_db))
+            return (
+                dx,
+                None if dw is None else dw.to(weight.dtype),
+                None if db is None or bias is None else db.to(bias.dtype),
+                None,
+            )
+
+
+def _is_layer(node: Any) -> bool:
+    return getattr(type(node), "_forward_cls", None) is _Layer
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, c: Tensor, *bn_and_node: Any) -> Tensor:
+        weight, bias, mean, var, eps, node = bn_and_node
+        ctx.save_for_backward(weight, mean, var)
+        ctx.eps, ctx.node, ctx.dtype = eps, node, c.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return aten.batch_norm.default(
+            c, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled
+        )
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         with torch_eager.autocast_off():
-            return _backward(ctx, g)
+            return _norm_backward(ctx, g)
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, gamma, running_mean, running_var = ctx.saved_tensors
-    need_dx, need_dw, need_db, need_dgamma, need_dbeta = ctx.needs_input_grad[:5]
-    layout, acc = _layout(ctx.conv), _accumulation_dtype(g.dtype)
-    dx: Any = None
-    dw = db = dgamma = dbeta = dx
-    invstd, scale = _invstd_and_scale(gamma, running_var, ctx.eps, acc)
-    if need_db or need_dgamma or need_dbeta:
-        sum_g = g.sum([d for d in range(g.ndim) if d != 1], dtype=acc)
+def _norm_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    gamma, mean, var = ctx.saved_tensors
+    need_dc, need_dgamma, need_dbeta = ctx.needs_input_grad[:3]
+    acc = _accumulation_dtype(g.dtype)
+    invstd, scale = _invstd_and_scale(gamma, var, ctx.eps, acc)
+    shape = [1, -1] + [1] * (g.ndim - 2)
+    dc = _to(g * scale.reshape(shape), ctx.dtype) if need_dc else None
+    if not need_dgamma:
+        dbeta = _to(_sum(g, acc), ctx.bias_dtype) if need_dbeta else None
+        return dc, None, dbeta, None, None, None, None
+    node = ctx.node
+    saved = x, weight, bias = node.saved_tensors
+    layout = _layout(node.conv)
     on_weight, t = scale, None
-    if need_dx or need_dw or need_dgamma:
-        if g.dtype == torch.float16:
-            t = gradient_scale(g, scale)
-            on_weight = scale / t
-            g = g * t.to(g.dtype).reshape([1, -1] + [1] * (g.ndim - 2))
-        # What the forward multiplied with: under autocast, the weight after its cast.
-        used_weight = folded = weight.to(x.dtype)
-        if need_dx:  # else only its shape and layout are read
-            folded = scale_weight(used_weight.to(acc), on_weight, layout).to(x.dtype)
-        dx, dfolded = _layer_backward(g, x, folded, ctx.conv, need_dx, need_dw or need_dgamma)
-    if need_dw:
-        dw = scale_weight(dfolded.to(acc), on_weight, layout).to(weight.dtype)
-    if need_db:
-        db = (scale * sum_g).to(bias.dtype)
-    if need_dgamma:
-        inner = channel_inner_product(dfolded.to(acc), used_weight.to(acc), layout)
-        inner = inner if t is None else inner / t
-        used_bias = None if bias is None else bias.to(x.dtype)
-        offset = _centred_bias(used_bias, running_mean, acc) * sum_g
-        dgamma = (invstd * (inner + offset)).to(gamma.dtype)
-    if need_dbeta:
-        dbeta = sum_g.to(ctx.bn_bias_dtype)
-    return dx, dw, db, dgamma, dbeta, None, None, None, None
+    if g.dtype == torch.float16:
+        t = gradient_scale(g, scale)
+        on_weight, g_scaled = scale / t, g * t.to(g.dtype).reshape(shape)
+    else:
+        g_scaled = g
+    wide = g.dtype == acc  # then the layer's own kernel may sum
+    _, dw, sum_g = _layer_backward(g_scaled, x, weight, node.conv, (False, True, wide))
+    if not wide:
+        dw, sum_g = dw.to(acc), _sum(g, acc)
+    inner = channel_inner_product(dw, weight if wide else weight.to(x.dtype).to(acc), layout)
+    inner = inner if t is None else inner / t
+    centre = _centred_bias(None if bias is None else _to(bias, x.dtype), mean, acc)
+    dgamma = _to(invstd * torch.addcmul(inner, centre, sum_g), gamma.dtype)
+    if dc is not None:
+        _, need_dw, need_db, _ = node.needs_input_grad
+        dw = _to(scale_weight(dw, on_weight, layout), weight.dtype) if need_dw else None
+        db = _to(scale * sum_g, bias.dtype) if need_db else None
+        node.handed_over = _HandedOver(dc, dw, db, saved)
+    dbeta = _to(sum_g, ctx.bias_dtype) if need_dbeta else None
+    return dc, dgamma, dbeta, None, None, None, None
+
+
+# Function.apply without what it does for torch.func and for setup_context, on every call.
+_apply_layer = super(torch.autograd.Function, _Layer).apply
+_apply_batch_norm = super(torch.autograd.Function, _BatchNorm).apply
+
+
+def _to(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def _layer_backward(
-    g: Tensor, x: Tensor, weight: Tensor, conv: Conv | None, need_dx: bool, need_dw: bool
+    g: Tensor, x: Tensor, weight: Tensor, conv: Conv | None, needs: tuple[bool, bool, bool]
 ) -> Any:
+    """Gradients of input, weight and bias, in the dtype of ``x``; None where not needed."""
+    need_dx, need_dw, need_db = needs
+    if not any(needs):
+        return None, None, None
+    weight = _to(weight, x.dtype)
+    if not (need_dx or need_dw):
+        return (
+            None,
+            None,
+            _sum(g.flatten(0, -2) if conv is None else g, _accumulation_dtype(g.dtype)),
+        )
     if conv is None:
+        g, rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = (g @ weight).reshape(x.shape) if need_dx else None
-        dw = g.t() @ x.reshape(-1, x.shape[-1]) if need_dw else None
-        return dx, dw
-    mask = [need_dx, need_dw, False]
-    return aten.convolution_backward.default(g, x, weight, None, *conv, mask)[:2]
+        return dx, g.t() @ rows if need_dw else None, g.sum(0) if need_db else None
+    sizes = [g.shape[1]] if need_db else None
+    return aten.convolution_backward.default(g, x, weight, sizes, *conv, needs)
+
+
+def _sum(g: Tensor, dtype: torch.dtype) -> Tensor:
+    return g.sum([d for d in range(g.ndim) if d != 1], dtype=dtype)
 
 
 def _layout(conv: Conv | None) -> Layout:
@@ -181,10 +313,10 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def _invstd_and_scale(
     gamma: Tensor | None, running_var: Tensor, eps: float, acc: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    invstd = (running_var.to(acc) + eps).rsqrt()
-    return invstd, invstd if gamma is None else gamma.to(acc) * invstd
+    invstd = (_to(running_var, acc) + eps).rsqrt()
+    return invstd, invstd if gamma is None else _to(gamma, acc) * invstd
 
 
 def _centred_bias(bias: Tensor | None, mean: Tensor, acc: torch.dtype) -> Tensor:
     # Subtracted before anything else is done, because the two may be large and nearly equal.
-    return -mean.to(acc) if bias is None else bias.to(acc) - mean.to(acc)
+    return -_to(mean, acc) if bias is None else _to(bias, acc) - _to(mean, acc)
