@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = [
     "WeakIdKeyDictionary",
-    "autocast_off",
     "backward_pass",
+    "call_below",
     "in_functional_transform",
     "is_compiled_module",
     "is_functorch_tensor",
@@ -23,7 +22,6 @@ __all__ = [
     "storage_is_foreign",
     "storage_is_freed",
     "storage_key",
-    "torch_functions_off",
 ]
 
 
@@ -70,6 +68,11 @@ def in_functional_transform() -> bool:
     )
 
 
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` is at work here."""
+    return torch._C._is_tracing()
+
+
 def saved_tensors_hooks() -> tuple[Any, Any] | None:
     """The innermost ``torch.autograd.graph.saved_tensors_hooks``; checkpoint uses them, too."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -80,14 +83,12 @@ def backward_pass() -> int:
     return torch._C._current_graph_task_id()
 
 
-def autocast_off() -> contextlib.AbstractContextManager[None]:
-    """Compute in the dtypes given, on every device."""
-    return torch._C._DisableAutocast()
-
-
-def torch_functions_off() -> contextlib.AbstractContextManager[None]:
-    """Call torch with no ``__torch_function__``, of a mode or of a subclass, in between."""
-    return torch._C.DisableTorchFunction()
+def call_below(function: Any, *args: Any) -> Any:
+    """Call ``function`` with no autocast and no ``__torch_function__`` in between."""
+    if torch._C._is_any_autocast_enabled() or torch._C._len_torch_function_stack():
+        with torch._C._DisableAutocast(), torch._C.DisableTorchFunction():
+            return function(*args)
+    return function(*args)
 
 
 def remove_function_mode(mode: TorchFunctionMode) -> bool:

@@ -58,7 +58,7 @@ _DEVICES = ("cpu", "cuda", "xpu", "mps", "meta")
 
 def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Arguments by name; None if they do not fit, which torch is to complain about."""
-    if len(args) > len(names) or not set(kwargs) <= set(names[len(args) :]):
+    if len(args) > len(names) or (kwargs and not set(kwargs) <= set(names[len(args) :])):
         return None
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
@@ -67,8 +67,8 @@ def is_plain(value: Any) -> bool:
     return (
         type(value) in _PLAIN
         and value.dtype in _FLOATS
-        and value.layout == torch.strided
-        and value.device.type in _DEVICES
+        and value.layout is torch.strided
+        and (value.is_cpu or value.device.type in _DEVICES)
         and not value.is_inference()
     )
 
@@ -116,20 +116,24 @@ class LayerCall(NamedTuple):
         return cls(x if x.dtype == dtype else x.to(dtype), weight, bias, conv)
 
 
-_known: dict[Any, Conv | None] = {}
+_known: dict[Any, Conv] = {}
 
 
 def _read_conv(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], bound: dict[str, Any]
 ) -> Conv | None:
     """:func:`read_conv`, remembered for the calls that modules make, whose arguments are tuples."""
+    key: Any = (function, args[3:])
+    if not kwargs and len(args) == 7 and type(args[3]) is type(args[4]) is type(args[5]) is tuple:
+        if (known := _known.get(key)) is not None:
+            return known
+    else:
+        key = None
     _, spatial, transposed = LAYERS[function]
-    if kwargs or "same" in args[3:] or any(type(a) not in (int, tuple) for a in args[3:]):
-        return read_conv(bound, spatial, transposed)
-    key = (function, args[3:])
-    if key not in _known:
-        _known[key] = read_conv(bound, spatial, transposed)
-    return _known[key]
+    conv = read_conv(bound, spatial, transposed)
+    if key is not None and conv is not None:
+        _known[key] = conv
+    return conv
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -137,6 +141,9 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+_NEEDED = {"input", "running_mean", "running_var"}
 
 
 class BatchNormCall(NamedTuple):
@@ -155,20 +162,21 @@ class BatchNormCall(NamedTuple):
         cls, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> BatchNormCall | None:
         bound = _bind(BATCH_NORMS[function], args, kwargs)
-        if bound is None or not {"input", "running_mean", "running_var"} <= bound.keys():
+        if bound is None or not bound.keys() >= _NEEDED:
             return None
-        return cls(**{name: bound[name] for name in cls._fields if name in bound})
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        names = ("running_mean", "running_var", "weight", "bias")
-        return {name: t for name in names if (t := getattr(self, name)) is not None}
+        bound.pop("momentum", None)
+        bound.pop("cudnn_enabled", None)
+        return cls(**bound)
 
     @property
     def wants_gradient(self) -> bool:
         """Whether a graph is recorded."""
-        tensors = (self.input, self.weight, self.bias)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        w, b = self.weight, self.bias
+        return torch.is_grad_enabled() and (
+            self.input.requires_grad
+            or (w is not None and w.requires_grad)
+            or (b is not None and b.requires_grad)
+        )
 
 
 def tensors_read(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
@@ -190,5 +198,5 @@ def runs_as_written() -> bool:
     return (
         torch.is_inference_mode_enabled()
         or torch_eager.in_functional_transform()
-        or torch.jit.is_tracing()
+        or torch_eager.is_tracing()
     )

@@ -79,18 +79,17 @@ def merge_pairs(
     merged, records = [], []
     for uses in by_mean.values():
         first = uses[0].layer
-        layer_path = "" if first is None else paths.get(id(first.weight), "")
-        norm_path = paths.get(id(uses[0].mean), "")
-        layer, norm = modules.get(layer_path), modules.get(norm_path)
-        if norm not in norms:
+        layer_path = None if first is None else paths.get(id(first.weight))
+        norm_path = paths.get(id(uses[0].mean))
+        layer, norm = (None if p is None else modules[p] for p in (layer_path, norm_path))
+        if norm is None or norm not in norms:
             continue
         code, detail = _decide(uses, observer)
-        if code is Code.MERGED:
-            detail = _why_not(model, layer, norm, calls, len(uses))
-            code = Code.NOT_MERGED if detail else code
-        if code is Code.MERGED:
-            merged.append(_merge(modules, layer_path, modules[norm_path], uses[0].eps))
-        records.append(_record(code, detail, layer_path, norm_path, first))
+        if code is Code.MERGED and (why_not := _why_not(model, layer, norm, calls, len(uses))):
+            code, detail = Code.NOT_MERGED, why_not
+        if code is Code.MERGED and layer_path is not None:
+            merged.append(_merge(modules, layer_path, norm, uses[0].eps))
+        records.append(_record(code, detail, layer_path or "", norm_path or "", first))
     return merged, records
 
 
@@ -143,6 +142,8 @@ def _why_not(
     model: nn.Module, layer: Any, norm: Any, calls: dict[nn.Module, int], uses: int
 ) -> str:
     """Why a layer and its batch norm cannot be replaced as modules; "" if they can."""
+    if layer is None:
+        return "the layer's weight is computed, as by a parametrization, or in no module"
     if type(layer) not in _LAYERS or not _is_norm(norm) or norm is model:
         return "the layer or the batch norm is not a module of PyTorch's own"
     if not _is_free(layer) or not _is_free(norm):

@@ -60,23 +60,24 @@ def turn_on(
     """Put the conv-BN blocks of a model in one of four modes, in place.
 
     Blocks are found while the model runs, from what it computes: modules may be nested, wrapped,
-    reused or called as functions. In ``"tune"`` mode a pair runs as written where fusing it cannot
-    be shown to be legal (see :func:`decisions`): the convolution's output is used elsewhere, the
-    batch norm is back in training mode or has no running statistics, ... Parameters, buffers and
-    ``state_dict`` stay as they are.
+    reused or called as functions. In ``"tune"`` mode outputs are eval mode's, bit for bit, and what
+    is saved for backward is less. A batch norm saves its input where leaving it out cannot be shown
+    to be legal, or does not pay (see :func:`decisions`): the convolution's output is used
+    elsewhere, the batch norm is back in training mode or has no running statistics, ... Parameters,
+    buffers and ``state_dict`` stay as they are.
 
     ``model.train()`` puts batch norms in training mode as ever; call ``turn_on`` again after it.
     Under ``torch.compile`` this steps aside, and the compiled pass does the work.
 
     Args:
         model: the model. Copies and pickles of it keep the mode.
-        mode: ``"train"``, ``"eval"``: the batch norms' own modes. ``"tune"``: eval mode with one
-            convolution per block. ``"deploy"``: the blocks become plain convolutions with new
-            parameters, each batch norm an empty ``nn.Sequential``.
+        mode: ``"train"``, ``"eval"``: the batch norms' own modes. ``"tune"``: eval mode that does
+            not save the convolutions' outputs. ``"deploy"``: the blocks become plain convolutions
+            with new parameters, each batch norm an empty ``nn.Sequential``.
         modules: paths of submodules (``["backbone"]``) to restrict this to.
         example_inputs: for ``"deploy"``, inputs of one forward, under ``no_grad`` and in
-            evaluation mode, in which the blocks are found. Without, they are merged after the
-            first forward in which they run; parameters change then, so make the optimizer later.
+            evaluation mode, in which the blocks are found. Without, the inputs of the first forward
+            are taken; parameters change after it, so make the optimizer later.
 
     Returns:
         ``model``.
@@ -141,10 +142,11 @@ def turn_off(model: nn.Module) -> nn.Module:
 
 
 def decisions(model: nn.Module) -> tuple[Record, ...]:
-    """What tune mode did with each batch norm in the last forward, and why.
+    """What tune mode did with each batch norm in the last forward, or deploy mode once; and why.
 
-    One record per call of a batch norm; codes are those of the compiled pass, too. Empty
-    if tune mode is off or no forward has run.
+    One record per call of a batch norm (per batch norm in deploy mode); codes are those of the
+    compiled pass, too. Parts of the model that were turned on by themselves are included. Empty if
+    ``model`` is not turned on, or no forward has run.
     """
     state: _State | None = getattr(model, _ATTRIBUTE, None)
     if state is None:
@@ -157,24 +159,23 @@ def decisions(model: nn.Module) -> tuple[Record, ...]:
         if state is not None:
             made.update({("deploy", r.batch_norm): r for r in state.deployed})
             for events in list(state.ledger.forwards.values()):
-                made.update({k: _record(e, names) for k, e in events.items() if e.code})
+                made.update({k: _record(e, e.code, names) for k, e in events.items() if e.code})
     return tuple(made.values())
 
 
-def _record(e: Event, names: dict[int, str]) -> Record:
-    assert e.code is not None
+def _record(e: Event, code: Code, names: dict[int, str]) -> Record:
     layer, norm = (names.get(id(r()), "") if r is not None else "" for r in (e.weight, e.key))
     size = math.prod(e.shape) * e.dtype.itemsize if e.shape else 0
     return Record(
         pass_name="eager",
         kind="batch norm",
-        code=e.code,
+        code=code,
         detail=e.detail,
         layer=layer,
         batch_norm=norm,
         output_shape=e.shape,
         output_bytes=size,
-        bytes_saved=size if e.code is Code.FUSED else 0,
+        bytes_saved=size if code is Code.FUSED else 0,
     )
 
 

@@ -97,8 +97,7 @@ class Region(TorchFunctionMode):
     def __init__(self, ledger: Ledger, module: nn.Module) -> None:
         super().__init__()
         self.hooks = torch_eager.saved_tensors_hooks()
-        before, self.events = ledger.begin(module)
-        self.before: dict[Any, Event] = before if self.hooks is None else {}
+        self.before, self.events = ledger.begin(module)
         self.uses: dict[int, int] = {}
         self.outputs: dict[int, Event] = {}
 
@@ -126,8 +125,9 @@ class Region(TorchFunctionMode):
 
     def _watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See whether a function that is no batch norm takes the output of a layer."""
+        outputs = self.outputs
         for value in (*args, *kwargs.values()) if kwargs else args:
-            if id(value) in self.outputs or isinstance(value, (list, tuple)):
+            if id(value) in outputs or type(value) in (list, tuple):
                 break
         else:
             return
@@ -138,7 +138,9 @@ class Region(TorchFunctionMode):
                 event.mark_used()
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._watch(func, args, kwargs)
+        x = args[0] if args else kwargs.get("input")
+        if (used := self._event_of(x)) is not None:
+            used.mark_used()
         aside = runs_as_written() or torch_eager.saved_tensors_hooks() != self.hooks
         call = None if aside else LayerCall.read(func, args, kwargs)
         if call is None:
@@ -146,7 +148,7 @@ class Region(TorchFunctionMode):
         x, weight, bias, _ = call
         key = self._count(weight if isinstance(weight, nn.Parameter) else None)
         event = self.events[key] = Event()
-        as_written = _why_as_written(self.before.get(key))
+        as_written = "" if self.hooks else _why_as_written(self.before.get(key))
         needs_grad = torch.is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         )
@@ -159,7 +161,7 @@ class Region(TorchFunctionMode):
         bn = None if runs_as_written() else BatchNormCall.read(func, args, kwargs)
         if bn is None:
             return func(*args, **kwargs)
-        layer = self._event_of(bn.input) or self._event_of(getattr(bn.input, "_base", None))
+        layer = self._event_of(bn.input) or self._event_of(bn.input._base)
         event = layer
         if layer is not None and layer.code is not None:  # a second batch norm
             layer.mark_used()
@@ -180,8 +182,9 @@ class Region(TorchFunctionMode):
 
     def end(self, completed: bool) -> None:
         """Outputs that outlive the forward though no batch norm saves them were stored."""
-        if not completed:  # it teaches nothing
+        if not completed:  # by an error, as when checkpoint has recomputed what it needs
             self.events.clear()
+            self.events.update(self.before)
         for event in self.outputs.values():
             if event.code is Code.FUSED and event.output() is not None:
                 event.mark_used()
@@ -232,14 +235,16 @@ def _decide(bn: BatchNormCall, event: Event | None) -> tuple[Code, str]:
         return Code.INPUT_MUTATED, "NumPy or others hold the memory of the layer's input"
     if node.conv is None and c.ndim != 2:
         return Code.UNBATCHED, f"{c.ndim} dimensions with channels last"
-    for name, tensor in bn.tensors.items():
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        if (tensor := getattr(bn, name)) is None:
+            continue
         if not is_plain(tensor) or tensor.device != c.device:
             return Code.UNSUPPORTED_TENSOR, f"{name} of the batch norm"
         if (dtype := tensor.dtype) != c.dtype:
             mixed = c.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
             if not mixed:
                 return Code.UNSUPPORTED_DTYPE, f"{name} is {dtype}, the layer's {c.dtype}"
-        if tensor.ndim != 1 or tensor.shape[0] != node.channels:
+        if tensor.ndim != 1 or tensor.numel() != node.channels:
             return Code.UNSUPPORTED_SHAPE, f"{name} has shape {tuple(tensor.shape)}"
     if bn.running_mean.requires_grad or bn.running_var.requires_grad:
         return Code.STATISTICS_REQUIRE_GRAD, ""

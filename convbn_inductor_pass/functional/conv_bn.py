@@ -7,23 +7,23 @@ with ``invstd = (running_var + eps) ** -0.5`` and ``A = gamma * invstd``, per ch
 the gradient of ``y`` and ``<,>`` the inner product per output channel, the gradients are
 
     dc = A * g                                     dbeta = sum of g over all but channels
-    dx = the layer's, from dc                      dW' = the layer's weight gradient, from g
-    dW = A * dW'                                   dgamma = invstd * (<dW', W> + (b - mean) * dbeta)
-    db = A * dbeta
+    dx, dW' = the layer's, from g and A * W        dgamma = invstd * (<dW', W> + (b - mean) * dbeta)
+    dW = A * dW'                                   db = A * dbeta
 
 ``<dW', W>`` equals the sum of ``g * layer(x, W)``: what eval mode reads the saved layer output for
 comes out of the weight gradient that is computed anyway. Nothing is divided by gamma.
 
 Both calls stay nodes of the graph, joined by a true ``c``, so that hooks, other uses and whoever
 stores ``c`` see what they see in eval mode. The batch norm's node saves no activation: it holds
-the layer's node, reads what that one saved, computes ``dW'``, sends ``dc`` down and hands ``dW``
-over. The layer's node takes ``dW`` if the gradient that arrives is that very ``dc``. If it is
-another one (``c`` has another use, a hook changed it), it computes ``dW`` from what arrives.
+the layer's node, reads what that one saved, computes the gradients of both, sends ``dc`` down and
+leaves the layer's at its node. That one takes them if the gradient that arrives is that very
+``dc``. If it is another one (``c`` has another use, a hook changed it), it computes its own.
 
-Numerics. dx is eval mode's, bit for bit. Everything of channel size, and sums over activations,
-are float32 for half-precision inputs (float64 for float64); each gradient is rounded once to its
-parameter's dtype. dgamma is as accurate as the weight gradient; like eval mode's it cancels
-where the mean of ``c`` is far larger than its deviation. ``half`` keeps float16 gradients in range.
+Numerics. Everything of channel size, and sums over activations, are float32 for half-precision
+inputs (float64 for float64); each gradient is rounded once to its parameter's dtype. The scaled
+weight is recomputed in each backward. The errors of dx, dW and dbeta are eval mode's. dgamma is as
+accurate as the weight gradient; like eval mode's it cancels where the mean of ``c`` is far larger
+than its deviation. ``half`` keeps float16 gradients in range.
 
 Declines: no forward-mode rule and no vmap rule, for which callers run layer and batch norm as
 written.
@@ -39,6 +39,7 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._torch import eager as torch_eager
@@ -142,8 +143,7 @@ class _HandedOver:
     """
 
     dc: Tensor
-    dw: Tensor | None
-    db: Tensor | None
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
     saved: _Saved
 
     def __post_init__(self) -> None:
@@ -178,12 +178,10 @@ class _Layer(torch.autograd.Function):
         ctx.conv, ctx.handed_over = conv, None
         ctx.input, ctx.weight = weakref.ref(x), weakref.ref(weight)
         w, b = _to(weight, x.dtype), None if bias is None else _to(bias, x.dtype)
-        with torch_eager.autocast_off():
-            c = (
-                aten.linear.default(x, w, b)
-                if conv is None
-                else aten.convolution.default(x, w, b, *conv)
-            )
+        if conv is None:
+            c: Tensor = torch_eager.call_below(F.linear, x, w, b)
+        else:
+            c = torch_eager.call_below(torch.convolution, x, w, b, *conv)
         ctx.channels = c.shape[-1 if conv is None else 1]
         return c
 
@@ -197,17 +195,12 @@ class _Layer(torch.autograd.Function):
             return None, None, None, None
         x, weight, bias = ctx.saved_tensors if left is None else left.saved
         need_dx, need_dw, need_db, _ = ctx.needs_input_grad
-        with torch_eager.autocast_off():
-            if left is not None and left.is_for(g):
-                dx = _layer_backward(g, x, weight, ctx.conv, (need_dx, False, False))[0]
-                return dx, left.dw, left.db, None
-            dx, dw, db = _layer_backward(g, x, weight, ctx.conv, (need_dx, need_dw, need_db))
-            return (
-                dx,
-                None if dw is None else dw.to(weight.dtype),
-                None if db is None or bias is None else db.to(bias.dtype),
-                None,
-            )
+        if left is not None and left.is_for(g):
+            return (*left.gradients, None)
+        needs = (need_dx, need_dw, need_db)
+        dx, dw, db = torch_eager.call_below(_layer_backward, g, x, weight, ctx.conv, needs)
+        dw = None if dw is None else _to(dw, weight.dtype)
+        return dx, dw, db if db is None or bias is None else _to(db, bias.dtype), None
 
 
 def _is_layer(node: Any) -> bool:
@@ -221,14 +214,14 @@ class _BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(weight, mean, var)
         ctx.eps, ctx.node, ctx.dtype = eps, node, c.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return aten.batch_norm.default(
-            c, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled
+        cudnn = torch.backends.cudnn.enabled
+        return torch_eager.call_below(
+            torch.batch_norm, c, weight, bias, mean, var, False, 0.0, eps, cudnn
         )
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        with torch_eager.autocast_off():
-            return _norm_backward(ctx, g)
+        return torch_eager.call_below(_norm_backward, ctx, g)
 
 
 def _norm_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -244,25 +237,27 @@ def _norm_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     node = ctx.node
     saved = x, weight, bias = node.saved_tensors
     layout = _layout(node.conv)
-    on_weight, t = scale, None
+    need_dx, need_dw, need_db, _ = node.needs_input_grad
+    on_weight, t, scaled = scale, None, g
     if g.dtype == torch.float16:
         t = gradient_scale(g, scale)
-        on_weight, g_scaled = scale / t, g * t.to(g.dtype).reshape(shape)
-    else:
-        g_scaled = g
+        on_weight, scaled = scale / t, g * t.to(g.dtype).reshape(shape)
     wide = g.dtype == acc  # then the layer's own kernel may sum
-    _, dw, sum_g = _layer_backward(g_scaled, x, weight, node.conv, (False, True, wide))
-    if not wide:
-        dw, sum_g = dw.to(acc), _sum(g, acc)
-    inner = channel_inner_product(dw, weight if wide else weight.to(x.dtype).to(acc), layout)
+    # What the forward multiplied with: under autocast, the weight after its cast.
+    used = folded = _to(weight, x.dtype)
+    if need_dx:  # else only its shape and layout are read
+        folded = _to(scale_weight(_to(used, acc), on_weight, layout), x.dtype)
+    needs = (need_dx, True, wide)
+    dx, dfolded, sum_g = _layer_backward(scaled, x, folded, node.conv, needs)
+    dfolded, sum_g = (dfolded, sum_g) if wide else (dfolded.to(acc), _sum(g, acc))
+    inner = channel_inner_product(dfolded, _to(used, acc), layout)
     inner = inner if t is None else inner / t
     centre = _centred_bias(None if bias is None else _to(bias, x.dtype), mean, acc)
     dgamma = _to(invstd * torch.addcmul(inner, centre, sum_g), gamma.dtype)
     if dc is not None:
-        _, need_dw, need_db, _ = node.needs_input_grad
-        dw = _to(scale_weight(dw, on_weight, layout), weight.dtype) if need_dw else None
+        dw = _to(scale_weight(dfolded, on_weight, layout), weight.dtype) if need_dw else None
         db = _to(scale * sum_g, bias.dtype) if need_db else None
-        node.handed_over = _HandedOver(dc, dw, db, saved)
+        node.handed_over = _HandedOver(dc, (dx, dw, db), saved)
     dbeta = _to(sum_g, ctx.bias_dtype) if need_dbeta else None
     return dc, dgamma, dbeta, None, None, None, None
 
