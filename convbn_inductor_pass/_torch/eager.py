@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ __all__ = [
     "WeakIdKeyDictionary",
     "backward_pass",
     "call_below",
+    "in_compiled_autograd",
     "in_functional_transform",
     "is_compiled_module",
     "is_functorch_tensor",
@@ -81,6 +83,13 @@ def saved_tensors_hooks() -> tuple[Any, Any] | None:
 def backward_pass() -> int:
     """Number of the backward pass that runs in this thread; -1 if none does."""
     return torch._C._current_graph_task_id()
+
+
+def in_compiled_autograd() -> bool:
+    """Whether compiled autograd traces backward passes now."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    names = ("compiled_autograd_enabled", "in_compiled_autograd_region")
+    return any(getattr(module, name, False) for name in names)
 
 
 def call_below(function: Any, *args: Any) -> Any:

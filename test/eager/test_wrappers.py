@@ -143,3 +143,16 @@ def test_traced_by_torchscript():
     traced = torch.jit.trace(turn_on(model), x)
     torch.testing.assert_close(traced(x), expected)
     assert "PythonOp" not in str(traced.inlined_graph)
+
+
+def test_compiled_autograd_says_what_to_do():
+    from torch._dynamo import compiled_autograd
+
+    model, x = turn_on(Residual()), torch.randn(2, 3, 8, 8)
+    loss = model(x).sum()
+    with (
+        compiled_autograd._enable(lambda graph: graph),
+        pytest.raises(RuntimeError, match=r"turn_off\(model\)"),
+    ):
+        loss.backward()
+    model(x).sum().backward()

@@ -56,13 +56,19 @@ def _model(request):
     return ConvBN(LAYERS[request.param]()).double()
 
 
-@pytest.mark.parametrize("gamma", ["spread", "zero", "absent"])
+@pytest.mark.parametrize("gamma", ["spread", "zero", "one_zero", "tiny", "absent"])
 def test_output_and_gradients(model, gamma):
     """A division by gamma somewhere would give NaN or inf where it is zero."""
     tensors = leaves(model)
     if gamma == "zero":
         with torch.no_grad():
             tensors[3].zero_()
+    elif gamma == "one_zero":
+        with torch.no_grad():
+            tensors[3][1] = 0
+    elif gamma == "tiny":
+        with torch.no_grad():
+            tensors[3].mul_(1e-200)
     elif gamma == "absent":
         tensors[3] = tensors[4] = None
     y = plain(model, *tensors)
