@@ -112,6 +112,10 @@ def _fresh_backend() -> Callable[..., Any]:
     return backend
 
 
+def _turned_on(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
+    return convbn_inductor_pass.turn_on(copy.deepcopy(model))
+
+
 def _budget(budget: float) -> dict[str, Any]:
     return {"activation_memory_budget": budget}
 
@@ -148,6 +152,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider(
             "eager-tune", "tune mode, eager", mode="tune", compiled=False, transform=tune_eagerly
         ),
+        Provider("eager-ours", "turn_on, eager", mode="tune", compiled=False, transform=_turned_on),
         Provider("freezing", "freezing", inductor={"freezing": True}, trains=False),
     )
 }

@@ -24,6 +24,7 @@ class Code(enum.Enum):
     MASK_FROM_OUTPUT = "wanted gradients: the mask is made from the activation's output"
     MASK_AFTER_POOLING = "wanted gradients: the mask is made from what max-pooling returns"
     MASK_AS_BITS = "wanted gradients: the mask is saved with eight elements in a byte"
+    MERGED = "deploy mode: merged into the layer's weight and bias, once"
     FOLDED = "folded: the scale is in the weight and the shift in the bias, recomputed each call"
 
     # There is nothing to rewrite.
@@ -56,6 +57,11 @@ class Code(enum.Enum):
     INPUT_MUTATED = "a tensor that the gradient is computed from is, or may be, written to"
     STATISTICS_REQUIRE_GRAD = "the running statistics require a gradient"
     REGION = "autocast, grad mode or saved-tensor hooks change between layer and batch norm"
+    WEIGHT_FREED = (
+        "the layer's weight is freed before the batch norm runs (FSDP, ZeRO): shard the layer and "
+        "the batch norm as one unit"
+    )
+    NOT_MERGED = "deploy mode leaves this batch norm in eval mode"
     FLOAT16_RANGE = "a scaled weight might not fit float16, and is not known when compiling"
     QUANTIZED = "the weight is quantized, for which Inductor has kernels"
     VIEW_RETURNED = (
@@ -90,6 +96,7 @@ _REWRITTEN = (
     Code.MASK_FROM_OUTPUT,
     Code.MASK_AFTER_POOLING,
     Code.MASK_AS_BITS,
+    Code.MERGED,
     Code.FOLDED,
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
 from typing import Any
 
 import torch
@@ -13,14 +13,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = [
     "WeakIdKeyDictionary",
-    "autocast_off",
+    "backward_pass",
+    "call_below",
+    "in_compiled_autograd",
     "in_functional_transform",
     "is_compiled_module",
     "is_functorch_tensor",
     "remove_function_mode",
     "saved_tensors_hooks",
+    "storage_is_foreign",
+    "storage_is_freed",
     "storage_key",
-    "torch_functions_off",
 ]
 
 
@@ -38,6 +41,23 @@ def storage_key(value: Any) -> int | None:
         return None
 
 
+def storage_is_freed(value: Tensor) -> bool:
+    """Whether the memory of ``value`` was given back, as FSDP does between uses of a weight."""
+    try:
+        return value.device.type != "meta" and value.untyped_storage().size() == 0
+    except (NotImplementedError, RuntimeError):
+        return False
+
+
+def storage_is_foreign(value: Tensor) -> bool:
+    """Whether others can write to ``value`` unseen: NumPy or whoever else has its memory.
+
+    PyTorch marks such memory by not letting it be resized; that of another process, too.
+    """
+    storage = value.untyped_storage()
+    return not storage.resizable() and not storage.is_shared()
+
+
 def is_functorch_tensor(value: Tensor) -> bool:
     """Whether ``value`` belongs to a level of torch.func (vmap, grad, jvp)."""
     return torch._C._functorch.is_functorch_wrapped_tensor(value)
@@ -50,19 +70,34 @@ def in_functional_transform() -> bool:
     )
 
 
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` is at work here."""
+    return torch._C._is_tracing()
+
+
 def saved_tensors_hooks() -> tuple[Any, Any] | None:
     """The innermost ``torch.autograd.graph.saved_tensors_hooks``; checkpoint uses them, too."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-def autocast_off() -> contextlib.AbstractContextManager[None]:
-    """Compute in the dtypes given, on every device."""
-    return torch._C._DisableAutocast()
+def backward_pass() -> int:
+    """Number of the backward pass that runs in this thread; -1 if none does."""
+    return torch._C._current_graph_task_id()
 
 
-def torch_functions_off() -> contextlib.AbstractContextManager[None]:
-    """Call torch with no ``__torch_function__``, of a mode or of a subclass, in between."""
-    return torch._C.DisableTorchFunction()
+def in_compiled_autograd() -> bool:
+    """Whether compiled autograd traces backward passes now."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    names = ("compiled_autograd_enabled", "in_compiled_autograd_region")
+    return any(getattr(module, name, False) for name in names)
+
+
+def call_below(function: Any, *args: Any) -> Any:
+    """Call ``function`` with no autocast and no ``__torch_function__`` in between."""
+    if torch._C._is_any_autocast_enabled() or torch._C._len_torch_function_stack():
+        with torch._C._DisableAutocast(), torch._C.DisableTorchFunction():
+            return function(*args)
+    return function(*args)
 
 
 def remove_function_mode(mode: TorchFunctionMode) -> bool:

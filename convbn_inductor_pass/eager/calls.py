@@ -1,31 +1,24 @@
-"""Calls of layers and batch norms in eager mode, read by name, to be made later or not at all.
+"""Calls of layers and batch norms in eager mode, read by name.
 
-A call is read only if it is on plain dense tensors and its arguments fit; anything else is None
-and runs at once, so that errors are PyTorch's own and come where they always came.
+A layer's call is read only if it is on plain dense tensors and its arguments fit; anything else is
+None and runs as written, so that errors are PyTorch's own.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._torch import eager as torch_eager
-from ..codes import Code
 from ..functional import Conv
-from .geometry import output_shape, pad_unevenly, read_conv
+from .geometry import pad_unevenly, read_conv
 
-if TYPE_CHECKING:
-    import weakref
-
-    from .deferred import Deferred
-
-__all__ = ["BATCH_NORMS", "LAYERS", "BatchNormCall", "Context", "LayerCall", "is_plain"]
+__all__ = ["BATCH_NORMS", "LAYERS", "VIEWS", "BatchNormCall", "LayerCall"]
+__all__ += ["is_plain", "runs_as_written", "tensors_read"]
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = (*_CONV[:5], "output_padding", "groups", "dilation")
@@ -45,177 +38,112 @@ BATCH_NORMS: dict[Any, tuple[str, ...]] = {
     F.batch_norm: ("input", *_STATISTICS, *_AFFINE, *_MODE),
     torch.batch_norm: ("input", *_AFFINE, *_STATISTICS, *_MODE, "cudnn_enabled"),
 }
+# Questions that are no use of a tensor's elements.
+_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "grad_fn")
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.stride, Tensor.is_contiguous),
+    *(Tensor.numel, Tensor.nelement, Tensor.element_size),
+    *(Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex),
+    *(Tensor.__len__, torch.numel),
+}
+# What may make rows of a linear layer's output, for a batch norm to take.
+VIEWS = {Tensor.flatten, torch.flatten, Tensor.reshape, torch.reshape, Tensor.view}
+# ``y.view_as(c)`` asks for the shape of ``c``.
+_SHAPE_OF_OTHER = {Tensor.reshape_as, Tensor.view_as, Tensor.expand_as}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _DEVICES = ("cpu", "cuda", "xpu", "mps", "meta")
 
 
-def _bind(
-    names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any] | None:
+def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Arguments by name; None if they do not fit, which torch is to complain about."""
-    if len(args) > len(names) or not set(kwargs) <= set(names[len(args) :]):
+    if len(args) > len(names) or (kwargs and not set(kwargs) <= set(names[len(args) :])):
         return None
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-class Context(NamedTuple):
-    """What the world around a call may change about it."""
-
-    grad_enabled: bool
-    autocast: bool
-    autocast_dtype: torch.dtype
-    hooks: tuple[Any, Any] | None
-
-    @classmethod
-    def now(cls, device_type: str) -> Context:
-        on, dtype = False, torch.float32
-        # The meta device, for one, knows no autocast and raises when asked for it.
-        if torch.amp.is_autocast_available(device_type):
-            on = torch.is_autocast_enabled(device_type)
-            dtype = torch.get_autocast_dtype(device_type)
-        return cls(torch.is_grad_enabled(), on, dtype, torch_eager.saved_tensors_hooks())
-
-    @contextlib.contextmanager
-    def restored(self, device_type: str) -> Iterator[None]:
-        now = Context.now(device_type)
-        with contextlib.ExitStack() as stack:
-            if self.grad_enabled != now.grad_enabled:
-                stack.enter_context(torch.set_grad_enabled(self.grad_enabled))
-            if self[1:3] != now[1:3]:
-                autocast = torch.autocast(device_type, self.autocast_dtype, enabled=self.autocast)
-                stack.enter_context(autocast)
-            if self.hooks != now.hooks:
-                pack, unpack = self.hooks or (lambda t: t, lambda t: t)
-                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
-            yield
-
-
-@dataclasses.dataclass(eq=False)
-class LayerCall:
-    """A call of a convolution or linear layer, and all that is needed to make it later.
-
-    ``conv`` is None for a linear layer; ``shape`` and ``dtype`` are the output's. ``live``
-    collects references to the :class:`Deferred` made of it; ``on_use`` is told why the
-    convolution had to run after all; ``event`` is the interception's note about the call.
-    """
-
-    function: Callable[..., Tensor]
-    input: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    conv: Conv | None
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    context: Context
-    live: list[weakref.ref[Deferred]] = dataclasses.field(default_factory=list)
-    on_use: Callable[[Code], None] = lambda code: None
-    event: Any = None
-    versions: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        self.versions = self._versions()
-
-    def _versions(self) -> tuple[int, ...]:
-        return tuple(0 if t is None else t._version for t in self.operands)
-
-    @property
-    def operands(self) -> tuple[Tensor | None, ...]:
-        return (self.input, self.weight, self.bias)
-
-    @property
-    def device_type(self) -> str:
-        return self.input.device.type
-
-    @property
-    def needs_grad(self) -> bool:
-        return self.context.grad_enabled and any(
-            t is not None and t.requires_grad for t in self.operands
-        )
-
-    @property
-    def is_modified(self) -> bool:
-        """Whether an operand was written to since the call."""
-        return self.versions != self._versions()
-
-    def check_unmodified(self) -> None:
-        if self.is_modified:
-            raise RuntimeError(
-                "the input, weight or bias of a convolution was modified in place between the "
-                "convolution and the first use of its output, in a way that tune mode does not "
-                "see (an autograd.Function, or other code than PyTorch's). Turn tune mode on "
-                "for other parts of the model only: turn_on(model, modules=[...])"
-            )
-
-    def run(self) -> Tensor:
-        """Make the call as it was written."""
-        self.check_unmodified()
-        args: list[Any] = [self.input, self.weight, self.bias]
-        if (c := self.conv) is not None:
-            rest = (
-                (c.output_padding, c.groups, c.dilation) if c.transposed else (c.dilation, c.groups)
-            )
-            args += [c.stride, c.padding, *rest]
-        with torch_eager.torch_functions_off(), self.context.restored(self.device_type):
-            return self.function(*args)
-
-    def run_below_autograd(self) -> Tensor:
-        """The same output, where autocast no longer makes its casts for us."""
-        self.check_unmodified()
-        operands = (None if t is None else t.detach().to(self.dtype) for t in self.operands)
-        context = Context(False, False, self.context.autocast_dtype, None)
-        return self.on(*operands, context=context).run()
-
-    def on(self, x: Any, weight: Any, bias: Any, **changes: Any) -> LayerCall:
-        """The same call on other operands."""
-        return dataclasses.replace(self, input=x, weight=weight, bias=bias, **changes)
-
-    @classmethod
-    def read(cls, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall | None:
-        """The call, or None if it must run at once: it is odd, wrong, or not on plain tensors."""
-        names, spatial, transposed = LAYERS[function]
-        bound = _bind(names, args, kwargs)
-        if bound is None or not {"input", "weight"} <= bound.keys():
-            return None
-        x, weight, bias = bound["input"], bound["weight"], bound.get("bias")
-        tensors = [x, weight] if bias is None else [x, weight, bias]
-        if not all(is_plain(t) and t.device == x.device for t in tensors):
-            return None
-        context, dtype = Context.now(x.device.type), x.dtype
-        shape: tuple[int, ...] | None
-        if context.autocast and dtype != torch.float64:
-            dtype = context.autocast_dtype
-            if any(t.dtype == torch.float64 for t in tensors):
-                return None
-        elif any(t.dtype != dtype for t in tensors):
-            return None
-        if spatial == 0:
-            if x.ndim < 2 or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
-                return None
-            conv, shape = None, (*x.shape[:-1], weight.shape[0])
-        else:
-            if x.ndim != spatial + 2 or weight.ndim != spatial + 2:
-                return None
-            if (conv := read_conv(bound, spatial, transposed)) is None:
-                return None
-            if bound.get("padding") == "same":
-                with torch_eager.torch_functions_off():
-                    x = pad_unevenly(x, weight, conv.dilation)
-            if (shape := output_shape(conv, x, weight)) is None:
-                return None
-        if bias is not None and tuple(bias.shape) != (shape[1 if spatial else -1],):
-            return None
-        return cls(function, x, weight, bias, conv, shape, dtype, context)
 
 
 def is_plain(value: Any) -> bool:
     return (
         type(value) in _PLAIN
         and value.dtype in _FLOATS
-        and value.layout == torch.strided
-        and value.device.type in _DEVICES
+        and value.layout is torch.strided
+        and (value.is_cpu or value.device.type in _DEVICES)
         and not value.is_inference()
     )
+
+
+class LayerCall(NamedTuple):
+    """Arguments of a convolution (of a linear layer if ``conv`` is None)."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    conv: Conv | None
+
+    @classmethod
+    def read(cls, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall | None:
+        """The call as it computes, after autocast and padding; None if it is to run as written."""
+        names, spatial, _ = LAYERS[function]
+        bound = _bind(names, args, kwargs)
+        if bound is None or not {"input", "weight"} <= bound.keys():
+            return None
+        x, weight, bias = bound["input"], bound["weight"], bound.get("bias")
+        if not (is_plain(x) and is_plain(weight) and (bias is None or is_plain(bias))):
+            return None
+        if x.device != weight.device:
+            return None
+        dtype, autocast = x.dtype, _autocast_dtype(x.device.type)
+        dtypes = {dtype, weight.dtype} if bias is None else {dtype, weight.dtype, bias.dtype}
+        if autocast is None or dtype == torch.float64:
+            if len(dtypes) > 1:
+                return None
+        elif torch.float64 in dtypes:
+            return None
+        else:
+            dtype = autocast
+        conv = None
+        if spatial == 0:
+            if x.ndim < 2 or weight.ndim != 2:
+                return None
+        else:
+            if x.ndim != spatial + 2 or weight.ndim != spatial + 2:
+                return None
+            if (conv := _read_conv(function, args, kwargs, bound)) is None:
+                return None
+            if bound.get("padding") == "same":
+                x = pad_unevenly(x, weight, conv.dilation)
+        return cls(x if x.dtype == dtype else x.to(dtype), weight, bias, conv)
+
+
+_known: dict[Any, Conv] = {}
+
+
+def _read_conv(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], bound: dict[str, Any]
+) -> Conv | None:
+    """:func:`read_conv`, remembered for the calls that modules make, whose arguments are tuples."""
+    key: Any = (function, args[3:])
+    if not kwargs and len(args) == 7 and type(args[3]) is type(args[4]) is type(args[5]) is tuple:
+        if (known := _known.get(key)) is not None:
+            return known
+    else:
+        key = None
+    _, spatial, transposed = LAYERS[function]
+    conv = read_conv(bound, spatial, transposed)
+    if key is not None and conv is not None:
+        _known[key] = conv
+    return conv
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    # The meta device, for one, knows no autocast and raises when asked for it.
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+_NEEDED = {"input", "running_mean", "running_var"}
 
 
 class BatchNormCall(NamedTuple):
@@ -224,8 +152,8 @@ class BatchNormCall(NamedTuple):
     input: Any
     running_mean: Any
     running_var: Any
-    weight: Tensor | None = None
-    bias: Tensor | None = None
+    weight: Any = None
+    bias: Any = None
     training: bool = False
     eps: float = 1e-5
 
@@ -234,6 +162,41 @@ class BatchNormCall(NamedTuple):
         cls, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> BatchNormCall | None:
         bound = _bind(BATCH_NORMS[function], args, kwargs)
-        if bound is None or not {"input", "running_mean", "running_var"} <= bound.keys():
+        if bound is None or not bound.keys() >= _NEEDED:
             return None
-        return cls(**{name: bound[name] for name in cls._fields if name in bound})
+        bound.pop("momentum", None)
+        bound.pop("cudnn_enabled", None)
+        return cls(**bound)
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether a graph is recorded."""
+        w, b = self.weight, self.bias
+        return torch.is_grad_enabled() and (
+            self.input.requires_grad
+            or (w is not None and w.requires_grad)
+            or (b is not None and b.requires_grad)
+        )
+
+
+def tensors_read(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Tensors among the arguments, and in lists there, more of which than metadata is asked for."""
+    if function not in _METADATA:
+        yield from _tensors(args[:1] if function in _SHAPE_OF_OTHER else (*args, *kwargs.values()))
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def runs_as_written() -> bool:
+    """Whether what goes on around a call has no use for functions of our own, or no place."""
+    return (
+        torch.is_inference_mode_enabled()
+        or torch_eager.in_functional_transform()
+        or torch_eager.is_tracing()
+    )

@@ -8,22 +8,25 @@ the forward that found them, and as modules. All else stays in eval mode.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from ..codes import Code
 from ..functional import BatchNorm, fold_affine
 from ..graph.layout import Layout
-from .region import Event
+from ..records import Record
+from .intercept import Hook, suspended
+from .observe import LayerUse, NormUse, Observer
 
-__all__ = ["CountCalls", "Merged", "MergedBatchNorm", "call_counts", "count_calls", "merge_pairs"]
-__all__ += ["run_once", "tensor_paths", "undo"]
+__all__ = ["Merged", "MergedBatchNorm", "merge_pairs", "tensor_paths", "undo"]
 
 _LAYERS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
@@ -47,29 +50,6 @@ class Merged:
     norm: nn.Module
 
 
-@dataclasses.dataclass(eq=False)
-class CountCalls:
-    """Forward pre-hook: how often a module was called. Functions that use its tensors are not."""
-
-    calls: int = 0
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self.calls += 1
-
-
-def count_calls(scope: nn.Module) -> None:
-    """Count the calls of the modules that could be merged, for :func:`call_counts`."""
-    for module in scope.modules():
-        if type(module) in _LAYERS or _is_norm(module):
-            module.register_forward_pre_hook(CountCalls())
-
-
-def call_counts(model: nn.Module) -> dict[nn.Module, int]:
-    """How often modules were called since :func:`count_calls`."""
-    hooks = ((m, hook) for m in model.modules() for hook in m._forward_pre_hooks.values())
-    return {m: hook.calls for m, hook in hooks if isinstance(hook, CountCalls)}
-
-
 def tensor_paths(model: nn.Module) -> dict[int, str]:
     """Path of the module that a parameter or buffer belongs to, by the tensor's id."""
     paths: dict[int, str] = {}
@@ -80,72 +60,119 @@ def tensor_paths(model: nn.Module) -> dict[int, str]:
     return paths
 
 
-def run_once(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Run a forward that leaves no trace, as far as evaluation mode has none."""
+def merge_pairs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], norms: Collection[nn.Module]
+) -> tuple[list[Merged], list[Record]]:
+    """Merge the pairs that a forward on these inputs shows; how to undo it, and what was decided.
+
+    Args:
+        model: the model, of which that forward leaves no trace, as far as evaluation mode has none.
+        args, kwargs: inputs of the model.
+        norms: the batch norms that may be merged.
+    """
+    observer, calls = _run_once(model, args, kwargs)
+    paths = tensor_paths(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    by_mean: dict[int, list[NormUse]] = collections.defaultdict(list)
+    for norm_use in observer.norms:
+        by_mean[id(norm_use.mean)].append(norm_use)
+    merged, records = [], []
+    for uses in by_mean.values():
+        first = uses[0].layer
+        layer_path = None if first is None else paths.get(id(first.weight))
+        norm_path = paths.get(id(uses[0].mean))
+        layer, norm = (None if p is None else modules[p] for p in (layer_path, norm_path))
+        if norm is None or norm not in norms:
+            continue
+        code, detail = _decide(uses, observer)
+        if code is Code.MERGED and (why_not := _why_not(model, layer, norm, calls, len(uses))):
+            code, detail = Code.NOT_MERGED, why_not
+        if code is Code.MERGED and layer_path is not None:
+            merged.append(_merge(modules, layer_path, norm, uses[0].eps))
+        records.append(_record(code, detail, layer_path or "", norm_path or "", first))
+    return merged, records
+
+
+def _run_once(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Observer, dict[nn.Module, int]]:
+    """What a forward shows, and how often it called each module that could be merged."""
     training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(*inputs)
-    finally:
+    calls: dict[nn.Module, int] = collections.defaultdict(int)
+
+    def count(module: nn.Module, args: Any) -> None:
+        calls[module] += 1
+
+    def restore() -> None:
         for module, flag in training.items():
             module.training = flag
 
-
-def merge_pairs(
-    model: nn.Module, events: Iterable[Event], calls: Mapping[nn.Module, int]
-) -> list[Merged]:
-    """Merge what the events of a forward allow; returns how to undo it, in order.
-
-    ``calls`` says how often each module was called: a layer or batch norm that was also used
-    through its tensors, in a functional call, is left alone.
-    """
-    paths = tensor_paths(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    done = []
-    for weight, mean, eps, count in list(_inseparable(events)):
-        layer_path, norm_path = paths.get(id(weight)), paths.get(id(mean))
-        if layer_path is None or norm_path is None:
-            continue
-        layer, norm = modules[layer_path], modules[norm_path]
-        uses = sum(p is weight for m in model.modules() for p in m._parameters.values())
-        if (
-            type(layer) in _LAYERS
-            and _is_norm(norm)
-            and (_is_free(layer) and _is_free(norm) and norm is not model)
-            and calls.get(layer) == calls.get(norm) == count
-            and uses == 1  # else it is tied to another module
-        ):
-            done.append(_merge(modules, layer_path, norm, eps))
-    return done
+    model.eval()
+    with contextlib.ExitStack() as stack:
+        stack.callback(restore)
+        for module in training:
+            if type(module) in _LAYERS or _is_norm(module):
+                stack.callback(module.register_forward_pre_hook(count).remove)
+        stack.enter_context(suspended(model))
+        observer = stack.enter_context(Observer())
+        with torch.no_grad():
+            model(*args, **kwargs)
+    observer.end()
+    return observer, calls
 
 
-def _inseparable(events: Iterable[Event]) -> Iterator[tuple[Tensor, Tensor, float, int]]:
-    """Weights and running means that were always used as one pair; with eps and how often."""
-    of_weight: dict[int, list[Event]] = collections.defaultdict(list)
-    of_mean: dict[int, list[Event]] = collections.defaultdict(list)
-    for e in events:
-        if e.weight is not None:
-            of_weight[id(_deref(e.weight))].append(e)
-        if e.key is not None:
-            of_mean[id(_deref(e.key))].append(e)
-    for uses in of_weight.values():
-        first = uses[0]
-        weight, mean = _deref(first.weight), _deref(first.key)
-        if weight is None or mean is None or any(e.code is not Code.FUSED for e in uses):
-            continue
-        # The same events, so that neither was ever used without the other.
-        if uses == of_mean[id(mean)] and all(e.eps == first.eps for e in uses):
-            yield weight, mean, first.eps, len(uses)
+def _decide(uses: list[NormUse], observer: Observer) -> tuple[Code, str]:
+    """Whether merging would change nothing, from all calls of a batch norm."""
+    first = uses[0].layer
+    if any(u.batch_statistics for u in uses):
+        return Code.BATCH_STATISTICS, ""
+    if first is None or any(u.layer is None for u in uses):
+        return Code.NOT_AFTER_LAYER, ""
+    if any(u.layer.used for u in uses if u.layer is not None):
+        return Code.LAYER_OUTPUT_USED, ""
+    layers = [u for u in observer.layers if u.weight is first.weight]
+    if len(layers) != len(uses) or any(u.layer not in layers for u in uses):
+        return Code.NOT_MERGED, "the layer and the batch norm are also called without each other"
+    if any(u.eps != uses[0].eps for u in uses):
+        return Code.NOT_MERGED, "the batch norm is called with different eps"
+    return Code.MERGED, ""
 
 
-def _deref(reference: Any) -> Tensor | None:
-    return None if reference is None else reference()
+def _why_not(
+    model: nn.Module, layer: Any, norm: Any, calls: dict[nn.Module, int], uses: int
+) -> str:
+    """Why a layer and its batch norm cannot be replaced as modules; "" if they can."""
+    if layer is None:
+        return "the layer's weight is computed, as by a parametrization, or in no module"
+    if type(layer) not in _LAYERS or not _is_norm(norm) or norm is model:
+        return "the layer or the batch norm is not a module of PyTorch's own"
+    if not _is_free(layer) or not _is_free(norm):
+        return "the layer or the batch norm has hooks or a parametrization"
+    if not calls[layer] == calls[norm] == uses:
+        return "the layer or the batch norm is used in a functional call"
+    if sum(p is layer.weight for m in model.modules() for p in m._parameters.values()) != 1:
+        return "the layer's weight is tied to another module's"
+    return ""
+
+
+def _record(code: Code, detail: str, layer: str, norm: str, use: LayerUse | None) -> Record:
+    size = 0 if use is None else math.prod(use.shape) * use.dtype.itemsize
+    return Record(
+        pass_name="eager",
+        kind="batch norm",
+        code=code,
+        detail=detail,
+        layer=layer,
+        batch_norm=norm,
+        output_shape=() if use is None else use.shape,
+        output_bytes=size,
+        bytes_saved=size if code is Code.MERGED else 0,
+    )
 
 
 def _is_free(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    return not any(hooks) and not parametrize.is_parametrized(module)
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return all(isinstance(h, Hook) for h in hooks) and not parametrize.is_parametrized(module)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -1,6 +1,6 @@
-"""Stride, padding and the like of a convolution call, and the shape that comes of them.
+"""Stride, padding and the like of a convolution call.
 
-What cannot be read is None: then the convolution runs at once, and complains if it must.
+What cannot be read is None: then the convolution runs as written, and complains if it must.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..functional import Conv
 
-__all__ = ["output_shape", "pad_unevenly", "read_conv"]
+__all__ = ["pad_unevenly", "read_conv"]
 
 
 def read_conv(bound: dict[str, Any], spatial: int, transposed: bool) -> Conv | None:
@@ -57,22 +57,3 @@ def pad_unevenly(x: Tensor, weight: Tensor, dilation: tuple[int, ...]) -> Tensor
 
 def _same_padding(weight: Tensor, dilation: tuple[int, ...]) -> list[int]:
     return [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-
-
-def output_shape(conv: Conv, x: Tensor, weight: Tensor) -> tuple[int, ...] | None:
-    """Shape of the result [N, C_out, *spatial]; None if the call is wrong or empty."""
-    if conv.transposed:
-        c_in, c_out = weight.shape[0], weight.shape[1] * conv.groups
-    else:
-        c_in, c_out = weight.shape[1] * conv.groups, weight.shape[0]
-    if x.shape[1] != c_in or c_in % conv.groups or c_out % conv.groups or min(conv.stride) < 1:
-        return None
-    if min(*conv.padding, *conv.dilation, *conv.output_padding, 0) < 0:
-        return None
-    geometry = (conv.stride, conv.padding, conv.dilation, conv.output_padding)
-    every = zip(x.shape[2:], weight.shape[2:], *geometry, strict=True)
-    if conv.transposed:
-        sizes = [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, k, s, p, d, o in every]
-    else:
-        sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in every]
-    return (x.shape[0], c_out, *sizes) if min(sizes) > 0 else None

@@ -20,18 +20,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .._torch import eager as torch_eager
 from ..codes import Code
 from ..records import Record
 from . import deploy
-from .intercept import Enter, Exit, Resume, Suspend
+from .intercept import Hook, add_hooks, forget_interrupted, remove_hooks
 from .region import Event, Ledger
 
 __all__ = ["decisions", "turn_off", "turn_on"]
@@ -48,6 +47,7 @@ class _State:
     training: dict[str, bool]
     ledger: Ledger
     merged: list[deploy.Merged] = dataclasses.field(default_factory=list)
+    deployed: list[Record] = dataclasses.field(default_factory=list)
 
 
 def turn_on(
@@ -60,23 +60,24 @@ def turn_on(
     """Put the conv-BN blocks of a model in one of four modes, in place.
 
     Blocks are found while the model runs, from what it computes: modules may be nested, wrapped,
-    reused or called as functions. In ``"tune"`` mode a pair runs as written where fusing it cannot
-    be shown to be legal (see :func:`decisions`): the convolution's output is used elsewhere, the
-    batch norm is back in training mode or has no running statistics, ... Parameters, buffers and
-    ``state_dict`` stay as they are.
+    reused or called as functions. In ``"tune"`` mode outputs are eval mode's, bit for bit, and what
+    is saved for backward is less. A batch norm saves its input where leaving it out cannot be shown
+    to be legal, or does not pay (see :func:`decisions`): the convolution's output is used
+    elsewhere, the batch norm is back in training mode or has no running statistics, ... Parameters,
+    buffers and ``state_dict`` stay as they are.
 
     ``model.train()`` puts batch norms in training mode as ever; call ``turn_on`` again after it.
     Under ``torch.compile`` this steps aside, and the compiled pass does the work.
 
     Args:
         model: the model. Copies and pickles of it keep the mode.
-        mode: ``"train"``, ``"eval"``: the batch norms' own modes. ``"tune"``: eval mode with one
-            convolution per block. ``"deploy"``: the blocks become plain convolutions with new
-            parameters, each batch norm an empty ``nn.Sequential``.
+        mode: ``"train"``, ``"eval"``: the batch norms' own modes. ``"tune"``: eval mode that does
+            not save the convolutions' outputs. ``"deploy"``: the blocks become plain convolutions
+            with new parameters, each batch norm an empty ``nn.Sequential``.
         modules: paths of submodules (``["backbone"]``) to restrict this to.
         example_inputs: for ``"deploy"``, inputs of one forward, under ``no_grad`` and in
-            evaluation mode, in which the blocks are found. Without, they are merged after the
-            first forward in which they run; parameters change then, so make the optimizer later.
+            evaluation mode, in which the blocks are found. Without, the inputs of the first forward
+            are taken; parameters change after it, so make the optimizer later.
 
     Returns:
         ``model``.
@@ -100,21 +101,20 @@ def turn_on(
             state.training[path] = module.training
             module.train(mode == "train")
     object.__setattr__(model, _ATTRIBUTE, state)
-    if mode in ("tune", "deploy"):
+    if mode == "tune":
         for scope in scopes.values():
-            _add_hooks(scope, state.ledger)
+            add_hooks(scope, state.ledger)
     if mode == "deploy":
-        deploy.count_calls(model)
         warnings.warn(
             "deploy mode is for inference: training merged convolutions is unstable. Use "
             "mode='tune' to train at the same cost",
             stacklevel=2,
         )
         if example_inputs is not None:
-            deploy.run_once(model, example_inputs)
-            _merge(model)
+            _merge(model, example_inputs, {})
         else:
-            model.register_forward_hook(_MergeAfterForward())
+            hook = _MergeAfterForward(state.ledger)
+            model.register_forward_hook(hook, with_kwargs=True)
     return model
 
 
@@ -127,7 +127,8 @@ def turn_off(model: nn.Module) -> nn.Module:
     state: _State | None = getattr(model, _ATTRIBUTE, None)
     if state is None:
         return model
-    _remove_hooks(model)
+    forget_interrupted()
+    remove_hooks(model, state.ledger)
     for merged in reversed(state.merged):
         deploy.undo(model, merged)
     norms = dict(model.named_modules(remove_duplicate=False))
@@ -141,27 +142,30 @@ def turn_off(model: nn.Module) -> nn.Module:
 
 
 def decisions(model: nn.Module) -> tuple[Record, ...]:
-    """What tune mode did with each batch norm in the last forward, and why.
+    """What tune mode did with each batch norm in the last forward, or deploy mode once; and why.
 
-    One record per call of a batch norm; codes are those of the compiled pass, too. Empty
-    if tune mode is off or no forward has run.
+    One record per call of a batch norm (per batch norm in deploy mode); codes are those of the
+    compiled pass, too. Parts of the model that were turned on by themselves are included. Empty if
+    ``model`` is not turned on, or no forward has run.
     """
     state: _State | None = getattr(model, _ATTRIBUTE, None)
     if state is None:
         return ()
     names = deploy.tensor_paths(model)
-    made: dict[tuple[int, int], Record] = {}
-    for events in list(state.ledger.forwards.values()):
-        for key, e in events.items():
-            if e.code is not None:
-                made.setdefault(key, _record(e, e.code, names))
+    made: dict[Any, Record] = {}
+    # Parts that were turned on by themselves count their own.
+    for m in model.modules():
+        state = vars(m).get(_ATTRIBUTE)
+        if state is not None:
+            made.update({("deploy", r.batch_norm): r for r in state.deployed})
+            for events in list(state.ledger.forwards.values()):
+                made.update({k: _record(e, e.code, names) for k, e in events.items() if e.code})
     return tuple(made.values())
 
 
 def _record(e: Event, code: Code, names: dict[int, str]) -> Record:
     layer, norm = (names.get(id(r()), "") if r is not None else "" for r in (e.weight, e.key))
-    shape, dtype = e.call or ((0,), torch.float32)
-    size = math.prod(shape) * dtype.itemsize
+    size = math.prod(e.shape) * e.dtype.itemsize if e.shape else 0
     return Record(
         pass_name="eager",
         kind="batch norm",
@@ -169,7 +173,7 @@ def _record(e: Event, code: Code, names: dict[int, str]) -> Record:
         detail=e.detail,
         layer=layer,
         batch_norm=norm,
-        output_shape=shape if e.call else (),
+        output_shape=e.shape,
         output_bytes=size,
         bytes_saved=size if code is Code.FUSED else 0,
     )
@@ -204,47 +208,19 @@ def _check_pairs_possible(scopes: dict[str, nn.Module]) -> None:
         )
 
 
-def _hooked(scope: nn.Module) -> Iterator[nn.Module]:
-    """Modules with a batch norm inside them."""
-    for module in scope.modules():
-        inside = any(isinstance(m, _BatchNorm) for m in module.modules() if m is not module)
-        if inside and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            yield module
+class _MergeAfterForward(Hook):
+    """Forward hook: deploy mode without example inputs takes those of the first forward."""
 
-
-def _add_hooks(scope: nn.Module, ledger: Ledger) -> None:
-    for module in _hooked(scope):
-        if torch_eager.is_compiled_module(module):
-            module.register_forward_pre_hook(Suspend())
-            module.register_forward_hook(Resume(), always_call=True)
-        elif not any(isinstance(h, Enter) for h in module._forward_pre_hooks.values()):
-            module.register_forward_pre_hook(Enter(ledger))
-            # First, so that other hooks see tensors; after errors too.
-            module.register_forward_hook(Exit(), prepend=True, always_call=True)
-
-
-def _remove_hooks(model: nn.Module) -> None:
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, h in hooks.items() if isinstance(h, _HOOKS)]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
-
-
-class _MergeAfterForward:
-    """Forward hook: deploy mode without example inputs."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            _merge(module)
+            _merge(module, args, kwargs)
 
 
-_HOOKS = (Enter, Exit, Suspend, Resume, deploy.CountCalls, _MergeAfterForward)
-
-
-def _merge(model: nn.Module) -> None:
+def _merge(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     state: _State = getattr(model, _ATTRIBUTE)
-    calls = deploy.call_counts(model)
-    _remove_hooks(model)
-    events = [e for f in list(state.ledger.forwards.values()) for e in f.values()]
-    state.merged = deploy.merge_pairs(model, events, calls)
+    for key in [k for k, h in model._forward_hooks.items() if isinstance(h, _MergeAfterForward)]:
+        del model._forward_hooks[key]
+        model._forward_hooks_with_kwargs.pop(key, None)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    norms = [modules[path] for path in state.training]
+    state.merged, state.deployed = deploy.merge_pairs(model, args, kwargs, norms)

@@ -1,105 +1,105 @@
-"""See the convolutions and batch norms of a forward while it runs.
+"""Tune mode for the layers and batch norms of a forward, while it runs.
 
-A region is a ``TorchFunctionMode`` that is active while one forward runs. In it, convolutions are
-deferred and batch norms fused with them (see ``deferred``). Nothing is traced and nothing is
-patched: Python control flow, reused modules and functional calls are what they are.
+A region is a ``TorchFunctionMode`` that is active while one forward runs. In it layers run as
+:func:`functional.layer`, which differs from eval mode in nothing but what a batch norm can ask of
+its node; and a batch norm that :func:`functional.layer_before` finds next to such a node runs as
+:func:`functional.batch_norm`, which does not save its input. Every tensor is a true one, computed
+when eval mode computes it: Python control flow, hooks, reused modules, functional calls, writes
+and whoever stores a layer's output meet what they meet in eval mode.
+
+Other uses of a layer's output are right, too, but cost a second weight gradient. So a region
+watches outputs: one used before its batch norm is left as written; one used after it, or stored, or
+that met no batch norm, in the forward before, is run as written and watched this once.
 
 A region steps aside
 
 * under ``torch.compile``, ``torch.export`` and ``torch.jit``: the compiled pass does the work;
 * inside torch.func and forward-mode differentiation: everything runs as written;
 * where the saved-tensor hooks change within it, because ``torch.utils.checkpoint`` counts what
-  is saved and would not find the region again when it recomputes.
-
-At its end, outputs still deferred are materialized, so that none outlives its forward.
+  is saved and would not find the region again when it recomputes. For the same reason nothing is
+  learned from one forward for the next under such hooks.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 import weakref
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from .. import functional
 from .._torch import eager as torch_eager
 from ..codes import Code
-from . import deferred
-from .calls import BATCH_NORMS, LAYERS, BatchNormCall, LayerCall
-from .deferred import Deferred, materialized
+from ..config import get_options
+from .calls import (
+    BATCH_NORMS,
+    LAYERS,
+    VIEWS,
+    BatchNormCall,
+    LayerCall,
+    is_plain,
+    runs_as_written,
+    tensors_read,
+)
 
 __all__ = ["Event", "Ledger", "Region"]
 
 
-@dataclasses.dataclass(eq=False)
 class Event:
-    """One call of a layer or batch norm, or of both as one, in the last forward that made it."""
+    """One call of a layer or batch norm, or of both one after the other."""
 
-    code: Code | None
-    detail: str = ""
-    weight: weakref.ref[Tensor] | None = None
-    key: weakref.ref[Tensor] | None = None
-    eps: float = 0.0
-    call: tuple[tuple[int, ...], torch.dtype] | None = None
+    def __init__(self) -> None:
+        self.code: Code | None = None
+        self.detail = ""
+        self.key: Any = None
+        self.weight: Any = None
+        self.shape: tuple[int, ...] = ()
+        self.used = False
+
+    def of_layer(self, call: LayerCall, output: Tensor, as_written: str) -> None:
+        self.input, self.weight = weakref.ref(call.input), weakref.ref(call.weight)
+        self.output = weakref.ref(output)
+        self.shape, self.dtype, self.linear = output.shape, output.dtype, call.conv is None
+        self.as_written = as_written
+
+    def mark_used(self) -> None:
+        self.used = True
+        if self.code is Code.FUSED:
+            self.code = Code.LAYER_OUTPUT_USED
 
 
 class Ledger:
-    """What the hooks of one model share. Copies start empty.
+    """What the hooks of one model share: by module that opened a region, its last events.
 
-    Attributes:
-        forwards: by module that opened a region, the events of its last forward. An event's
-            key is a weight's id and how often it was used before in the same region.
-        plain: by weight, the uses whose output something else than a batch norm took. They
-            run as written from then on, without the detour; this saves time, and is not
-            needed for correctness.
+    An event's key is a tensor's id and how often it was used before in the same region.
+    Copies start empty.
     """
 
     def __init__(self) -> None:
         self.forwards: Any = torch_eager.WeakIdKeyDictionary()
-        self.plain: Any = torch_eager.WeakIdKeyDictionary()
 
     def __reduce__(self) -> tuple[type[Ledger], tuple[()]]:
         return Ledger, ()
 
+    def begin(self, module: nn.Module) -> tuple[dict[Any, Event], dict[Any, Event]]:
+        """Events of the last forward of ``module``, and a place for those of the next."""
+        before = self.forwards.pop(module, {})
+        now: dict[Any, Event] = {}
+        self.forwards[module] = now  # the latest comes last
+        return before, now
+
 
 class Region(TorchFunctionMode):
-    """Defers layers and fuses batch norms while the forward in ``frame`` runs."""
+    """Runs layers and batch norms so that the layer's output is not saved."""
 
-    def __init__(self, ledger: Ledger, module: nn.Module, frame: FrameType) -> None:
+    def __init__(self, ledger: Ledger, module: nn.Module) -> None:
         super().__init__()
-        self.plain = ledger.plain
-        self.events: dict[tuple[int, int], Event] = {}
-        ledger.forwards[module] = self.events
-        self.frame: FrameType | None = frame
-        self.handled = sys.exc_info()[1]
         self.hooks = torch_eager.saved_tensors_hooks()
-        self.live: list[weakref.ref[Deferred]] = []
+        self.before, self.events = ledger.begin(module)
         self.uses: dict[int, int] = {}
-
-    @property
-    def alive(self) -> bool:
-        """Whether its forward still runs; not so if an interrupt skipped its end."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            if frame is self.frame:
-                return True
-            frame = frame.f_back
-        return False
-
-    @property
-    def steps_aside(self) -> bool:
-        return (
-            torch_eager.saved_tensors_hooks() != self.hooks
-            or torch.is_inference_mode_enabled()
-            or torch_eager.in_functional_transform()
-            or torch.jit.is_tracing()
-            or not self.alive
-        )
+        self.outputs: dict[int, Event] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
@@ -109,98 +109,143 @@ class Region(TorchFunctionMode):
             return self._layer(func, args, kwargs)
         if func in BATCH_NORMS:
             return self._batch_norm(func, args, kwargs)
-        if self.live and _writes(func, args, kwargs):
-            self._run_before_write(args, kwargs)
+        self._watch(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _count(self, tensor: Any) -> tuple[int, int]:
         """Which call with this tensor this is."""
-        use = self.uses.get(id(tensor), 0)
-        self.uses[id(tensor)] = use + 1
-        return id(tensor), use
+        key = id(tensor)
+        use = self.uses[key] = self.uses.get(key, -1) + 1
+        return key, use
+
+    def _event_of(self, value: Any) -> Event | None:
+        """Of the layer whose output ``value`` is."""
+        event = self.outputs.get(id(value))
+        return event if event is not None and event.output() is value else None
+
+    def _watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See whether a function that is no batch norm takes the output of a layer."""
+        outputs = self.outputs
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if id(value) in outputs or type(value) in (list, tuple):
+                break
+        else:
+            return
+        for tensor in tensors_read(func, args, kwargs):
+            event = self._event_of(tensor)
+            # Rows of a linear layer's output may be what a batch norm takes.
+            if event is not None and not (event.linear and func in VIEWS):
+                event.mark_used()
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(args[0] if args else kwargs.get("input"), Deferred):
-            args, kwargs = materialized((args, kwargs))  # no batch norm came between two layers
-        call = None if self.steps_aside else LayerCall.read(func, args, kwargs)
+        x = args[0] if args else kwargs.get("input")
+        if (used := self._event_of(x)) is not None:
+            used.mark_used()
+        aside = runs_as_written() or torch_eager.saved_tensors_hooks() != self.hooks
+        call = None if aside else LayerCall.read(func, args, kwargs)
         if call is None:
             return func(*args, **kwargs)
-        key = self._count(call.weight if isinstance(call.weight, nn.Parameter) else None)
-        event = Event(None, weight=weakref.ref(call.weight), call=(call.shape, call.dtype))
-        self.events[key] = event
-        learns = self.hooks is None and isinstance(call.weight, nn.Parameter)
-        if learns and key[1] in self.plain.get(call.weight, ()):
-            return func(*args, **kwargs)
-
-        def on_use(why: Code) -> None:
-            # A batch norm that could not be fused (frozen layer, training mode) may be later.
-            refused = event.code not in (None, Code.FUSED)
-            if event.code is Code.FUSED:
-                event.code = why
-            if learns and not refused:
-                self.plain.setdefault(call.weight, set()).add(key[1])
-
-        call.live, call.on_use = self.live, on_use
-        call.event = event
-        return Deferred.of(call)
+        x, weight, bias, _ = call
+        key = self._count(weight if isinstance(weight, nn.Parameter) else None)
+        event = self.events[key] = Event()
+        as_written = "" if self.hooks else _why_as_written(self.before.get(key))
+        needs_grad = torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        c = functional.layer(*call) if needs_grad and not as_written else func(*args, **kwargs)
+        event.of_layer(call, c, as_written)
+        self.outputs[id(c)] = event
+        return c
 
     def _batch_norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bn = None if self.steps_aside else BatchNormCall.read(func, args, kwargs)
+        bn = None if runs_as_written() else BatchNormCall.read(func, args, kwargs)
         if bn is None:
             return func(*args, **kwargs)
-        code, detail = deferred.decide(bn.input, bn)
-        identity = bn.weight if bn.running_mean is None else bn.running_mean
-        if isinstance(bn.input, Deferred):
-            event = bn.input.call.event
+        layer = self._event_of(bn.input) or self._event_of(bn.input._base)
+        event = layer
+        if layer is not None and layer.code is not None:  # a second batch norm
+            layer.mark_used()
+            event = None
+        if torch_eager.saved_tensors_hooks() != self.hooks:
+            code, detail = Code.REGION, "if by checkpointing a function: checkpoint a module"
         else:
-            event = self.events.setdefault(self._count(identity), Event(None))
-        event.code, event.detail, event.eps = code, detail, bn.eps
+            code, detail = _decide(bn, layer)
+        identity = bn.weight if bn.running_mean is None else bn.running_mean
+        if event is None:
+            event = self.events[self._count(identity)] = Event()
+        event.code, event.detail = code, detail
         event.key = None if identity is None else weakref.ref(identity)
-        if code is Code.FUSED:
-            return deferred.fuse(bn.input.call, bn)
-        return func(*args, **kwargs)
+        if code is not Code.FUSED:
+            return func(*args, **kwargs)
+        norm = functional.BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+        return functional.batch_norm(bn.input, norm)
 
-    def _run_before_write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run deferred layers that read what a call is about to write."""
-        written = {
-            torch_eager.storage_key(t)
-            for t in pytree.tree_leaves((args, kwargs))
-            if isinstance(t, Tensor) and not isinstance(t, Deferred)
-        } - {None}
-        for d in deferred.live(self.live):
-            if any(torch_eager.storage_key(t) in written for t in d.call.operands):
-                d.materialize(Code.INPUT_MUTATED)
-
-    def run_live(self) -> None:
-        for d in deferred.live(self.live):
-            if not d.call.is_modified:  # else its use, if there is any, is an error
-                d.materialize()
-
-    def end(self) -> None:
-        self.frame = None
-        # Not after an error: checkpoint stops recomputing by one, and counts what is saved.
-        if sys.exc_info()[1] is self.handled:
-            self.run_live()
-        self.live.clear()
+    def end(self, completed: bool) -> None:
+        """Outputs that outlive the forward though no batch norm saves them were stored."""
+        if not completed:  # by an error, as when checkpoint has recomputed what it needs
+            self.events.clear()
+            self.events.update(self.before)
+        for event in self.outputs.values():
+            if event.code is Code.FUSED and event.output() is not None:
+                event.mark_used()
+        self.outputs.clear()
 
 
-# Whoever asks for these may write without PyTorch's knowledge: NumPy, DLPack, Triton kernels.
-_POINTERS = {"numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"}
+def _why_as_written(before: Event | None) -> str:
+    """Why a layer is only watched, from the same call in the forward before."""
+    if before is None:
+        return ""
+    if before.used:
+        return "it was in the forward before this one; if it no longer is, the next will be fused"
+    if before.code is None:
+        return "no batch norm took it in the forward before this one; the next will be fused"
+    return ""
 
 
-def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call may write into one of its arguments."""
-    if isinstance(func, torch._ops.OpOverload):
-        return bool(func._schema.is_mutable)
-    name = getattr(func, "__name__", "")
-    if name in _POINTERS:
-        return True
-    if name.startswith("__"):
-        return name in ("__set__", "__setitem__") or name.startswith("__i")
-    return (
-        name.endswith("_")
-        or kwargs.get("out") is not None
-        or kwargs.get("inplace") is True
-        or any(a is True for a in args)  # F.relu(x, True)
-        or isinstance(func, torch._ops.OpOverloadPacket)
-    )
+def _decide(bn: BatchNormCall, event: Event | None) -> tuple[Code, str]:
+    """Whether a batch norm may leave its input unsaved, and a detail.
+
+    ``event`` is the layer's, if it ran in this region. In eager mode a batch norm whose weight is
+    frozen saves its input, too, and is fused.
+    """
+    if bn.training or bn.running_mean is None or bn.running_var is None:
+        return Code.BATCH_STATISTICS, ""
+    if not bn.wants_gradient:
+        return Code.NO_GRAD, ""
+    c, node = bn.input, functional.layer_before(bn.input)
+    layer: Any = event or node
+    if layer is None:
+        return Code.NOT_AFTER_LAYER, ""
+    x, weight = layer.input(), layer.weight()
+    if weight is not None and torch_eager.storage_is_freed(weight):
+        return Code.WEIGHT_FREED, ""
+    if event is not None and event.used:
+        return Code.LAYER_OUTPUT_USED, ""
+    if event is not None and event.as_written:
+        return Code.LAYER_OUTPUT_USED, event.as_written
+    trained = bn.weight is not None and bn.weight.requires_grad
+    frozen = weight is not None and not weight.requires_grad
+    if trained and frozen and not get_options().fuse_frozen_layers:
+        return Code.LAYER_FROZEN, ""
+    if node is None:
+        return Code.REGION, "the layer ran without a graph"
+    if c._backward_hooks or c.retains_grad:
+        return Code.LAYER_OUTPUT_USED, "a hook takes its gradient"
+    if x is not None and torch_eager.storage_is_foreign(x):
+        return Code.INPUT_MUTATED, "NumPy or others hold the memory of the layer's input"
+    if node.conv is None and c.ndim != 2:
+        return Code.UNBATCHED, f"{c.ndim} dimensions with channels last"
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        if (tensor := getattr(bn, name)) is None:
+            continue
+        if not is_plain(tensor) or tensor.device != c.device:
+            return Code.UNSUPPORTED_TENSOR, f"{name} of the batch norm"
+        if (dtype := tensor.dtype) != c.dtype:
+            mixed = c.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
+            if not mixed:
+                return Code.UNSUPPORTED_DTYPE, f"{name} is {dtype}, the layer's {c.dtype}"
+        if tensor.ndim != 1 or tensor.numel() != node.channels:
+            return Code.UNSUPPORTED_SHAPE, f"{name} has shape {tuple(tensor.shape)}"
+    if bn.running_mean.requires_grad or bn.running_var.requires_grad:
+        return Code.STATISTICS_REQUIRE_GRAD, ""
+    return Code.FUSED, ""

@@ -1,8 +1,10 @@
-"""A layer and an eval-mode batch norm as one differentiable function.
+"""Layers and eval-mode batch norms as differentiable functions that save one activation a pair.
 
-``conv_bn`` holds the formulas of forward and gradient, ``half`` what float16 needs besides.
+``conv_bn`` has the two nodes of autograd's graph, ``gradients`` the formulas, ``half`` what float16
+needs besides.
 """
 
-from .conv_bn import BatchNorm, Conv, conv_bn_eval, fold_affine
+from .conv_bn import batch_norm, layer, layer_before
+from .gradients import BatchNorm, Conv, fold_affine
 
-__all__ = ["BatchNorm", "Conv", "conv_bn_eval", "fold_affine"]
+__all__ = ["BatchNorm", "Conv", "batch_norm", "fold_affine", "layer", "layer_before"]

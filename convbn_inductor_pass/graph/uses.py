@@ -6,14 +6,18 @@ from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from .._torch import compat
 
 __all__ = [
     "backward_of",
     "depending_on",
+    "is_available",
     "is_move",
+    "is_recomputed",
     "is_saved",
+    "read_by",
     "source_of",
     "users_of",
 ]
@@ -54,6 +58,42 @@ def users_of(node: fx.Node) -> Iterator[fx.Node]:
             yield from users_of(user)
         else:
             yield user
+
+
+def read_by(
+    node: fx.Node, backward: Collection[fx.Node], besides: Collection[fx.Node] = ()
+) -> bool:
+    """Whether calls of the backward, besides some, take ``node`` or a view of it.
+
+    A mask is no such call: it depends on no gradient.
+    """
+    return any(user in backward and user not in besides for user in users_of(node))
+
+
+def is_recomputed(node: fx.Node) -> bool:
+    """Whether activation checkpointing has ``node`` computed again in backward."""
+    policies = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+    return node.meta.get("recompute") in policies
+
+
+def is_available(
+    node: fx.Node, backward: Collection[fx.Node], besides: Collection[fx.Node] = ()
+) -> bool:
+    """Whether backward has the value anyway, or what it is computed from element by element.
+
+    Then the partitioner can recompute what is pointwise of it, such as its mask.
+    """
+    seen, pending = {node}, [node]
+    while pending:
+        node = pending.pop()
+        if node.op != "call_function" or is_recomputed(node) or read_by(node, backward, besides):
+            continue
+        sources = node.all_input_nodes
+        if not sources or not (is_move(node) or compat.is_pointwise(node.target)):
+            return False
+        pending += [n for n in sources if n not in seen]
+        seen.update(sources)
+    return True
 
 
 def is_saved(

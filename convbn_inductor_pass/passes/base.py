@@ -75,9 +75,13 @@ class Pass(registry.CustomGraphPass):
 
     def attach(self, outcome: Outcome, graph: fx.Graph) -> None:
         """Leave the records on all calls of the graph, for :mod:`decision_log`."""
+        made: dict[int, tuple[Record, ...]] = {}  # one for all: there may be many of both
         for node in graph.nodes if outcome.records else ():
             if node.op == "call_function":
-                node.meta[self.KEY] = (*node.meta.get(self.KEY, ()), *outcome.records)
+                before = node.meta.get(self.KEY, ())
+                if id(before) not in made:
+                    made[id(before)] = (*before, *outcome.records)
+                node.meta[self.KEY] = made[id(before)]
 
     def report(self, outcome: Outcome) -> None:
         """Count, publish the records, and add them to the structured trace (``TORCH_TRACE``)."""

@@ -6,11 +6,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from eager_helpers import Fn, saved_bytes
+from common import spread_statistics
+from eager_helpers import Fn, codes, saved_bytes
 from eager_models import PaperM, make
 from torch import nn
+from torch.nn.utils import parametrizations
 
-from convbn_inductor_pass import turn_off, turn_on
+from convbn_inductor_pass import Code, decisions, turn_off, turn_on
 
 
 def deployed(model, x):
@@ -92,3 +94,122 @@ def test_deploy_leaves_no_trace_of_its_example():
     assert torch.equal(norm.running_mean, statistics)
     assert model.training
     assert not isinstance(model.bn1, nn.BatchNorm2d)
+
+
+def weight_norm(model):
+    parametrizations.weight_norm(model.conv)
+
+
+def hook_on_the_layer(model):
+    model.conv.register_forward_hook(lambda m, args, out: None)
+
+
+def hook_that_stores(model):
+    model.conv.register_forward_hook(lambda m, args, out: setattr(m, "last", out))
+
+
+def tied_weight(model):
+    model.other = nn.Conv2d(4, 4, 3)
+    model.other.weight = model.conv.weight
+
+
+def subclass(model):
+    class Other(nn.BatchNorm2d):
+        pass
+
+    model.bn = Other(4).eval()
+
+
+def functional_norm(model):
+    bn = model.bn
+    model.function = lambda m, x: F.batch_norm(m.conv(x), bn.running_mean, bn.running_var)
+
+
+def called_alone_too(model):
+    model.function = lambda m, x: m.bn(m.conv(x)) + m.conv(x)
+
+
+def output_used(model):
+    def forward(m, x):
+        c = m.conv(x)
+        return m.bn(c) + c
+
+    model.function = forward
+
+
+LEFT = {
+    weight_norm: (Code.NOT_MERGED, "by a parametrization"),
+    hook_on_the_layer: (Code.NOT_MERGED, "hooks or a parametrization"),
+    hook_that_stores: (Code.LAYER_OUTPUT_USED, ""),
+    tied_weight: (Code.NOT_MERGED, "tied"),
+    subclass: (Code.NOT_MERGED, "not a module of PyTorch's own"),
+    functional_norm: (Code.NOT_MERGED, "functional call"),
+    called_alone_too: (Code.NOT_MERGED, "without each other"),
+    output_used: (Code.LAYER_OUTPUT_USED, ""),
+}
+
+
+@pytest.mark.parametrize("change", LEFT)
+def test_deploy_says_what_it_left_and_why(change):
+    model, x = Fn(lambda m, x: m.bn(m.conv(x))), torch.randn(2, 4, 6, 6)
+    change(model)
+    expected = model(x)
+    deployed(model, x)
+    code, detail = LEFT[change]
+    (decision,) = decisions(model)
+    assert decision.code is code
+    assert not decision.code.rewritten
+    assert decision.bytes_saved == 0
+    assert detail in decision.detail
+    assert torch.equal(model(x), expected)
+
+
+def test_deploy_says_what_it_merged():
+    model, x, pairs = make("unet")
+    deployed(model, x)
+    assert codes(model) == [Code.MERGED] * pairs
+    for d in decisions(model):
+        assert d.layer
+        assert d.batch_norm
+        assert d.bytes_saved == d.output_bytes > 0
+
+
+@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize("undo", ["inner_first", "outer_first"])
+def test_deploy_inside_tune(undo, example):
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model = nn.Sequential(inner, nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5))
+    model, x = spread_statistics(model).eval(), torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    turn_on(model)
+    model(x)
+    assert codes(model) == [Code.FUSED] * 2
+    if example:
+        deployed(model[0], x)
+    else:
+        with pytest.warns(UserWarning, match="unstable"):
+            turn_on(model[0], "deploy")
+        model(x)  # finds the pair
+    assert not isinstance(model[0][1], nn.BatchNorm2d)
+    torch.testing.assert_close(model(x), expected)
+    assert codes(model[0]) == [Code.MERGED]
+    assert sorted(c.name for c in codes(model)) == ["FUSED", "MERGED"]
+    for m in (model[0], model) if undo == "inner_first" else (model, model[0]):
+        turn_off(m)
+    assert torch.equal(model(x), expected)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_tune_inside_deploy():
+    """The part that was turned on first is merged with the rest, and comes back."""
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model = nn.Sequential(inner, nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5))
+    model, x = spread_statistics(model).eval(), torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    turn_on(model[0])
+    deployed(model, x)
+    assert codes(model).count(Code.MERGED) == 2
+    torch.testing.assert_close(model(x), expected)
+    turn_off(model)
+    model(x)
+    assert codes(model[0]) == [Code.FUSED]

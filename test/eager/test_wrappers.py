@@ -122,3 +122,37 @@ def test_export_and_flop_counter():
     with FlopCounterMode(display=False) as plain:
         turn_off(model)(x)
     assert tuned.get_total_flops() == plain.get_total_flops()
+
+
+@pytest.mark.parametrize("part", ["model", "submodule", "inside_another"])
+def test_torchscript_says_what_to_do(part):
+    model = turn_on(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.ReLU()))
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    scripted = {"model": model, "submodule": model[0], "inside_another": nn.Sequential(model)}[part]
+    with pytest.raises(AttributeError, match=r"call convbn_inductor_pass.turn_off\(model\) first"):
+        torch.jit.script(scripted)
+    turn_off(model)
+    output = torch.jit.script(scripted)(x)
+    assert output.shape == (expected if part != "submodule" else output).shape
+
+
+def test_traced_by_torchscript():
+    model, x = Residual(), torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    traced = torch.jit.trace(turn_on(model), x)
+    torch.testing.assert_close(traced(x), expected)
+    assert "PythonOp" not in str(traced.inlined_graph)
+
+
+def test_compiled_autograd_says_what_to_do():
+    from torch._dynamo import compiled_autograd
+
+    model, x = turn_on(Residual()), torch.randn(2, 3, 8, 8)
+    loss = model(x).sum()
+    with (
+        compiled_autograd._enable(lambda graph: graph),
+        pytest.raises(RuntimeError, match=r"turn_off\(model\)"),
+    ):
+        loss.backward()
+    model(x).sum().backward()

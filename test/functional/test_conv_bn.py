@@ -8,24 +8,26 @@ import torch.nn.functional as F
 from common import LAYERS, ConvBN, channels, example_input
 from torch import nn
 
-from convbn_inductor_pass.functional import BatchNorm, Conv, conv_bn_eval, fold_affine
+from convbn_inductor_pass.functional import BatchNorm, Conv, batch_norm, fold_affine, layer
 from convbn_inductor_pass.graph.layout import Layout, scale_weight
 
 # Padding given as a string is the caller's to resolve.
 NAMES = [n for n in LAYERS if n not in ("conv2d_same", "conv2d_valid")]
 
 
-def conv_of(layer):
-    if isinstance(layer, nn.Linear):
+def conv_of(module):
+    if isinstance(module, nn.Linear):
         return None
-    geometry = (layer.stride, layer.padding, layer.dilation)
-    return Conv(*geometry, layer.transposed, layer.output_padding, layer.groups)
+    geometry = (module.stride, module.padding, module.dilation)
+    return Conv(*geometry, module.transposed, module.output_padding, module.groups)
 
 
 def fused(model, x, weight, bias, gamma, beta):
     bn = model.bn
     norm = BatchNorm(gamma, beta, bn.running_mean, bn.running_var, bn.eps)
-    return conv_bn_eval(x, weight, bias, norm, conv_of(model.layer))
+    c = layer(x, weight, bias, conv_of(model.layer))
+    # Of a linear layer, as rows.
+    return batch_norm(c.flatten(0, -2) if isinstance(model.layer, nn.Linear) else c, norm)
 
 
 def plain(model, x, weight, bias, gamma, beta):
@@ -54,17 +56,24 @@ def _model(request):
     return ConvBN(LAYERS[request.param]()).double()
 
 
-@pytest.mark.parametrize("gamma", ["spread", "zero", "absent"])
+@pytest.mark.parametrize("gamma", ["spread", "zero", "one_zero", "tiny", "absent"])
 def test_output_and_gradients(model, gamma):
     """A division by gamma somewhere would give NaN or inf where it is zero."""
     tensors = leaves(model)
     if gamma == "zero":
         with torch.no_grad():
             tensors[3].zero_()
+    elif gamma == "one_zero":
+        with torch.no_grad():
+            tensors[3][1] = 0
+    elif gamma == "tiny":
+        with torch.no_grad():
+            tensors[3].mul_(1e-200)
     elif gamma == "absent":
         tensors[3] = tensors[4] = None
     y = plain(model, *tensors)
-    torch.testing.assert_close(fused(model, *tensors), y, check_stride=True)
+    assert torch.equal(fused(model, *tensors), y)
+    assert fused(model, *tensors).stride() == y.stride()
     dy = torch.randn_like(y)
     got, expected = (gradients(call, model, tensors, dy) for call in (fused, plain))
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
@@ -82,19 +91,30 @@ def test_gradcheck_and_gradgradcheck(model):
     assert torch.autograd.gradgradcheck(call, present, fast_mode=True)
 
 
-@pytest.mark.parametrize("needed", range(5))
+# x; weight; bias; gamma with x, with weight, with both; beta
+@pytest.mark.parametrize("needed", [{0}, {1}, {2}, {0, 3}, {1, 3}, {0, 1, 3}, {4}])
 def test_computes_only_what_is_needed(needed):
-    """One tensor requires grad: its gradient is eval mode's, and no convolution runs in vain."""
+    """Gradients are eval mode's, and no convolution runs in vain."""
     torch.manual_seed(0)
     model = ConvBN(nn.Conv2d(4, 6, 3)).double()
     tensors = [t.detach() for t in leaves(model)]
-    tensors[needed].requires_grad_()
+    wanted = [tensors[i].requires_grad_() for i in needed]
     with torch.profiler.profile() as profile:
-        (got,) = torch.autograd.grad(fused(model, *tensors).square().sum(), tensors[needed])
-    (expected,) = torch.autograd.grad(plain(model, *tensors).square().sum(), tensors[needed])
+        got = torch.autograd.grad(fused(model, *tensors).square().sum(), wanted)
+    expected = torch.autograd.grad(plain(model, *tensors).square().sum(), wanted)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     calls = [e for e in profile.events() if e.name == "aten::convolution_backward"]
-    assert len(calls) == (1 if needed in (0, 1, 3) else 0)  # x, weight, gamma
+    assert len(calls) == (1 if needed & {0, 1, 3} else 0)
+
+
+def test_gamma_needs_the_layer():
+    c, ones = torch.randn(2, 4, requires_grad=True), torch.ones(4)
+    gamma = ones.clone().requires_grad_()
+    y = batch_norm(c, BatchNorm(ones, None, ones, ones, 0.0))
+    (dc,) = torch.autograd.grad(y.sum(), c)
+    assert torch.equal(dc, torch.ones(2, 4))
+    with pytest.raises(ValueError, match="comes from the layer before it"):
+        batch_norm(c, BatchNorm(gamma, None, ones, ones, 0.0))
 
 
 def test_saves_no_activation_but_its_input(model):

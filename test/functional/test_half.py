@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from common import fuzz
 from hypothesis import strategies as st
 
-from convbn_inductor_pass.functional import BatchNorm, Conv, conv_bn_eval
+from convbn_inductor_pass.functional import BatchNorm, Conv, batch_norm, layer
 from convbn_inductor_pass.functional.half import gradient_scale
 
 GAMMAS = (0.0, 1e-4, 1e-3, 1.0, 100.0, 6e4)
@@ -60,18 +60,18 @@ def arguments(kind):
     torch.manual_seed(0)
     if kind == "linear":
         x, weight, conv = torch.randn(128, 16), torch.randn(16, 16) / 4, None
-        layer = F.linear
+        written = F.linear
     else:
         x, weight = torch.randn(4, 16, 20, 20), torch.randn(16, 16, 3, 3) / 12
         conv = Conv((1, 1), (1, 1), (1, 1), kind == "transposed", (0, 0), 1)
         function = F.conv_transpose2d if kind == "transposed" else F.conv2d
 
-        def layer(x, weight, bias):
+        def written(x, weight, bias):
             return function(x, weight, bias, padding=1)
 
     channels = weight.shape[0]
     tensors = [x, weight, torch.randn(channels) / 8, None, torch.zeros(channels)]
-    return tensors, torch.randn(channels) / 8, layer, conv
+    return tensors, torch.randn(channels) / 8, written, conv
 
 
 def gradients(call, tensors, dy):
@@ -83,7 +83,7 @@ def gradients(call, tensors, dy):
 @pytest.mark.parametrize("kind", ["conv", "transposed", "linear"])
 def test_range_and_accuracy(kind, layers):
     """Wherever eval mode's step is finite, so is tune mode's; dgamma is float64's within 1e-3."""
-    given, mean, layer, conv = arguments(kind)
+    given, mean, written, conv = arguments(kind)
     dtype = torch.float32 if layers == "autocast" else torch.float16
     finite = 0
     for gamma, variance, loss_scale in itertools.product(GAMMAS, VARIANCES, LOSS_SCALES):
@@ -95,11 +95,11 @@ def test_range_and_accuracy(kind, layers):
         ]
 
         def by_eval(x, weight, bias, gamma, beta, mean=mean, var=var):
-            return F.batch_norm(layer(x, weight, bias), mean, var, gamma, beta, False, 0.1, 1e-5)
+            return F.batch_norm(written(x, weight, bias), mean, var, gamma, beta, False, 0.1, 1e-5)
 
         def by_tune(x, weight, bias, gamma, beta, var=var):
             bn = BatchNorm(gamma, beta, mean, var, 1e-5)
-            return conv_bn_eval(x.half(), weight, bias, bn, conv)
+            return batch_norm(layer(x.half(), weight, bias, conv), bn)
 
         with torch.autocast("cpu", torch.float16, enabled=layers == "autocast"):
             y = by_eval(*tensors).detach()
@@ -129,27 +129,23 @@ def test_many_positions_of_one_sign():
     x = torch.full((1 << 20, 1), 16.0, dtype=torch.float16)
     weight = torch.ones(1, 1, dtype=torch.float16, requires_grad=True)
     gamma, zero = torch.zeros(1, requires_grad=True), torch.zeros(1)
-    y = conv_bn_eval(x, weight, None, BatchNorm(gamma, zero, zero, torch.ones(1), 0.0), None)
+    bn = BatchNorm(gamma, zero, zero, torch.ones(1), 0.0)
+    y = batch_norm(layer(x, weight, None, None), bn)
     dgamma, dweight = torch.autograd.grad(y, (gamma, weight), torch.full_like(y, 0.5))
     torch.testing.assert_close(dgamma.item(), 2.0**23)
     assert dweight == 0
 
 
 def test_second_derivatives():
-    """They go through ``t * g`` and ``(A / t) * W``, whatever ``t`` is."""
+    """They go through ``t * g`` and ``A / t``, whatever ``t`` is."""
     given, mean, _, conv = arguments("conv")
     given[3] = torch.linspace(0.5, 1.5, 16)
 
     def penalty(dtype):
         tensors = [t.detach().to(dtype).requires_grad_() for t in given]
         x, weight, bias, gamma, beta = tensors
-        y = conv_bn_eval(
-            x,
-            weight,
-            bias,
-            BatchNorm(gamma, beta, mean.to(dtype), torch.ones(16).to(dtype), 0.0),
-            conv,
-        )
+        bn = BatchNorm(gamma, beta, mean.to(dtype), torch.ones(16).to(dtype), 0.0)
+        y = batch_norm(layer(x, weight, bias, conv), bn)
         first = torch.autograd.grad(y.double().square().mean(), tensors[1:4], create_graph=True)
         return torch.autograd.grad(sum(g.double().square().sum() for g in first), tensors[:4])
 

@@ -21,6 +21,7 @@ dimension.
 
 from __future__ import annotations
 
+import collections
 from typing import Any
 
 import torch
@@ -39,18 +40,19 @@ __all__ = ["find_masks", "pack"]
 aten = torch.ops.aten
 prims = torch.ops.prims
 
+_NO_VERSION_CHECK = "saved_tensor_with_no_vc_check"  # AOTAutograd counts what has it
 _LEAST_ELEMENTS = 1 << 12  # below, the saving is less than what an allocation rounds up to
 
 
 def find_masks(forward: fx.Graph, backward: fx.Graph, options: Options) -> list[Site]:
     """Masks that the forward saves for the backward."""
-    saved = {n.name for n in backward.find_nodes(op="placeholder")}
+    saved = {n.name for n in backward.find_nodes(op="placeholder") if n.users}
     (output,) = forward.find_nodes(op="output")
-    returned: Any = list(output.args[0])
+    returned = collections.Counter(output.args[0])
     sites = []
     for node in output.all_input_nodes:
         tensor = tensor_of(node)
-        if node.op != "call_function" or node.name not in saved or returned.count(node) != 1:
+        if node.op != "call_function" or node.name not in saved or returned[node] != 1:
             continue
         if tensor is None or tensor.dtype != torch.bool:
             continue
@@ -84,35 +86,57 @@ def _split_of(mask: fx.Node) -> tuple[int, int] | None:
 
 
 def pack(sites: list[Site], forward: fx.Graph, backward: fx.Graph) -> int:
-    """Save the masks of sites as bits; returns how many."""
-    wanted = [s.node for s in sites if s.code.rewritten]
-    inputs = {n.name: n for n in backward.find_nodes(op="placeholder")}
-    (output,) = forward.find_nodes(op="output")
-    for mask in wanted:
-        taken, split = inputs[mask.name], _split_of(mask)
-        if split is None:
-            raise AssertionError(f"{mask} was found to have a dimension to pack")
-        with compat.fake_mode_of(value_of(mask)), compat.plain_dispatch():
-            with forward.inserting_before(mask.next):
-                bits = _packed(Builder(forward, share=False), mask, *split)
-            bits._rename(f"{mask.name}_bits")
-            output.replace_input_with(mask, bits)
-            with backward.inserting_before(taken):
-                given = backward.placeholder(bits.name)
-            given.meta = {**taken.meta, "val": bits.meta["val"]}
-            given.meta.pop("tensor_meta", None)
-            with backward.inserting_before(min(taken.users)):
-                build = Builder(backward, share=False)
-                build.meta = {k: v for k, v in mask.meta.items() if k in PROVENANCE}
-                unpacked = _unpacked(build, given, *split)
-        taken.replace_all_uses_with(unpacked)
-        backward.erase_node(taken)
-    return len(wanted)
+    """Save the masks of sites as bits; returns how many.
+
+    Both sides of all masks are made before anything is given another value: if that fails, the
+    graphs still agree.
+    """
+    taken = {n.name: n for n in backward.find_nodes(op="placeholder")}
+    pairs = [(s.node, taken[s.node.name]) for s in sites if s.code.rewritten]
+    builders = Builder(forward, share=False), Builder(backward, share=False)
+    before = {given: given.meta for _, given in pairs}
+    made = []
+    try:
+        for mask, given in pairs:
+            made.append(_pack_one(mask, given, *builders))
+    except Exception:
+        for given, meta in before.items():
+            given.meta = meta
+        raise
+    packed = {mask: bits for (mask, _), (bits, *_) in zip(pairs, made, strict=True)}
+    for output in forward.find_nodes(op="output"):
+        output.args = fx.map_arg(output.args, lambda n: packed.get(n, n))
+    for (mask, given), (bits, own, unpacked) in zip(pairs, made, strict=True):
+        # The backward's input keeps its name, which is that of what the forward returns for it.
+        mask._rename(f"{given.name}_mask")
+        bits._rename(given.name)
+        given.replace_all_uses_with(unpacked, delete_user_cb=lambda user, own=own: user not in own)
+    return len(pairs)
+
+
+def _pack_one(
+    mask: fx.Node, given: fx.Node, in_forward: Builder, in_backward: Builder
+) -> tuple[fx.Node, list[fx.Node], fx.Node]:
+    """The bits, the calls that take them in backward, and the mask made of them there."""
+    split: Any = _split_of(mask)
+    provenance = {k: v for k, v in mask.meta.items() if k in PROVENANCE}
+    in_forward.meta = in_backward.meta = provenance
+    with compat.fake_mode_of(value_of(mask)), compat.plain_dispatch():
+        with mask.graph.inserting_before(mask.next):
+            bits = _packed(in_forward, mask, *split)
+        if _NO_VERSION_CHECK in mask.meta:
+            bits.meta[_NO_VERSION_CHECK] = mask.meta[_NO_VERSION_CHECK]
+        users = set(given.users)
+        given.meta = {**given.meta, "val": bits.meta["val"]}
+        given.meta.pop("tensor_meta", None)
+        with given.graph.inserting_before(min(users)):
+            unpacked = _unpacked(in_backward, given, *split)
+    own = [u for u in given.users if u not in users]
+    return bits, own, unpacked
 
 
 def _packed(build: Builder, mask: fx.Node, dim: int, new: int) -> fx.Node:
     """The uint8 tensor with an eighth of the size along ``dim`` that holds a mask."""
-    build.meta = {k: v for k, v in mask.meta.items() if k in PROVENANCE}
     sizes = _sizes(build, mask)
     sizes[dim] //= 8
     split = build.call(aten.view.default, mask, [*sizes[:new], 8, *sizes[new:]])

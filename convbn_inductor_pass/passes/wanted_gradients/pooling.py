@@ -15,7 +15,8 @@ included: whatever i is, y's value there is p. Positions that no window names ge
 So for every mask that is made of comparisons of y with constants, or of comparisons of z that are
 such ones (:mod:`activations`).
 
-Declines where y is saved anyway, whose mask is then recomputed.
+Declines where y, or what it is computed from, is there in backward anyway, so that its mask is
+recomputed.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from torch import fx
 from ...codes import Code
 from ...graph import layers
 from ...graph.builder import Builder
-from ...graph.layers import same_sizes, tensor_of, value_of
-from ...graph.uses import is_saved
+from ...graph.layers import known_equal, same_sizes, tensor_of, value_of
+from ...graph.uses import is_available, read_by
 from .activations import COMPARISONS, Activation, activation_at, constant_of, operand_of
 from .shapes import shape_readers
 from .site import JointGraph, Site, bytes_of
@@ -93,16 +94,16 @@ def find_sites(joint: JointGraph) -> list[Site]:
     readers = shape_readers(joint)
     sites = []
     for node in joint.graph.find_nodes(op="call_function", target=aten.where.self):
-        found = _unpooling_at(node)
+        found = _unpooling_at(node) if node in joint.backward else None
         if found is None:
             continue
         code, detail = Code.MASK_AFTER_POOLING, str(found.pooled)
         others = {found.unpool, *readers}
         if (denied := joint.denied(found.y)) is not None:
             code, detail = Code.DENIED, denied
-        elif is_saved(found.y, joint.backward, others):
+        elif is_available(found.y, joint.backward, others):
             code, detail = Code.SAVED_ANYWAY, str(found.y)
-        saved = is_saved(found.pooled, joint.backward, readers)
+        saved = read_by(found.pooled, joint.backward, readers)
         numel = [bytes_of(n) // value_of(n).element_size() for n in (found.y, found.pooled)]
         nbytes = numel[0] - (0 if saved else numel[1])
         sites.append(Site("pooling", found.y, code, detail, nbytes, (node,)))
@@ -143,6 +144,9 @@ def _unpooling_at(where: fx.Node) -> _Unpooling | None:
     scattered = [v for v in values if constant_of(v) != 0]
     if len(scattered) != 1 or not isinstance(scattered[0], fx.Node):
         return None
+    result, operand = value_of(where), value_of(scattered[0])
+    if operand.dtype != result.dtype or not same_sizes(operand.shape, result.shape):
+        return None  # where() casts or broadcasts
     unpool, path = _without_reshapes(scattered[0], casts=True)
     source: Any = _gradient_of(unpool)
     pool = None if source is None else _pool_of(unpool)
@@ -220,7 +224,8 @@ def _pool_of(unpool: fx.Node) -> fx.Node | None:
         # Indices count the positions of one channel of one image, which is a row here.
         spatial = _rank(pool)
         rows = [_product(shape[:-spatial]), _product(shape[-spatial:])]
-        return pool if same_sizes(value_of(unpool).shape, rows) else None
+        all_rows = known_equal(value_of(indices).shape[0], rows[0])
+        return pool if all_rows and same_sizes(value_of(unpool).shape, rows) else None
     given = value_of(unpool.args[1]).shape
     return pool if same_sizes(given, shape) else None
 

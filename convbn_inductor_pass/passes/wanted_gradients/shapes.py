@@ -30,7 +30,7 @@ from ..._torch import compat
 from ...codes import Code
 from ...graph.builder import Builder
 from ...graph.layers import known_equal, tensor_of, value_of
-from ...graph.uses import is_saved, source_of, users_of
+from ...graph.uses import is_recomputed, read_by, source_of, users_of
 from .site import JointGraph, Site, bytes_of
 
 __all__ = ["READ_THE_SHAPE", "find_sites", "rewrite", "shape_readers"]
@@ -83,15 +83,19 @@ def _site(joint: JointGraph, source: fx.Node, calls: list[fx.Node], readers: set
     code, detail = Code.SHAPE_ONLY, ", ".join(str(n.target).split(".")[1] for n in calls)
     if (denied := joint.denied(source, *calls)) is not None:
         code, detail = Code.DENIED, denied
-    elif is_saved(source, joint.backward, readers):
+    elif read_by(source, joint.backward, readers) or _is_returned(source):
         code, detail = Code.SAVED_ANYWAY, str(source)
     return Site("shape", source, code, detail, _bytes_less(joint, source), tuple(calls))
 
 
+def _is_returned(node: fx.Node) -> bool:
+    return any(user.op == "output" for user in users_of(node))
+
+
 def _bytes_less(joint: JointGraph, source: fx.Node) -> int:
-    if source.op == "placeholder":
-        # It is not made for backward; but saving it keeps it in memory, which matters where it is
-        # what another graph has computed.
+    if source.op == "placeholder" or is_recomputed(source):
+        # An input is not made for backward; but saving it keeps it in memory, which matters where
+        # it is what another graph has computed.
         return 0
     others = (tensor_of(u) for u in users_of(source) if u not in joint.forward)
     has_mask = any(t is not None and t.dtype == torch.bool for t in others)

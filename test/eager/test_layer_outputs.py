@@ -1,0 +1,179 @@
+"""A layer's output is a true tensor: whoever stores, watches or changes it or its gradient."""
+
+import pytest
+import torch
+from common import spread_statistics
+from eager_helpers import Fn, codes, run
+from torch import nn
+
+from convbn_inductor_pass import Code, turn_on
+
+
+def classifier():
+    """Its first layer's output is what a class activation map is made of."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    return spread_statistics(
+        nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    ).eval()
+
+
+def store_by_hook(stored):
+    model = classifier()
+    model[0].register_forward_hook(lambda m, args, out: stored.update(c=out))
+    return model
+
+
+def store_by_pre_hook(stored):
+    model = classifier()
+    model[1].register_forward_pre_hook(lambda m, args: stored.update(c=args[0]))
+    return model
+
+
+def store_in_forward(stored):
+    layers = classifier()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x):
+            self.features = self.layers[0](x)
+            stored.update(c=self.features)
+            return self.layers[1:](self.features)
+
+    return Model().eval()
+
+
+@pytest.mark.parametrize("how", ["grad", "retain_grad", "register_hook", "gradient_edge"])
+@pytest.mark.parametrize("store", [store_by_hook, store_by_pre_hook, store_in_forward])
+def test_gradient_of_a_stored_output(store, how):
+    def gradients(on):
+        stored, found = {}, []
+        model = store(stored)
+        if on:
+            turn_on(model)
+        torch.manual_seed(1)
+        x = torch.randn(2, 4, 8, 8)
+        for _ in range(3):
+            score, c = model(x)[:, 0].sum(), stored["c"]
+            if how == "grad":
+                found += torch.autograd.grad(score, c)
+            elif how == "gradient_edge":
+                edge = torch.autograd.graph.get_gradient_edge(c)
+                found += torch.autograd.grad(score, edge)
+            elif how == "retain_grad":
+                c.retain_grad()
+                score.backward()
+                found.append(c.grad)
+            else:
+                c.register_hook(found.append)
+                score.backward()
+        return found
+
+    expected = gradients(on=False)
+    assert len(expected) == 3
+    torch.testing.assert_close(gradients(on=True), expected)
+
+
+@pytest.mark.parametrize("change", ["returns", "in_place", "node"])
+def test_hooks_that_change_the_gradient(change):
+    """Registered after the batch norm, when the pair is fused already."""
+
+    def forward(m, x):
+        c = m.conv(x)
+        y = m.bn(c)
+        if change == "returns":
+            c.register_hook(lambda g: 3 * g)
+        elif change == "in_place":
+            c.register_hook(lambda g: g.mul_(3))
+        else:
+            c.grad_fn.register_prehook(lambda grads: (3 * grads[0],))
+        return y
+
+    model, x = Fn(forward), torch.randn(2, 4, 6, 6, requires_grad=True)
+    expected, gradients = run(model, x)
+    got, tune_gradients = run(turn_on(model), x)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(tune_gradients, gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("use", ["stored", "autograd_function", "returned"])
+def test_gradients_of_two_uses_add_up(use):
+    """Whether or not anybody could see the other use when the batch norm ran."""
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g * ctx.saved_tensors[0]
+
+    stored = []
+
+    def forward(m, x):
+        c = m.conv(x)
+        y = m.bn(c)
+        if use == "stored":
+            stored.append(c)
+            return y
+        return (y, c) if use == "returned" else y + Square.apply(c)
+
+    def gradients(model):
+        out = model(x)
+        loss = sum(t.sin().sum() for t in (out if use == "returned" else (out,)))
+        if use == "stored":
+            loss = loss + stored.pop().cos().sum()
+        return torch.autograd.grad(loss, [x, *model.parameters()])
+
+    model, x = Fn(forward), torch.randn(2, 4, 6, 6, requires_grad=True)
+    expected = gradients(model)
+    turn_on(model)
+    for _ in range(3):
+        torch.testing.assert_close(gradients(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_retained_graphs_and_partial_backwards():
+    """What one pass leaves at a layer's node is not taken for another's."""
+    model = Fn(lambda m, x: (m.bn(m.conv(x)), m.conv.last))
+    model.conv.register_forward_hook(lambda m, args, out: setattr(m, "last", out))
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+
+    def gradients():
+        y, c = model(x)
+        found = [*torch.autograd.grad(y.sum(), c, retain_graph=True)]  # stops at c
+        found += torch.autograd.grad(c.sum(), model.conv.parameters(), retain_graph=True)
+        found += torch.autograd.grad(y.square().sum(), model.parameters(), retain_graph=True)
+        found += torch.autograd.grad(y.sum() + c.sum(), [x, *model.parameters()])
+        return found
+
+    expected = gradients()
+    turn_on(model)
+    for _ in range(2):
+        torch.testing.assert_close(gradients(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["module", "global", "backward"])
+def test_fused_again_after_a_hook_is_removed(how):
+    model, x = classifier(), torch.randn(2, 4, 8, 8)
+    turn_on(model)
+    model(x)
+    assert codes(model) == [Code.FUSED]
+    if how == "module":
+        handle = model[0].register_forward_hook(lambda m, args, out: out.mean() and None)
+    elif how == "global":
+        handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: out + 0)
+    else:
+        handle = model[0].register_full_backward_hook(lambda m, grads, out: None)
+    try:
+        model(x)
+        assert codes(model) != [Code.FUSED]
+    finally:
+        handle.remove()
+    for _ in range(2):
+        model(x)
+    assert codes(model) == [Code.FUSED]
