@@ -194,6 +194,20 @@ def test_uninstall_restores_everything():
         assert not any("apply" in vars(builtin) for builtin in wrapped)
 
 
+def test_records_hang_on_all_calls_as_one_tuple(x):
+    """Records times calls would be quadratic."""
+    (outcome,) = [base.Outcome(1, (cbn.Record("a", "batch norm", cbn.Code.FUSED),))]
+    graph = torch.fx.symbolic_trace(Residual()).graph
+    for node in graph.nodes:
+        node.op = "call_function" if node.op == "call_module" else node.op
+    for _ in range(2):
+        OURS[0].attach(outcome, graph)
+    held = [n.meta[base.Pass.KEY] for n in graph.nodes if n.op == "call_function"]
+    assert len(held) > 5
+    assert {id(records) for records in held} == {id(held[0])}
+    assert held[0] == outcome.records * 2
+
+
 def test_install_twice_is_once(x):
     cbn.install()
     cbn.install()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .._torch import compat
+from . import layers
 
 __all__ = [
     "backward_of",
@@ -17,7 +18,7 @@ __all__ = [
     "is_move",
     "is_recomputed",
     "is_saved",
-    "read_by",
+    "read_in_backward",
     "source_of",
     "users_of",
 ]
@@ -60,14 +61,27 @@ def users_of(node: fx.Node) -> Iterator[fx.Node]:
             yield user
 
 
-def read_by(
-    node: fx.Node, backward: Collection[fx.Node], besides: Collection[fx.Node] = ()
+def read_in_backward(
+    node: fx.Node, forward: Collection[fx.Node], besides: Collection[fx.Node] = ()
 ) -> bool:
-    """Whether calls of the backward, besides some, take ``node`` or a view of it.
+    """Whether calls that the forward does not need take ``node``, a view or a cast of it.
 
-    A mask is no such call: it depends on no gradient.
+    Masks do not count, and calls in ``besides`` neither.
     """
-    return any(user in backward and user not in besides for user in users_of(node))
+    for user in node.users:
+        if user in forward or user in besides or user.op != "call_function":
+            continue
+        if is_move(user) or layers.is_cast(user):
+            if read_in_backward(user, forward, besides):
+                return True
+            continue
+        result = user.meta.get("val")
+        is_mask = isinstance(result, Tensor) and result.dtype == torch.bool
+        if not is_mask and not isinstance(result, (int, torch.SymInt)):  # which is a size
+            return True
+    # What the forward only moves or casts may be read after that.
+    moved = (u for u in node.users if u in forward and (is_move(u) or layers.is_cast(u)))
+    return any(read_in_backward(u, forward, besides) for u in moved)
 
 
 def is_recomputed(node: fx.Node) -> bool:
@@ -77,7 +91,7 @@ def is_recomputed(node: fx.Node) -> bool:
 
 
 def is_available(
-    node: fx.Node, backward: Collection[fx.Node], besides: Collection[fx.Node] = ()
+    node: fx.Node, forward: Collection[fx.Node], besides: Collection[fx.Node] = ()
 ) -> bool:
     """Whether backward has the value anyway, or what it is computed from element by element.
 
@@ -86,7 +100,9 @@ def is_available(
     seen, pending = {node}, [node]
     while pending:
         node = pending.pop()
-        if node.op != "call_function" or is_recomputed(node) or read_by(node, backward, besides):
+        if node.op != "call_function" or is_recomputed(node):
+            continue
+        if read_in_backward(node, forward, besides):
             continue
         sources = node.all_input_nodes
         if not sources or not (is_move(node) or compat.is_pointwise(node.target)):
@@ -96,17 +112,14 @@ def is_available(
     return True
 
 
-def is_saved(
-    node: fx.Node, backward: Collection[fx.Node], besides: Collection[fx.Node] = ()
-) -> bool:
+def is_saved(node: fx.Node, backward: Collection[fx.Node]) -> bool:
     """Whether a value is an output, or needed in backward by a call that is not pointwise.
 
-    The partitioner recomputes pointwise calls. What the calls in ``besides`` need does not count.
+    The partitioner recomputes pointwise calls.
     """
     while is_move(node) and node not in backward:
         node = node.all_input_nodes[0]
     return any(
         user.op == "output" or (user in backward and not compat.is_pointwise(user.target))
         for user in users_of(node)
-        if user not in besides
     )

@@ -38,7 +38,7 @@ from ...codes import Code
 from ...graph import layers
 from ...graph.builder import Builder
 from ...graph.layers import same_sizes, tensor_of, value_of
-from ...graph.uses import is_available, read_by
+from ...graph.uses import is_available, read_in_backward
 from .shapes import shape_readers
 from .site import JointGraph, Site
 
@@ -83,9 +83,9 @@ def _sites(joint: JointGraph, activation: Activation, readers: set[fx.Node]) -> 
     code, detail = Code.MASK_FROM_OUTPUT, str(y)
     if (denied := joint.denied(y)) is not None:
         code, detail = Code.DENIED, denied
-    elif len(calls) < len(in_backward) or is_available(z, joint.backward, readers):
+    elif len(calls) < len(in_backward) or is_available(z, joint.forward, {*readers, *calls}):
         code, detail = Code.SAVED_ANYWAY, str(z)
-    elif not read_by(y, joint.backward, readers):
+    elif not read_in_backward(y, joint.forward, readers):
         code = Code.OUTPUT_NOT_SAVED
     nbytes = compat.size_hint(value_of(y).numel())  # a mask has a byte per element
     yield Site("activation", y, code, detail, nbytes, tuple(calls))

@@ -107,9 +107,10 @@ def pack(sites: list[Site], forward: fx.Graph, backward: fx.Graph) -> int:
     for output in forward.find_nodes(op="output"):
         output.args = fx.map_arg(output.args, lambda n: packed.get(n, n))
     for (mask, given), (bits, own, unpacked) in zip(pairs, made, strict=True):
-        # The backward's input keeps its name, which is that of what the forward returns for it.
-        mask._rename(f"{given.name}_mask")
-        bits._rename(given.name)
+        # The backward's input has the name of what the forward returns for it.
+        bits._rename(f"{mask.name}_bits")
+        given._rename(bits.name)
+        given.target = given.name
         given.replace_all_uses_with(unpacked, delete_user_cb=lambda user, own=own: user not in own)
     return len(pairs)
 

@@ -32,7 +32,7 @@ from ...codes import Code
 from ...graph import layers
 from ...graph.builder import Builder
 from ...graph.layers import known_equal, same_sizes, tensor_of, value_of
-from ...graph.uses import is_available, read_by
+from ...graph.uses import is_available, read_in_backward
 from .activations import COMPARISONS, Activation, activation_at, constant_of, operand_of
 from .shapes import shape_readers
 from .site import JointGraph, Site, bytes_of
@@ -101,9 +101,9 @@ def find_sites(joint: JointGraph) -> list[Site]:
         others = {found.unpool, *readers}
         if (denied := joint.denied(found.y)) is not None:
             code, detail = Code.DENIED, denied
-        elif is_available(found.y, joint.backward, others):
+        elif is_available(found.y, joint.forward, others):
             code, detail = Code.SAVED_ANYWAY, str(found.y)
-        saved = read_by(found.pooled, joint.backward, readers)
+        saved = read_in_backward(found.pooled, joint.forward, readers)
         numel = [bytes_of(n) // value_of(n).element_size() for n in (found.y, found.pooled)]
         nbytes = numel[0] - (0 if saved else numel[1])
         sites.append(Site("pooling", found.y, code, detail, nbytes, (node,)))

@@ -30,7 +30,7 @@ from ..._torch import compat
 from ...codes import Code
 from ...graph.builder import Builder
 from ...graph.layers import known_equal, tensor_of, value_of
-from ...graph.uses import is_recomputed, read_by, source_of, users_of
+from ...graph.uses import is_recomputed, read_in_backward, source_of, users_of
 from .site import JointGraph, Site, bytes_of
 
 __all__ = ["READ_THE_SHAPE", "find_sites", "rewrite", "shape_readers"]
@@ -83,7 +83,7 @@ def _site(joint: JointGraph, source: fx.Node, calls: list[fx.Node], readers: set
     code, detail = Code.SHAPE_ONLY, ", ".join(str(n.target).split(".")[1] for n in calls)
     if (denied := joint.denied(source, *calls)) is not None:
         code, detail = Code.DENIED, denied
-    elif read_by(source, joint.backward, readers) or _is_returned(source):
+    elif read_in_backward(source, joint.forward, readers) or _is_returned(source):
         code, detail = Code.SAVED_ANYWAY, str(source)
     return Site("shape", source, code, detail, _bytes_less(joint, source), tuple(calls))
 

@@ -87,7 +87,7 @@ def test_special_values(name, activation):
     z[0, 0] = 0.0  # all alike
     z[0, 1] = -1.0
     z = z.requires_grad_()
-    compared = check_bits(lambda z, s: pool(activation(z * s)), z, torch.ones(()))
+    compared = check_bits(lambda z: pool(activation(z.flip(0))), z)
     assert MASKED in compared.codes
 
 
@@ -129,7 +129,7 @@ def test_indices_of_another_pooling():
     """A user's own scatter with indices that belong to a map of another size."""
 
     def fn(x, w):
-        y = F.relu(x * w)
+        y = F.relu(x.flip(0) * w)
         p, i = F.max_pool2d(y, 2, return_indices=True)
         wide = F.pad(y, (0, 1, 0, 1))
         rows = torch.zeros(6, 80).scatter_add(1, i.view(6, -1), p.view(6, -1))
@@ -143,8 +143,50 @@ def test_indices_of_another_pooling():
     assert f"where.self({mask}, scalar_tensor, view_2)" in result.after
 
 
+@pytest.mark.parametrize("kind", ["rows", "dtype", "rank"])
+def test_scatters_that_are_no_unpooling(kind):
+    """Fewer rows of indices than of the map; a zero that promotes; a result that broadcasts."""
+
+    def fn(x, w):
+        y = F.relu(x.flip(0) * w)
+        n = len(y)
+        p, i = F.max_pool2d(y, 2, return_indices=True)
+        rows = 2 * n if kind == "rows" else 4 * n
+        source = (p * 2 + 1).view(rows, -1)
+        out = torch.zeros(4 * n, 64).scatter_add(1, i.view(rows, -1), source)
+        zero = torch.zeros(n, 4, 8, 8, dtype=torch.float64) if kind == "dtype" else 0.0
+        return torch.where(y <= 0, zero, out.view(*([4, 8, 8] if kind == "rank" else y.shape)))
+
+    x = torch.randn(1 if kind == "rank" else 2, 4, 8, 8, requires_grad=True)
+    check_bits(fn, x, torch.ones(()))
+
+
+def small_stems():
+    conv = nn.Conv2d(3, 16, 3, padding=1)
+    tail = (nn.ReLU(), nn.MaxPool2d(2))
+    frozen = nn.Sequential(conv, nn.BatchNorm2d(16), *tail).eval()
+    frozen[0].requires_grad_(False)
+    yield "BN-tuning", frozen
+    yield "group norm", nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), *tail)
+    yield "batch statistics", nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), *tail)
+
+
+@pytest.mark.parametrize(("name", "model"), small_stems())
+@pytest.mark.parametrize("bits", [False, True])
+def test_a_mask_that_can_be_recomputed_is_left(name, model, bits):
+    """Backward has the norm's input: the mask of what is pooled would be saved beside it."""
+    x = torch.randn(4, 3, 32, 32)
+    with options(deny=("*",)):
+        before = explain(model, x).saved["tune"].new_bytes
+    with options(bit_masks=bits):
+        after = explain(model, x)
+    assert after.saved["tune"].new_bytes == before
+    assert [r.code for r in after.records if r.kind == "pooling"] == [Code.SAVED_ANYWAY]
+    assert sum(r.bytes_saved for r in after.records if r.kind != "batch norm") == 0
+
+
 def test_users_own_scatter():
-    """Written by hand in the forward it is the same function, and may be rewritten."""
+    """The rule is for gradients alone."""
 
     def fn(x, w):
         y = F.relu(x * w)

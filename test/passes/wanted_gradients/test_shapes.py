@@ -231,6 +231,15 @@ def test_other_users(frozen, expected):
         assert all(result.before == result.after for result in compared.results)
 
 
+def test_read_by_a_pointwise_call():
+    """Sigmoid's gradient takes its output, which has to be saved."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 4, 1))
+    x = torch.randn(2, 3, 6, 6, requires_grad=True)
+    saved = explain(model.requires_grad_(False), x).saved
+    assert saved["tune"].new_bytes == saved["eval"].new_bytes
+    assert codes(model, x) == [("shape", Code.SAVED_ANYWAY), SHAPE_ONLY]  # and of the input, x
+
+
 def test_returned_output_is_saved_anyway():
     layer = nn.Conv2d(4, 8, 3).requires_grad_(False)
 
@@ -270,9 +279,9 @@ def test_trained_layers_are_left():
 def test_bytes():
     model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))).requires_grad_(False)
     x = torch.randn(2, 8, 16, 16, requires_grad=True)
-    saved = explain(model, x).saved_bytes
-    assert saved["eval"] == 2 * x.nbytes
-    assert saved["tune"] == 0
+    saved = explain(model, x).saved
+    assert saved["eval"].new_bytes == 2 * x.nbytes
+    assert saved["tune"].new_bytes == 0
 
 
 def test_graph():
