@@ -30,7 +30,7 @@ from ..._torch import compat
 from ...codes import Code
 from ...graph.builder import Builder
 from ...graph.layers import known_equal, tensor_of, value_of
-from ...graph.uses import is_recomputed, read_in_backward, source_of, users_of
+from ...graph.uses import is_available, is_recomputed, read_in_backward, source_of, users_of
 from .site import JointGraph, Site, bytes_of
 
 __all__ = ["READ_THE_SHAPE", "find_sites", "rewrite", "shape_readers"]
@@ -83,13 +83,22 @@ def _site(joint: JointGraph, source: fx.Node, calls: list[fx.Node], readers: set
     code, detail = Code.SHAPE_ONLY, ", ".join(str(n.target).split(".")[1] for n in calls)
     if (denied := joint.denied(source, *calls)) is not None:
         code, detail = Code.DENIED, denied
-    elif read_in_backward(source, joint.forward, readers) or _is_returned(source):
+    elif _is_saved(joint, source, readers):
         code, detail = Code.SAVED_ANYWAY, str(source)
     return Site("shape", source, code, detail, _bytes_less(joint, source), tuple(calls))
 
 
-def _is_returned(node: fx.Node) -> bool:
-    return any(user.op == "output" for user in users_of(node))
+def _is_saved(joint: JointGraph, node: fx.Node, readers: set[fx.Node]) -> bool:
+    """Whether a tensor is an output, or saved for calls that do not read its shape alone."""
+    for user in users_of(node):
+        is_call = user in joint.backward and user not in readers and user.op == "call_function"
+        if user.op == "output" or (is_call and not compat.is_pointwise(user.target)):
+            return True
+    if not read_in_backward(node, joint.forward, readers):
+        return False
+    # By pointwise calls, which can do with what it is computed from.
+    sources = node.all_input_nodes if compat.is_pointwise(node.target) else []
+    return not sources or not all(is_available(n, joint.forward, readers) for n in sources)
 
 
 def _bytes_less(joint: JointGraph, source: fx.Node) -> int:
