@@ -13,6 +13,9 @@ from bench.libraries import MissingLibrary, require
 from convbn_inductor_pass import testing
 from convbn_inductor_pass._torch import registry
 
+# Theirs, of classes that pytest's other process would have to import to show them.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 STEPS = 3
 FLAG = "efficient_conv_bn_eval_fx_passes"
 
@@ -51,9 +54,10 @@ def assert_trained_in_tune_mode(model, losses, expected):
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     assert len(losses) == STEPS
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
-    assert {r.code for r in cbn.records()} == {cbn.Code.FUSED}
+    records = [r for r in cbn.records() if r.kind == "batch norm"]
+    assert {r.code for r in records} == {cbn.Code.FUSED}
     # By path: MMEngine's train_step counts iterations, for which Dynamo compiles it twice.
-    assert len({r.batch_norm for r in cbn.records()}) == len(norms)
+    assert len({r.batch_norm for r in records}) == len(norms)
     assert not any(m.training for m in norms)
 
 
@@ -107,7 +111,8 @@ def test_lightning(name, whole, batches, tmp_path):
     else:
         fitted, module.net = module, torch.compile(module.net, backend=backend)
     losses = fit(module, fitted, callback(["net"]))
-    training = [r for r in cbn.records() if r.code is not cbn.Code.NO_GRAD]  # no validation
+    norms = (r for r in cbn.records() if r.kind == "batch norm")
+    training = [r for r in norms if r.code is not cbn.Code.NO_GRAD]  # no validation
     assert [r.code for r in training] == [cbn.Code.FUSED] * Residual.pairs
     assert len(losses) == STEPS
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
