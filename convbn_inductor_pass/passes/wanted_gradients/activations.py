@@ -11,7 +11,8 @@ After:
 A comparison of z with a constant is one of y for every z, infinities and NaN included:
 
 * ``y = clamp(z, lo, hi)`` with lo < hi (hardtanh, ReLU6): ``z <= lo``, ``z > lo``, ``z >= hi``,
-  ``z < hi``. Not ``z >= lo``, with which ``torch.clamp`` makes its gradient: y = lo on both sides.
+  ``z < hi``. Not ``z >= lo``, with which ``torch.clamp`` makes its gradient up to 2.13: y = lo on
+  both sides.
 * ``y = where(z > 0, z, s * z)`` with s > 0 (leaky ReLU, randomized leaky ReLU in eval mode):
   ``z > 0``, ``z <= 0``. Not ``z < 0``: where s * z underflows, y is -0.
 * ``y = where(z <= t, v, z)`` with v <= t (threshold): ``z <= t``, ``z > t``.
