@@ -21,6 +21,7 @@ __all__ = [
     "Layer",
     "Operand",
     "Step",
+    "bytes_of",
     "is_cast",
     "is_reshape",
     "known_equal",
@@ -71,6 +72,12 @@ def value_of(node: Any) -> Tensor:
     if tensor is None:
         raise ValueError(f"{node} has no metadata")
     return tensor
+
+
+def bytes_of(node: Any) -> int:
+    """The size of a tensor in bytes, with hints for symbolic sizes; 0 if there is none."""
+    tensor = tensor_of(node)
+    return 0 if tensor is None else compat.size_hint(tensor.numel()) * tensor.element_size()
 
 
 def known_equal(a: Any, b: Any) -> bool:

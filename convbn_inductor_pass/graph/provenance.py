@@ -6,13 +6,22 @@ Both are read off what tracing recorded.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import fx
 
-__all__ = ["module_path", "name_of", "source_line"]
+__all__ = ["module_path", "name_of", "provenance_of", "source_line"]
+
+# Of a call, what stays true of one that takes its place.
+_KEPT = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "partitioner_tag")
 
 _ROOT = re.compile(r"^[A-Z]\W\w+\.?")  # Dynamo's name of the outermost module: L['self'].
 _FILE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+
+
+def provenance_of(node: fx.Node) -> dict[str, Any]:
+    """Metadata for calls that take the place of ``node``: where that came from."""
+    return {k: v for k, v in node.meta.items() if k in _KEPT}
 
 
 def module_path(node: fx.Node) -> str:

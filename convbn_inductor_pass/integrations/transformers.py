@@ -12,31 +12,19 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from transformers import TrainerCallback
 
-from ..freeze import freeze_batch_norms
-from ..plugin import enable
+from .tune_mode import TuneMode
 
 __all__ = ["TuneModeCallback"]
 
 
-class TuneModeCallback(TrainerCallback):
-    """Turns tune mode on, and keeps batch norms in eval mode while ``train`` runs and after it.
-
-    Args:
-        modules: which batch norms, as for ``freeze_batch_norms``: paths in the model, or patterns
-            of these. By default all.
-        options: as for ``enable``.
-    """
-
-    def __init__(self, modules: Iterable[str] | None = None, **options: Any) -> None:
-        self.modules = None if modules is None else list(modules)
-        self.options = options
+class TuneModeCallback(TuneMode, TrainerCallback):
+    """:class:`.TuneMode` from the start of ``train``; the arguments are its own."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Once the model is wrapped, and before its first step, which compiles it."""
-        enable(**self.options)
-        freeze_batch_norms(kwargs["model"], self.modules)
+        self.enable()
+        self.freeze(kwargs["model"])

@@ -9,7 +9,7 @@ from torch import fx
 from ..._torch import compat, inductor
 from ...codes import Code
 from ...graph import layers
-from ...graph.layers import Layer, tensor_of
+from ...graph.layers import Layer, bytes_of
 from ...graph.provenance import name_of, source_line
 from ...graph.uses import backward_of, depending_on
 from ...records import Kind, Record
@@ -87,12 +87,7 @@ def _record(kind: Kind, layer: Layer | None, code: Code, detail: str, at: fx.Nod
         batch_norm=name_of(at) if kind == "batch norm" else "",
         source=source_line(at),
         output_shape=() if layer is None else compat.shape_of(layer.out),
-        output_bytes=0 if layer is None else _bytes(layer.node),
-        bytes_saved=_bytes(saved),
+        output_bytes=0 if layer is None else bytes_of(layer.node),
+        bytes_saved=bytes_of(saved),
     )
     return ("" if layer is None else layer.node.name), record
-
-
-def _bytes(node: fx.Node | None) -> int:
-    tensor = tensor_of(node)
-    return 0 if tensor is None else compat.size_hint(tensor.numel()) * tensor.element_size()

@@ -22,16 +22,13 @@ from ...graph import affine
 from ...graph.builder import Builder, erase_unused
 from ...graph.layers import Step, is_cast, same_sizes, tensor_of, value_of
 from ...graph.layout import Layout
+from ...graph.provenance import provenance_of
 from .decide import Decision
 from .match import Match
 
 __all__ = ["apply"]
 
 aten = torch.ops.aten
-
-
-# What new calls say about where they come from: that of the call which makes the weight gradient.
-_PROVENANCE = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "partitioner_tag")
 
 
 def apply(decisions: list[Decision], graph: fx.Graph) -> int:
@@ -53,8 +50,7 @@ def apply(decisions: list[Decision], graph: fx.Graph) -> int:
                 compat.fake_mode_of(decision.layer.out),
                 compat.plain_dispatch(),
             ):
-                source = match.gradient.node or place
-                build.meta = {k: v for k, v in source.meta.items() if k in _PROVENANCE}
+                build.meta = provenance_of(match.gradient.node or place)
                 unused += _Rewriting(decision, match, build).replace()
     finally:
         # If one fails, too: what was replaced so far is right, but may use what stands later.

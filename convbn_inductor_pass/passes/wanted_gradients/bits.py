@@ -31,9 +31,9 @@ from ..._torch import compat
 from ...codes import Code
 from ...config import Options
 from ...graph.builder import Builder
-from ...graph.layers import tensor_of, value_of
-from ...graph.provenance import module_path
-from .site import PROVENANCE, Site, bytes_of
+from ...graph.layers import bytes_of, tensor_of, value_of
+from ...graph.provenance import module_path, provenance_of
+from .site import Site
 
 __all__ = ["find_masks", "pack"]
 
@@ -120,8 +120,7 @@ def _pack_one(
 ) -> tuple[fx.Node, list[fx.Node], fx.Node]:
     """The bits, the calls that take them in backward, and the mask made of them there."""
     split: Any = _split_of(mask)
-    provenance = {k: v for k, v in mask.meta.items() if k in PROVENANCE}
-    in_forward.meta = in_backward.meta = provenance
+    in_forward.meta = in_backward.meta = provenance_of(mask)
     with compat.fake_mode_of(value_of(mask)), compat.plain_dispatch():
         with mask.graph.inserting_before(mask.next):
             bits = _packed(in_forward, mask, *split)

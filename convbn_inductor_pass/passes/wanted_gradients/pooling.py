@@ -22,6 +22,7 @@ recomputed.
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from typing import Any
 
@@ -31,11 +32,11 @@ from torch import fx
 from ...codes import Code
 from ...graph import layers
 from ...graph.builder import Builder
-from ...graph.layers import known_equal, same_sizes, tensor_of, value_of
+from ...graph.layers import bytes_of, known_equal, same_sizes, tensor_of, value_of
 from ...graph.uses import is_available, read_in_backward
 from .activations import COMPARISONS, Activation, activation_at, constant_of, operand_of
 from .shapes import shape_readers
-from .site import JointGraph, Site, bytes_of
+from .site import JointGraph, Site
 
 __all__ = ["find_sites", "rewrite"]
 
@@ -141,7 +142,7 @@ def _again(build: Builder, call: fx.Node, old: Any, new: fx.Node) -> fx.Node:
 def _unpooling_at(where: fx.Node) -> _Unpooling | None:
     args: Any = where.args
     mask, *values = args
-    scattered = [v for v in values if constant_of(v) != 0]
+    scattered = [v for v in values if not _is_zero(v)]
     if len(scattered) != 1 or not isinstance(scattered[0], fx.Node):
         return None
     result, operand = value_of(where), value_of(scattered[0])
@@ -167,6 +168,12 @@ def _unpooling_at(where: fx.Node) -> _Unpooling | None:
     return _Unpooling(
         where, mask, scattered[0], source, tuple(forward_path), unpool, tuple(path), pooled, y
     )
+
+
+def _is_zero(node: Any) -> bool:
+    """Whether every element is +0, which a masked gradient and an empty scatter have."""
+    value = constant_of(node)
+    return value == 0 and math.copysign(1, value) > 0
 
 
 def _without_reshapes(node: Any, *, casts: bool = False) -> tuple[fx.Node, list[fx.Node]]:
@@ -204,7 +211,7 @@ def _pool_of(unpool: fx.Node) -> fx.Node | None:
     """The pooling whose indices say where ``unpool`` scatters to; None if it is not sure."""
     if unpool.target is aten.scatter_add.default:
         zeros, dim, indices, source = unpool.args
-        if constant_of(zeros) != 0 or dim != 1:
+        if not _is_zero(zeros) or dim != 1:
             return None
         if not same_sizes(value_of(indices).shape, value_of(source).shape):
             return None

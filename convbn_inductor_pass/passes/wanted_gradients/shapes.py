@@ -29,9 +29,9 @@ from torch import fx
 from ..._torch import compat
 from ...codes import Code
 from ...graph.builder import Builder
-from ...graph.layers import known_equal, tensor_of, value_of
+from ...graph.layers import bytes_of, known_equal, tensor_of, value_of
 from ...graph.uses import is_available, is_recomputed, read_in_backward, source_of, users_of
-from .site import JointGraph, Site, bytes_of
+from .site import JointGraph, Site
 
 __all__ = ["READ_THE_SHAPE", "find_sites", "rewrite", "shape_readers"]
 

@@ -13,15 +13,12 @@ from ...codes import Code
 from ...config import Options
 from ...graph import layers
 from ...graph.builder import Builder, erase_unused
-from ...graph.layers import tensor_of
-from ...graph.provenance import module_path, name_of, source_line
+from ...graph.layers import bytes_of
+from ...graph.provenance import module_path, name_of, provenance_of, source_line
 from ...graph.uses import backward_of
 from ...records import Kind, Record
 
-__all__ = ["PROVENANCE", "JointGraph", "Site", "apply", "bytes_of", "record"]
-
-# What new calls say about where they come from: that of the call whose place they take.
-PROVENANCE = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "partitioner_tag")
+__all__ = ["JointGraph", "Site", "apply", "record"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +84,7 @@ def apply(
     build = Builder(graph, share=False)
     for site in wanted:
         for call in site.calls:
-            build.meta = {k: v for k, v in call.meta.items() if k in PROVENANCE}
+            build.meta = provenance_of(call)
             with (
                 graph.inserting_before(call),
                 compat.fake_mode_of(layers.value_of(site.node)),
@@ -98,12 +95,6 @@ def apply(
     if wanted:
         inductor.sort_graph(graph)
     return len(wanted)
-
-
-def bytes_of(node: fx.Node) -> int:
-    """The size of a tensor in bytes, with hints for symbolic sizes."""
-    tensor = tensor_of(node)
-    return 0 if tensor is None else compat.size_hint(tensor.numel()) * tensor.element_size()
 
 
 def record(site: Site) -> Record:

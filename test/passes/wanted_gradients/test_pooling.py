@@ -149,6 +149,29 @@ def test_indices_of_another_pooling():
     assert f"where.self({mask}, scalar_tensor, view_2)" in result.after
 
 
+def test_negative_zero():
+    """A custom gradient that masks with -0: the rule would give +0 there."""
+
+    class Masked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            ctx.save_for_backward(y := F.relu(z))
+            return y
+
+        @staticmethod
+        def backward(ctx, g):
+            (y,) = ctx.saved_tensors
+            return torch.where(y <= 0, -0.0, g)
+
+    compared = check_bits(
+        lambda z: F.max_pool2d(Masked.apply(z.flip(0)), 2), example(2).requires_grad_()
+    )
+    assert MASKED not in compared.codes
+    gradient = compared.gradients["input0"]
+    assert torch.equal(gradient.signbit(), compared.plain_gradients["input0"].signbit())
+    assert (gradient.signbit() & (gradient == 0)).any()
+
+
 @pytest.mark.parametrize("kind", ["rows", "dtype", "rank"])
 def test_scatters_that_are_no_unpooling(kind):
     """Fewer rows of indices than of the map; a zero that promotes; a result that broadcasts."""

@@ -1,0 +1,36 @@
+"""What the adapters share: which batch norms stay in eval mode, and with which options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ..freeze import freeze_batch_norms
+from ..plugin import enable
+
+__all__ = ["TuneMode"]
+
+
+class TuneMode:
+    """Turns tune mode on, and keeps batch norms in eval mode while a trainer runs and after it.
+
+    Args:
+        modules: which batch norms, as for ``freeze_batch_norms``: paths in the model, or patterns
+            of these. By default all.
+        options: as for ``enable``.
+    """
+
+    def __init__(self, modules: Iterable[str] | None = None, **options: Any) -> None:
+        super().__init__()
+        self.modules = None if modules is None else list(modules)
+        self.options = options
+
+    def enable(self) -> None:
+        """To be called before anything is compiled."""
+        enable(**self.options)
+
+    def freeze(self, model: nn.Module) -> None:
+        """To be called once the model is built, wrapped and converted."""
+        freeze_batch_norms(model, self.modules)
