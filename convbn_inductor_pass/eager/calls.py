@@ -17,8 +17,15 @@ from .._torch import eager as torch_eager
 from ..functional import Conv
 from .geometry import pad_unevenly, read_conv
 
-__all__ = ["BATCH_NORMS", "LAYERS", "VIEWS", "BatchNormCall", "LayerCall"]
-__all__ += ["is_plain", "runs_as_written", "tensors_read"]
+__all__ = ["BATCH_NORMS", "LAYERS", "RELUS", "SAVES_NOTHING", "VIEWS"]
+__all__ += [
+    "BatchNormCall",
+    "LayerCall",
+    "is_plain",
+    "read_relu",
+    "runs_as_written",
+    "tensors_read",
+]
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = (*_CONV[:5], "output_padding", "groups", "dilation")
@@ -37,6 +44,17 @@ _MODE = ("training", "momentum", "eps")
 BATCH_NORMS: dict[Any, tuple[str, ...]] = {
     F.batch_norm: ("input", *_STATISTICS, *_AFFINE, *_MODE),
     torch.batch_norm: ("input", *_AFFINE, *_STATISTICS, *_MODE, "cudnn_enabled"),
+}
+# Function -> whether it writes to its argument; None: if the argument "inplace" says so.
+RELUS = {
+    F.relu: None,
+    **dict.fromkeys((torch.relu, Tensor.relu), False),
+    **dict.fromkeys((torch.relu_, F.relu_, Tensor.relu_), True),
+}
+# Functions that save no argument that is an activation.
+SAVES_NOTHING = {
+    *(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__),
+    *(torch.cat, torch.flatten, Tensor.flatten, Tensor.view, Tensor.reshape),
 }
 # Questions that are no use of a tensor's elements.
 _ATTRIBUTES = ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "grad_fn")
@@ -177,6 +195,21 @@ class BatchNormCall(NamedTuple):
             or (w is not None and w.requires_grad)
             or (b is not None and b.requires_grad)
         )
+
+
+def read_relu(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, bool] | None:
+    """A ReLU's input, and whether the result is written to it; None if it is to run as written."""
+    bound = _bind(("input", "inplace"), args, kwargs)
+    if bound is None or "input" not in bound:
+        return None
+    x, inplace = bound["input"], RELUS[function]
+    inplace = bool(bound.get("inplace")) if inplace is None else inplace
+    if not (torch.is_grad_enabled() and is_plain(x) and x.requires_grad):
+        return None
+    # Errors about what must not be written to are PyTorch's own.
+    return None if inplace and (x._is_view() or x.is_leaf) else (x, inplace)
 
 
 def tensors_read(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

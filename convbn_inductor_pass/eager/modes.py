@@ -175,7 +175,7 @@ def _record(e: Event, code: Code, names: dict[int, str]) -> Record:
         batch_norm=norm,
         output_shape=e.shape,
         output_bytes=size,
-        bytes_saved=size if code is Code.FUSED else 0,
+        bytes_saved=size if code.rewritten else 0,
     )
 
 

@@ -11,6 +11,11 @@ Other uses of a layer's output are right, too, but cost a second weight gradient
 watches outputs: one used before its batch norm is left as written; one used after it, or stored, or
 that met no batch norm, in the forward before, is run as written and watched this once.
 
+What is frozen saves no activation for its shape: a layer whose weight requires no gradient, and a
+batch norm whose weight requires none, after a layer or not. Then a ReLU's result may be saved for
+the ReLU alone, which saves a mask instead where nobody else saved it in the forward before, or,
+before there was one, where the model trains no convolution.
+
 A region steps aside
 
 * under ``torch.compile``, ``torch.export`` and ``torch.jit``: the compiled pass does the work;
@@ -36,10 +41,13 @@ from ..config import get_options
 from .calls import (
     BATCH_NORMS,
     LAYERS,
+    RELUS,
+    SAVES_NOTHING,
     VIEWS,
     BatchNormCall,
     LayerCall,
     is_plain,
+    read_relu,
     runs_as_written,
     tensors_read,
 )
@@ -48,7 +56,11 @@ __all__ = ["Event", "Ledger", "Region"]
 
 
 class Event:
-    """One call of a layer or batch norm, or of both one after the other."""
+    """One call of a layer or batch norm, or of both one after the other; or of a ReLU.
+
+    ``used``: whether something takes the layer's output besides the batch norm, or saves the ReLU's
+    besides it.
+    """
 
     def __init__(self) -> None:
         self.code: Code | None = None
@@ -56,7 +68,14 @@ class Event:
         self.key: Any = None
         self.weight: Any = None
         self.shape: tuple[int, ...] = ()
-        self.used = False
+        self.used = self.linear = self.relu = False
+
+    def may_be_read_by(self, function: Any) -> bool:
+        """Whether a function that is no layer and no batch norm leaves the decision as it is."""
+        if self.relu:
+            return function in SAVES_NOTHING
+        # Rows of a linear layer's output may be what a batch norm takes.
+        return self.linear and function in VIEWS
 
     def of_layer(self, call: LayerCall, output: Tensor, as_written: str) -> None:
         self.input, self.weight = weakref.ref(call.input), weakref.ref(call.weight)
@@ -97,9 +116,11 @@ class Region(TorchFunctionMode):
     def __init__(self, ledger: Ledger, module: nn.Module) -> None:
         super().__init__()
         self.hooks = torch_eager.saved_tensors_hooks()
+        self.module = weakref.ref(module)
         self.before, self.events = ledger.begin(module)
         self.uses: dict[int, int] = {}
         self.outputs: dict[int, Event] = {}
+        self._frozen: bool | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
@@ -110,6 +131,8 @@ class Region(TorchFunctionMode):
         if func in BATCH_NORMS:
             return self._batch_norm(func, args, kwargs)
         self._watch(func, args, kwargs)
+        if func in RELUS:
+            return self._relu(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _count(self, tensor: Any) -> tuple[int, int]:
@@ -133,26 +156,31 @@ class Region(TorchFunctionMode):
             return
         for tensor in tensors_read(func, args, kwargs):
             event = self._event_of(tensor)
-            # Rows of a linear layer's output may be what a batch norm takes.
-            if event is not None and not (event.linear and func in VIEWS):
+            if event is not None and not event.may_be_read_by(func):
                 event.mark_used()
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else kwargs.get("input")
-        if (used := self._event_of(x)) is not None:
-            used.mark_used()
+        taken = self._event_of(x)
         aside = runs_as_written() or torch_eager.saved_tensors_hooks() != self.hooks
         call = None if aside else LayerCall.read(func, args, kwargs)
+        saves_input = call is None or call.weight.requires_grad or get_options().fuse_frozen_layers
+        if taken is not None and (saves_input or not taken.relu):
+            taken.mark_used()
         if call is None:
             return func(*args, **kwargs)
         x, weight, bias, _ = call
         key = self._count(weight if isinstance(weight, nn.Parameter) else None)
         event = self.events[key] = Event()
-        as_written = "" if self.hooks else _why_as_written(self.before.get(key))
+        learns = saves_input and not self.hooks
+        as_written = _why_as_written(self.before.get(key)) if learns else ""
         needs_grad = torch.is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         )
-        c = functional.layer(*call) if needs_grad and not as_written else func(*args, **kwargs)
+        if needs_grad and not as_written:
+            c = functional.layer(*call, saves_input)
+        else:
+            c = func(*args, **kwargs)
         event.of_layer(call, c, as_written)
         self.outputs[id(c)] = event
         return c
@@ -161,8 +189,8 @@ class Region(TorchFunctionMode):
         bn = None if runs_as_written() else BatchNormCall.read(func, args, kwargs)
         if bn is None:
             return func(*args, **kwargs)
-        layer = self._event_of(bn.input) or self._event_of(bn.input._base)
-        event = layer
+        taken = self._event_of(bn.input) or self._event_of(bn.input._base)
+        layer = event = None if taken is None or taken.relu else taken
         if layer is not None and layer.code is not None:  # a second batch norm
             layer.mark_used()
             event = None
@@ -175,10 +203,34 @@ class Region(TorchFunctionMode):
             event = self.events[self._count(identity)] = Event()
         event.code, event.detail = code, detail
         event.key = None if identity is None else weakref.ref(identity)
-        if code is not Code.FUSED:
+        if not code.rewritten:
+            if taken is not None and taken.relu:
+                taken.mark_used()
             return func(*args, **kwargs)
+        event.shape, event.dtype = bn.input.shape, bn.input.dtype
         norm = functional.BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
         return functional.batch_norm(bn.input, norm)
+
+    def _relu(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        aside = runs_as_written() or torch_eager.saved_tensors_hooks() != self.hooks
+        read = None if aside else read_relu(func, args, kwargs)
+        if read is None:
+            return func(*args, **kwargs)
+        key = ("ReLU", self._count(None)[1])
+        event = self.events[key] = Event()
+        before = None if self.hooks else self.before.get(key)
+        saves_mask = self._trains_no_convolution() if before is None else not before.used
+        y = functional.relu(*read) if saves_mask else func(*args, **kwargs)
+        event.relu, event.output = True, weakref.ref(y)
+        self.outputs[id(y)] = event
+        return y
+
+    def _trains_no_convolution(self) -> bool:
+        if self._frozen is None:
+            module = self.module()
+            weights = () if module is None else (p for p in module.parameters() if p.ndim > 2)
+            self._frozen = not any(w.requires_grad for w in weights)
+        return self._frozen
 
     def end(self, completed: bool) -> None:
         """Outputs that outlive the forward though no batch norm saves them were stored."""
@@ -212,7 +264,32 @@ def _decide(bn: BatchNormCall, event: Event | None) -> tuple[Code, str]:
         return Code.BATCH_STATISTICS, ""
     if not bn.wants_gradient:
         return Code.NO_GRAD, ""
-    c, node = bn.input, functional.layer_before(bn.input)
+    trained = bn.weight is not None and bn.weight.requires_grad
+    if trained and (reason := _why_not_after_layer(bn.input, event)) is not None:
+        return reason
+    c = bn.input
+    if not is_plain(c):
+        return Code.UNSUPPORTED_TENSOR, "input of the batch norm"
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        if (tensor := getattr(bn, name)) is None:
+            continue
+        if not is_plain(tensor) or tensor.device != c.device:
+            return Code.UNSUPPORTED_TENSOR, f"{name} of the batch norm"
+        if (dtype := tensor.dtype) != c.dtype:
+            mixed = c.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
+            if not mixed:
+                return Code.UNSUPPORTED_DTYPE, f"{name} is {dtype}, the layer's {c.dtype}"
+        if tensor.ndim != 1 or tensor.numel() != c.shape[1]:
+            return Code.UNSUPPORTED_SHAPE, f"{name} has shape {tuple(tensor.shape)}"
+    if bn.running_mean.requires_grad or bn.running_var.requires_grad:
+        return Code.STATISTICS_REQUIRE_GRAD, ""
+    follows_layer = event is not None or functional.layer_before(c) is not None
+    return Code.FUSED if follows_layer else Code.SHAPE_ONLY, ""
+
+
+def _why_not_after_layer(c: Tensor, event: Event | None) -> tuple[Code, str] | None:
+    """Why the gradient of a batch norm's weight cannot come from the layer that gave ``c``."""
+    node = functional.layer_before(c)
     layer: Any = event or node
     if layer is None:
         return Code.NOT_AFTER_LAYER, ""
@@ -223,9 +300,7 @@ def _decide(bn: BatchNormCall, event: Event | None) -> tuple[Code, str]:
         return Code.LAYER_OUTPUT_USED, ""
     if event is not None and event.as_written:
         return Code.LAYER_OUTPUT_USED, event.as_written
-    trained = bn.weight is not None and bn.weight.requires_grad
-    frozen = weight is not None and not weight.requires_grad
-    if trained and frozen and not get_options().fuse_frozen_layers:
+    if weight is not None and not weight.requires_grad and not get_options().fuse_frozen_layers:
         return Code.LAYER_FROZEN, ""
     if node is None:
         return Code.REGION, "the layer ran without a graph"
@@ -235,17 +310,4 @@ def _decide(bn: BatchNormCall, event: Event | None) -> tuple[Code, str]:
         return Code.INPUT_MUTATED, "NumPy or others hold the memory of the layer's input"
     if node.conv is None and c.ndim != 2:
         return Code.UNBATCHED, f"{c.ndim} dimensions with channels last"
-    for name in ("running_mean", "running_var", "weight", "bias"):
-        if (tensor := getattr(bn, name)) is None:
-            continue
-        if not is_plain(tensor) or tensor.device != c.device:
-            return Code.UNSUPPORTED_TENSOR, f"{name} of the batch norm"
-        if (dtype := tensor.dtype) != c.dtype:
-            mixed = c.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
-            if not mixed:
-                return Code.UNSUPPORTED_DTYPE, f"{name} is {dtype}, the layer's {c.dtype}"
-        if tensor.ndim != 1 or tensor.numel() != node.channels:
-            return Code.UNSUPPORTED_SHAPE, f"{name} has shape {tuple(tensor.shape)}"
-    if bn.running_mean.requires_grad or bn.running_var.requires_grad:
-        return Code.STATISTICS_REQUIRE_GRAD, ""
-    return Code.FUSED, ""
+    return None

@@ -58,7 +58,9 @@ from .gradients import (
 __all__ = ["batch_norm", "layer", "layer_before"]
 
 
-def layer(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None) -> Tensor:
+def layer(
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None, save_input: bool = True
+) -> Tensor:
     """Batched convolution, plain or transposed, or linear layer. Twice differentiable.
 
     It computes in the dtype of ``x``; parameters may have a wider one, as under autocast, and get
@@ -69,14 +71,17 @@ def layer(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None) -> 
         weight: laid out as in :mod:`convbn_inductor_pass.graph.layout`.
         bias: [C_out].
         conv: how the convolution goes; None for a linear layer.
+        save_input: False saves the shape of ``x`` alone where ``weight`` requires no gradient. The
+            weight of a batch norm after it may not require one then either.
     """
-    return _apply_layer(x, weight, bias, conv)
+    return _apply_layer(x, weight, bias, conv, save_input or weight.requires_grad)
 
 
 def layer_before(c: Tensor) -> Any:
     """The graph node of :func:`layer` whose unmodified output ``c`` is; None if it is not.
 
-    It has the layer's ``conv``, ``channels``, and ``input`` and ``weight`` as weak references.
+    It has the layer's ``conv``, ``channels``, ``has_input`` (whether that is saved), and ``input``
+    and ``weight`` as weak references.
     The output of a linear layer may be viewed as [rows, C_out].
     """
     node: Any = c.grad_fn
@@ -92,12 +97,17 @@ def layer_before(c: Tensor) -> Any:
 def batch_norm(c: Tensor, bn: BatchNorm) -> Tensor:
     """Batch norm in eval mode of a ``c`` that is not saved. Twice differentiable.
 
-    ``c`` [N, C, ...] has a :func:`layer_before`, or ``bn.weight`` requires no gradient. The weight
-    of that layer must be there in the backward of the batch norm already.
+    ``c`` [N, C, ...] has a :func:`layer_before` that saves its input, or ``bn.weight`` requires no
+    gradient. That layer's weight must be there in the backward of the batch norm already.
     """
-    node = layer_before(c)
-    if node is None and bn.weight is not None and bn.weight.requires_grad:
-        raise ValueError("the gradient of a batch norm's weight comes from the layer before it")
+    node = None
+    if bn.weight is not None and bn.weight.requires_grad:
+        node = layer_before(c)
+        if node is None or not node.has_input:
+            raise ValueError(
+                "the gradient of a batch norm's weight comes from the layer before it, which has "
+                "to save its input"
+            )
     return _apply_batch_norm(c, *bn, node)
 
 
@@ -141,11 +151,16 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        conv: Conv | None,
+        has_input: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x if has_input else None, weight, bias)
         ctx.set_materialize_grads(False)
-        ctx.conv, ctx.handed_over = conv, None
+        ctx.conv, ctx.handed_over, ctx.has_input, ctx.x_shape = conv, None, has_input, x.shape
         ctx.input, ctx.weight = weakref.ref(x), weakref.ref(weight)
         w, b = cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)
         if conv is None:
@@ -162,15 +177,17 @@ class _Layer(torch.autograd.Function):
         if left is not None and left.backward_pass != torch_eager.backward_pass():
             left = None
         if g is None:
-            return None, None, None, None
+            return None, None, None, None, None
         x, weight, bias = ctx.saved_tensors if left is None else left.saved
-        need_dx, need_dw, need_db, _ = ctx.needs_input_grad
+        need_dx, need_dw, need_db, *_ = ctx.needs_input_grad
         if left is not None and left.is_for(g):
-            return (*left.gradients, None)
+            return (*left.gradients, None, None)
+        x = x if ctx.has_input else ctx.x_shape
         needs = (need_dx, need_dw, need_db)
         dx, dw, db = torch_eager.call_below(layer_backward, g, x, weight, ctx.conv, needs)
         dw = None if dw is None else cast(dw, weight.dtype)
-        return dx, dw, db if db is None or bias is None else cast(db, bias.dtype), None
+        db = db if db is None or bias is None else cast(db, bias.dtype)
+        return dx, dw, db, None, None
 
 
 def _is_layer(node: Any) -> bool:

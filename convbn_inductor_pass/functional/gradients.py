@@ -129,25 +129,51 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def layer_backward(
-    g: Tensor, x: Tensor, weight: Tensor, conv: Conv | None, needs: tuple[bool, bool, bool]
+    g: Tensor,
+    x: Tensor | torch.Size,
+    weight: Tensor,
+    conv: Conv | None,
+    needs: tuple[bool, bool, bool],
 ) -> Any:
-    """Gradients of input, weight and bias, in the dtype of ``x``; None where not needed."""
+    """Gradients of input, weight and bias, in the dtype of ``g``; None where not needed.
+
+    Without the weight's, the shape of ``x`` is enough.
+    """
     need_dx, need_dw, need_db = needs
     if not any(needs):
         return None, None, None
-    weight = cast(weight, x.dtype)
-    if not (need_dx or need_dw):
-        return (
-            None,
-            None,
-            sum_positions(g.flatten(0, -2) if conv is None else g, accumulation_dtype(g.dtype)),
-        )
+    weight = cast(weight, g.dtype)
+    if not isinstance(x, Tensor) or not (need_dx or need_dw):
+        shape = x.shape if isinstance(x, Tensor) else x
+        rows = g.flatten(0, -2) if conv is None else g
+        db = sum_positions(rows, accumulation_dtype(g.dtype)) if need_db else None
+        return _input_gradient(g, weight, conv, shape) if need_dx else None, None, db
     if conv is None:
         g, rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = (g @ weight).reshape(x.shape) if need_dx else None
         return dx, g.t() @ rows if need_dw else None, g.sum(0) if need_db else None
     sizes = [g.shape[1]] if need_db else None
     return aten.convolution_backward.default(g, x, weight, sizes, *conv, needs)
+
+
+def _input_gradient(g: Tensor, weight: Tensor, conv: Conv | None, shape: torch.Size) -> Tensor:
+    """The gradient of a layer's input of this ``shape``, which is not there."""
+    if conv is None:
+        return g @ weight
+    if g.is_cuda and conv.groups > 1 and weight.shape[1] == 1:
+        # cuDNN's transposed convolutions are slow at this, and this kernel asks for the shape only.
+        x = g.new_empty(()).expand(shape)
+        needs = (True, False, False)
+        return aten.convolution_backward.default(g, x, weight, None, *conv, needs)[0]
+    transposed, output_padding = not conv.transposed, [0] * (g.ndim - 2)
+    if transposed:
+        each = zip(shape[2:], g.shape[2:], weight.shape[2:], *conv[:3], strict=True)
+        output_padding = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in each]
+    geometry = (*conv[:3], transposed, output_padding, conv.groups)
+    dx: Tensor = aten.convolution.default(g, weight, None, *geometry)
+    for dim in range(2, dx.ndim):  # longer where the output padding is the stride or more
+        dx = dx.narrow(dim, 0, shape[dim]) if dx.shape[dim] > shape[dim] else dx
+    return dx
 
 
 def sum_positions(g: Tensor, dtype: torch.dtype) -> Tensor:

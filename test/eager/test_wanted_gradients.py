@@ -1,0 +1,232 @@
+"""What is frozen saves no activation for its shape; a ReLU saves a mask where that is less."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import LAYERS, example_input, spread_statistics
+from eager_helpers import Fn, codes, run, saved_bytes
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from convbn_inductor_pass import Code, decisions, options, turn_on
+from convbn_inductor_pass.functional import Conv, layer, relu
+
+N, C, SIZE = 2, 4, 8
+ELEMENTS = N * C * SIZE * SIZE
+ACTIVATION, MASK = 4 * ELEMENTS, ELEMENTS
+
+
+class Net(nn.Module):
+    """Two residual blocks without pooling, so that every activation has ``ELEMENTS`` elements."""
+
+    def __init__(self, inplace=False):
+        super().__init__()
+        for i in range(2):
+            setattr(self, f"conv{i}", nn.Conv2d(C, C, 3, padding=1, bias=False))
+            setattr(self, f"bn{i}", nn.BatchNorm2d(C))
+        self.inplace = inplace
+
+    def forward(self, x):
+        for i in range(2):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x))
+            x = F.relu(y + x, inplace=self.inplace)
+        return x * 1
+
+
+WANTED = {"all": "", "input": "-", "conv": "conv", "norm": "bn"}
+
+
+def network(wanted, **how):
+    torch.manual_seed(0)
+    model = spread_statistics(Net(**how)).eval()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(WANTED[wanted]))
+    x = torch.randn(N, C, SIZE, SIZE)
+    return model, x.requires_grad_(wanted == "input")
+
+
+# Of two blocks: ReLU's results or masks, layers' outputs, both layers' inputs. The network's input
+# is not counted.
+SAVED = {
+    "all": (2 * ACTIVATION, 4 * ACTIVATION),
+    "input": (2 * MASK, 4 * ACTIVATION),
+    "conv": (2 * ACTIVATION, 4 * ACTIVATION),
+    "norm": (2 * ACTIVATION + 2 * MASK, 4 * ACTIVATION),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("wanted", WANTED)
+def test_saves_what_the_wanted_gradients_need(wanted, inplace):
+    model, x = network(wanted, inplace=inplace)
+    expected, gradients = run(model, x, parameters=dict(model.named_parameters()))
+    exact = run(copy.deepcopy(model).double(), x.detach().double().requires_grad_(x.requires_grad))
+    tuned, as_written = SAVED[wanted]
+    assert saved_bytes(model, x) == as_written
+    turn_on(model)
+    for _ in range(3):
+        assert saved_bytes(model, x) == tuned
+        got, found = run(model, x)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert found.keys() == gradients.keys() == exact[1].keys()
+        for n, g in exact[1].items():
+            bound = 2 * (gradients[n] - g).abs().max() + 1e-6 * g.abs().max()
+            assert (found[n] - g).abs().max() <= bound
+    assert set(codes(model)) == {Code.LAYER_FROZEN if wanted == "norm" else Code.FUSED}
+
+
+def test_norm_with_frozen_layers_on_request():
+    model, x = network("norm")
+    x.requires_grad_()  # else the first layer needs no graph
+    _, gradients = run(model, x)
+    with options(fuse_frozen_layers=True):
+        turn_on(model)
+        for _ in range(2):
+            # One block's input is the network's, the other's the first ReLU's result, which that
+            # ReLU has a mask of besides.
+            assert saved_bytes(model, x) == ACTIVATION + 2 * MASK
+            torch.testing.assert_close(run(model, x)[1], gradients)
+    assert codes(model) == [Code.FUSED] * 2
+
+
+def test_norm_without_a_layer():
+    """A frozen one saves nothing; one that is trained saves its input."""
+    model = Fn(lambda m, x: m.bn(m.conv(x).sin()) + m.bn(x))
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+    model.bn.requires_grad_(False)
+    expected, gradients = run(model, x)
+    before = saved_bytes(model, x)
+    turn_on(model)
+    assert before - saved_bytes(model, x) == x.nbytes  # that of sin(conv(x)); ``x`` is the input
+    got, found = run(model, x)
+    assert codes(model) == [Code.SHAPE_ONLY] * 2
+    assert [r.bytes_saved for r in decisions(model)] == [x.nbytes, x.nbytes]
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(found, gradients)
+
+
+# Who takes a ReLU's result, and whether that saves it.
+TAKERS = {
+    "layer": (lambda m, y: m.conv(y), True),
+    "frozen": (lambda m, y: F.conv2d(y, m.conv.weight.detach()), False),
+    "sum": (lambda m, y: y + 1, False),
+    "product": (lambda m, y: y * m.bn.weight[:, None, None], True),
+    "pool": (lambda m, y: F.max_pool2d(y, 2), True),
+    "norm": (lambda m, y: m.bn(y), True),
+    "list": (lambda m, y: torch.stack([y, y]), True),
+    "two": (lambda m, y: (y + 1).sum() + y.exp().sum(), True),
+}
+
+
+@pytest.mark.parametrize("name", TAKERS)
+def test_a_mask_where_nobody_else_saves_the_result(name):
+    """In the first forward of a network that trains convolutions all ReLUs save their result."""
+    take, is_saved = TAKERS[name]
+    nodes = []
+
+    def forward(m, x):
+        y = F.relu(m.bn(m.conv(x)))
+        nodes.append(y.grad_fn.name())
+        return take(m, y)
+
+    model, x = Fn(forward), torch.randn(2, 4, 8, 8)
+    expected, gradients = run(model, x)
+    turn_on(model)
+    for _ in range(3):
+        got, found = run(model, x)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        torch.testing.assert_close(found, gradients)
+    masked = ["Relu" in n and n != "ReluBackward0" for n in nodes]
+    assert masked == [False, False, not is_saved, not is_saved]
+
+
+SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-45, -1e-45, 2.0, -2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_relu_bits(dtype, inplace):
+    pairs = torch.tensor(list(itertools.product(SPECIAL, SPECIAL)), dtype=dtype)
+
+    def bits(function):
+        x = pairs[:, 0].clone().requires_grad_()
+        y = function(x * 1, inplace)
+        y.backward(pairs[:, 1])
+        return torch.stack([y.detach(), x.grad]).view(torch.uint8)
+
+    assert torch.equal(bits(relu), bits(lambda x, i: F.relu(x, inplace=i)))
+
+
+def test_relu_gradgradcheck():
+    x = torch.randn(3, 5, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(relu, (x,))
+    assert torch.autograd.gradgradcheck(relu, (x,))
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERS if n not in ("conv2d_same", "conv2d_valid")])
+def test_frozen_layers(name):
+    """Gradients of input and bias, and theirs, without the input."""
+    torch.manual_seed(0)
+    m = LAYERS[name]().double()
+    x = example_input(m).double()
+    conv = None
+    if not isinstance(m, nn.Linear):
+        geometry = (m.stride, m.padding, m.dilation)
+        conv = Conv(*geometry, m.transposed, m.output_padding, m.groups)
+    bias = torch.randn(1) if m.bias is None else m.bias.detach()
+    leaves = [x.requires_grad_(), *([] if m.bias is None else [bias.double().requires_grad_()])]
+    weight = m.weight.detach()
+
+    def call(x, bias=None):
+        return layer(x, weight, bias, conv, save_input=False)
+
+    assert [t is None for t in call(*leaves).grad_fn.saved_tensors[:2]] == [True, False]
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [*itertools.product(*[(1, 2, 3)] * 2, (0, 1), (1, 2))],
+)
+def test_geometries(kernel, stride, padding, dilation):
+    torch.manual_seed(0)
+    for size, transposed in itertools.product((7, 8), (False, True)):
+        make = nn.ConvTranspose2d if transposed else nn.Conv2d
+        m = make(4, 6, kernel, stride, padding, dilation=dilation, groups=2).double()
+        if transposed:
+            m.output_padding = (max(stride, dilation) - 1, 0)
+        m.requires_grad_(False)
+        x = torch.randn(2, 4, size, size, dtype=torch.float64, requires_grad=True)
+        y = m(x)
+        dy = torch.randn_like(y)
+        (expected,) = torch.autograd.grad(y, x, dy)
+        geometry = (m.stride, m.padding, m.dilation, transposed, m.output_padding, 2)
+        got = layer(x, m.weight, m.bias, Conv(*geometry), save_input=False)
+        torch.testing.assert_close(torch.autograd.grad(got, x, dy)[0], expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed(reentrant):
+    model, x = network("input")
+    expected, gradients = run(model, x)
+    turn_on(model)
+    outer = Fn(lambda m, x: checkpoint(model, x, use_reentrant=reentrant))
+    for _ in range(2):
+        got, found = run(outer, x, parameters={})
+        assert torch.equal(got[0], expected[0])
+        torch.testing.assert_close(found, gradients)
+
+
+def test_relu_of_what_must_not_be_written_to():
+    model = Fn(lambda m, x: F.relu_(x))
+    turn_on(model.requires_grad_(False))
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        model(torch.randn(2, 4, 6, 6, requires_grad=True))
+    view = Fn(lambda m, x: F.relu_((x * 1)[:, :2]))
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+    expected = run(view, x)
+    assert run(turn_on(view.requires_grad_(False)), x)[0][0].equal(expected[0][0])
