@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -10,10 +11,17 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    track,
+)
 from rich.table import Table
 
-from . import cases, protocols, providers, readers, suites, workload
+from . import cases, protocols, providers, readers, selective, suites, workload
 from .metrics.measure import Budget
 from .reporting.report import write_report
 from .results import ResultFile, Row, read
@@ -162,6 +170,23 @@ def list_readers(
             j.settings for j in suites.SUITES["paper"]("cpu") if j.providers == suites.SAVED
         ]
     output.write_text(readers.report(settings, on_case=console.print), encoding="utf-8")
+    console.print(f"wrote {output}")
+
+
+@app.command("selective")
+def measure_selective(
+    network: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(selective.NETWORKS)}; default: all.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="JSON file.")] = _RESULTS / "selective.json",
+) -> None:
+    """Bytes saved where all, the input, convolutions or norms have a gradient; eager, too."""
+    names = [_choice(n, selective.NETWORKS, "--network") for n in network or selective.NETWORKS]
+    rows: list[dict[str, object]] = []
+    for name in track(names, "networks", console=console):
+        rows += selective.measure(name)
+    output.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    console.print(selective.table(rows), soft_wrap=True)
     console.print(f"wrote {output}")
 
 

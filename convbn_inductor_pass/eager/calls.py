@@ -17,7 +17,7 @@ from .._torch import eager as torch_eager
 from ..functional import Conv
 from .geometry import pad_unevenly, read_conv
 
-__all__ = ["BATCH_NORMS", "LAYERS", "RELUS", "SAVES_NOTHING", "VIEWS"]
+__all__ = ["BATCH_NORMS", "LAYERS", "MAX_POOLS", "RELUS", "SAVES_NOTHING", "VIEWS"]
 __all__ += [
     "BatchNormCall",
     "LayerCall",
@@ -51,6 +51,9 @@ RELUS = {
     **dict.fromkeys((torch.relu, Tensor.relu), False),
     **dict.fromkeys((torch.relu_, F.relu_, Tensor.relu_), True),
 }
+# Function -> spatial dimensions.
+MAX_POOLS = {torch.max_pool2d: 2, F.max_pool2d: 2, torch.max_pool3d: 3, F.max_pool3d: 3}
+_POOL = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 # Functions that save no argument that is an activation.
 SAVES_NOTHING = {
     *(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__),
@@ -210,6 +213,23 @@ def read_relu(
         return None
     # Errors about what must not be written to are PyTorch's own.
     return None if inplace and (x._is_view() or x.is_leaf) else (x, inplace)
+
+
+def read_max_pool(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...] | None:
+    """Arguments of :func:`functional.max_pool`; None if it is to run as written."""
+    bound, spatial = _bind(_POOL, args, kwargs), MAX_POOLS[function]
+    if bound is None or not {"input", "kernel_size"} <= bound.keys() or bound.get("return_indices"):
+        return None
+    x = bound["input"]
+    if not (torch.is_grad_enabled() and is_plain(x) and x.requires_grad and x.ndim == spatial + 2):
+        return None
+    kernel, stride = bound["kernel_size"], bound.get("stride")
+    stride = kernel if stride is None or stride == () else stride
+    sizes = (kernel, stride, bound.get("padding", 0), bound.get("dilation", 1))
+    lists = [[v] * spatial if isinstance(v, int) else list(v) for v in sizes]
+    return (x, *lists, bool(bound.get("ceil_mode", False)))
 
 
 def tensors_read(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

@@ -21,7 +21,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._torch import eager as torch_eager
-from .region import Ledger, Region
+from .events import Ledger
+from .region import Region
 
 __all__ = ["Hook", "add_hooks", "forget_interrupted", "remove_hooks", "suspended"]
 

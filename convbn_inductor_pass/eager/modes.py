@@ -30,8 +30,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..codes import Code
 from ..records import Record
 from . import deploy
+from .events import Event, Ledger
 from .intercept import Hook, add_hooks, forget_interrupted, remove_hooks
-from .region import Event, Ledger
 
 __all__ = ["decisions", "turn_off", "turn_on"]
 

@@ -11,10 +11,10 @@ Other uses of a layer's output are right, too, but cost a second weight gradient
 watches outputs: one used before its batch norm is left as written; one used after it, or stored, or
 that met no batch norm, in the forward before, is run as written and watched this once.
 
-What is frozen saves no activation for its shape: a layer whose weight requires no gradient, and a
-batch norm whose weight requires none, after a layer or not. Then a ReLU's result may be saved for
-the ReLU alone, which saves a mask instead where nobody else saved it in the forward before, or,
-before there was one, where the model trains no convolution.
+No activation is saved for its shape: not by a layer whose weight requires no gradient, nor by a
+batch norm whose weight requires none, after a layer or not, nor by max-pooling. Then a ReLU's
+result may be saved for the ReLU alone, which saves a mask instead where nobody else saved it in the
+forward before, or, before there was one, where the model trains no convolution.
 
 A region steps aside
 
@@ -31,7 +31,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .. import functional
@@ -41,73 +41,19 @@ from ..config import get_options
 from .calls import (
     BATCH_NORMS,
     LAYERS,
+    MAX_POOLS,
     RELUS,
-    SAVES_NOTHING,
-    VIEWS,
     BatchNormCall,
     LayerCall,
-    is_plain,
+    read_max_pool,
     read_relu,
     runs_as_written,
     tensors_read,
 )
+from .decide import decide, why_as_written
+from .events import Event, Ledger
 
-__all__ = ["Event", "Ledger", "Region"]
-
-
-class Event:
-    """One call of a layer or batch norm, or of both one after the other; or of a ReLU.
-
-    ``used``: whether something takes the layer's output besides the batch norm, or saves the ReLU's
-    besides it.
-    """
-
-    def __init__(self) -> None:
-        self.code: Code | None = None
-        self.detail = ""
-        self.key: Any = None
-        self.weight: Any = None
-        self.shape: tuple[int, ...] = ()
-        self.used = self.linear = self.relu = False
-
-    def may_be_read_by(self, function: Any) -> bool:
-        """Whether a function that is no layer and no batch norm leaves the decision as it is."""
-        if self.relu:
-            return function in SAVES_NOTHING
-        # Rows of a linear layer's output may be what a batch norm takes.
-        return self.linear and function in VIEWS
-
-    def of_layer(self, call: LayerCall, output: Tensor, as_written: str) -> None:
-        self.input, self.weight = weakref.ref(call.input), weakref.ref(call.weight)
-        self.output = weakref.ref(output)
-        self.shape, self.dtype, self.linear = output.shape, output.dtype, call.conv is None
-        self.as_written = as_written
-
-    def mark_used(self) -> None:
-        self.used = True
-        if self.code is Code.FUSED:
-            self.code = Code.LAYER_OUTPUT_USED
-
-
-class Ledger:
-    """What the hooks of one model share: by module that opened a region, its last events.
-
-    An event's key is a tensor's id and how often it was used before in the same region.
-    Copies start empty.
-    """
-
-    def __init__(self) -> None:
-        self.forwards: Any = torch_eager.WeakIdKeyDictionary()
-
-    def __reduce__(self) -> tuple[type[Ledger], tuple[()]]:
-        return Ledger, ()
-
-    def begin(self, module: nn.Module) -> tuple[dict[Any, Event], dict[Any, Event]]:
-        """Events of the last forward of ``module``, and a place for those of the next."""
-        before = self.forwards.pop(module, {})
-        now: dict[Any, Event] = {}
-        self.forwards[module] = now  # the latest comes last
-        return before, now
+__all__ = ["Region"]
 
 
 class Region(TorchFunctionMode):
@@ -130,10 +76,19 @@ class Region(TorchFunctionMode):
             return self._layer(func, args, kwargs)
         if func in BATCH_NORMS:
             return self._batch_norm(func, args, kwargs)
+        if func in MAX_POOLS and not self._aside():
+            read = read_max_pool(func, args, kwargs)
+            if read is not None:
+                if (taken := self._event_of(read[0])) is not None and not taken.relu:
+                    taken.mark_used()
+                return functional.max_pool(*read)
         self._watch(func, args, kwargs)
         if func in RELUS:
             return self._relu(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _aside(self) -> bool:
+        return runs_as_written() or torch_eager.saved_tensors_hooks() != self.hooks
 
     def _count(self, tensor: Any) -> tuple[int, int]:
         """Which call with this tensor this is."""
@@ -162,8 +117,7 @@ class Region(TorchFunctionMode):
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else kwargs.get("input")
         taken = self._event_of(x)
-        aside = runs_as_written() or torch_eager.saved_tensors_hooks() != self.hooks
-        call = None if aside else LayerCall.read(func, args, kwargs)
+        call = None if self._aside() else LayerCall.read(func, args, kwargs)
         saves_input = call is None or call.weight.requires_grad or get_options().fuse_frozen_layers
         if taken is not None and (saves_input or not taken.relu):
             taken.mark_used()
@@ -173,7 +127,7 @@ class Region(TorchFunctionMode):
         key = self._count(weight if isinstance(weight, nn.Parameter) else None)
         event = self.events[key] = Event()
         learns = saves_input and not self.hooks
-        as_written = _why_as_written(self.before.get(key)) if learns else ""
+        as_written = why_as_written(self.before.get(key)) if learns else ""
         needs_grad = torch.is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         )
@@ -197,7 +151,7 @@ class Region(TorchFunctionMode):
         if torch_eager.saved_tensors_hooks() != self.hooks:
             code, detail = Code.REGION, "if by checkpointing a function: checkpoint a module"
         else:
-            code, detail = _decide(bn, layer)
+            code, detail = decide(bn, layer)
         identity = bn.weight if bn.running_mean is None else bn.running_mean
         if event is None:
             event = self.events[self._count(identity)] = Event()
@@ -212,8 +166,7 @@ class Region(TorchFunctionMode):
         return functional.batch_norm(bn.input, norm)
 
     def _relu(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        aside = runs_as_written() or torch_eager.saved_tensors_hooks() != self.hooks
-        read = None if aside else read_relu(func, args, kwargs)
+        read = None if self._aside() else read_relu(func, args, kwargs)
         if read is None:
             return func(*args, **kwargs)
         key = ("ReLU", self._count(None)[1])
@@ -241,73 +194,3 @@ class Region(TorchFunctionMode):
             if event.code is Code.FUSED and event.output() is not None:
                 event.mark_used()
         self.outputs.clear()
-
-
-def _why_as_written(before: Event | None) -> str:
-    """Why a layer is only watched, from the same call in the forward before."""
-    if before is None:
-        return ""
-    if before.used:
-        return "it was in the forward before this one; if it no longer is, the next will be fused"
-    if before.code is None:
-        return "no batch norm took it in the forward before this one; the next will be fused"
-    return ""
-
-
-def _decide(bn: BatchNormCall, event: Event | None) -> tuple[Code, str]:
-    """Whether a batch norm may leave its input unsaved, and a detail.
-
-    ``event`` is the layer's, if it ran in this region. In eager mode a batch norm whose weight is
-    frozen saves its input, too, and is fused.
-    """
-    if bn.training or bn.running_mean is None or bn.running_var is None:
-        return Code.BATCH_STATISTICS, ""
-    if not bn.wants_gradient:
-        return Code.NO_GRAD, ""
-    trained = bn.weight is not None and bn.weight.requires_grad
-    if trained and (reason := _why_not_after_layer(bn.input, event)) is not None:
-        return reason
-    c = bn.input
-    if not is_plain(c):
-        return Code.UNSUPPORTED_TENSOR, "input of the batch norm"
-    for name in ("running_mean", "running_var", "weight", "bias"):
-        if (tensor := getattr(bn, name)) is None:
-            continue
-        if not is_plain(tensor) or tensor.device != c.device:
-            return Code.UNSUPPORTED_TENSOR, f"{name} of the batch norm"
-        if (dtype := tensor.dtype) != c.dtype:
-            mixed = c.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
-            if not mixed:
-                return Code.UNSUPPORTED_DTYPE, f"{name} is {dtype}, the layer's {c.dtype}"
-        if tensor.ndim != 1 or tensor.numel() != c.shape[1]:
-            return Code.UNSUPPORTED_SHAPE, f"{name} has shape {tuple(tensor.shape)}"
-    if bn.running_mean.requires_grad or bn.running_var.requires_grad:
-        return Code.STATISTICS_REQUIRE_GRAD, ""
-    follows_layer = event is not None or functional.layer_before(c) is not None
-    return Code.FUSED if follows_layer else Code.SHAPE_ONLY, ""
-
-
-def _why_not_after_layer(c: Tensor, event: Event | None) -> tuple[Code, str] | None:
-    """Why the gradient of a batch norm's weight cannot come from the layer that gave ``c``."""
-    node = functional.layer_before(c)
-    layer: Any = event or node
-    if layer is None:
-        return Code.NOT_AFTER_LAYER, ""
-    x, weight = layer.input(), layer.weight()
-    if weight is not None and torch_eager.storage_is_freed(weight):
-        return Code.WEIGHT_FREED, ""
-    if event is not None and event.used:
-        return Code.LAYER_OUTPUT_USED, ""
-    if event is not None and event.as_written:
-        return Code.LAYER_OUTPUT_USED, event.as_written
-    if weight is not None and not weight.requires_grad and not get_options().fuse_frozen_layers:
-        return Code.LAYER_FROZEN, ""
-    if node is None:
-        return Code.REGION, "the layer ran without a graph"
-    if c._backward_hooks or c.retains_grad:
-        return Code.LAYER_OUTPUT_USED, "a hook takes its gradient"
-    if x is not None and torch_eager.storage_is_foreign(x):
-        return Code.INPUT_MUTATED, "NumPy or others hold the memory of the layer's input"
-    if node.conv is None and c.ndim != 2:
-        return Code.UNBATCHED, f"{c.ndim} dimensions with channels last"
-    return None

@@ -114,7 +114,8 @@ TAKERS = {
     "frozen": (lambda m, y: F.conv2d(y, m.conv.weight.detach()), False),
     "sum": (lambda m, y: y + 1, False),
     "product": (lambda m, y: y * m.bn.weight[:, None, None], True),
-    "pool": (lambda m, y: F.max_pool2d(y, 2), True),
+    "max_pool": (lambda m, y: F.max_pool2d(y, 2), False),
+    "avg_pool": (lambda m, y: F.avg_pool2d(y, 2), True),
     "norm": (lambda m, y: m.bn(y), True),
     "list": (lambda m, y: torch.stack([y, y]), True),
     "two": (lambda m, y: (y + 1).sum() + y.exp().sum(), True),
@@ -158,6 +159,33 @@ def test_relu_bits(dtype, inplace):
         return torch.stack([y.detach(), x.grad]).view(torch.uint8)
 
     assert torch.equal(bits(relu), bits(lambda x, i: F.relu(x, inplace=i)))
+
+
+POOLS = {
+    "plain": ((4, 9, 9), {"kernel_size": 2}),
+    "overlapping": ((4, 9, 9), {"kernel_size": 3, "stride": 2, "padding": 1}),
+    "ceil": ((4, 10, 9), {"kernel_size": (3, 2), "stride": 2, "ceil_mode": True}),
+    "dilated": ((4, 9, 12), {"kernel_size": 2, "dilation": (2, 3), "stride": 1}),
+    "3d": ((4, 5, 6, 7), {"kernel_size": 2, "stride": (1, 2, 3)}),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", POOLS)
+def test_max_pooling_saves_indices_alone(name, channels_last):
+    sizes, kwargs = POOLS[name]
+    pool = F.max_pool2d if len(sizes) == 3 else F.max_pool3d
+    last = torch.channels_last if len(sizes) == 3 else torch.channels_last_3d
+    model = Fn(lambda m, x: pool(x.to(memory_format=last) if channels_last else x * 1, **kwargs))
+    x = torch.randn(2, *sizes, dtype=torch.float64).requires_grad_()
+    expected, before = run(model, x), saved_bytes(model, x)
+    turn_on(model)
+    got = run(model, x)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert got[1]["input0"].stride() == expected[1]["input0"].stride()
+    assert before - saved_bytes(model, x) == x.nbytes  # a copy of it
+    assert torch.autograd.gradcheck(model, (x,), fast_mode=True)
+    assert torch.autograd.gradgradcheck(model, (x,), fast_mode=True)
 
 
 def test_relu_gradgradcheck():
