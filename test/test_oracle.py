@@ -192,3 +192,22 @@ class TestWrongFormulas:
         self.break_dgamma(monkeypatch, factor, shift, only=torch.bfloat16)
         with pytest.raises(AssertionError, match="gradient of g: error"):
             check(make)
+
+
+@pytest.mark.parametrize(("factor", "accepted"), [(3.0, True), (100.0, False)])
+def test_a_gradient_that_is_zero_but_for_rounding(factor, accepted):
+    """As a bias's before a batch norm in training mode: nothing but its size can be judged."""
+    unfused = torch.tensor([7e-6, -2e-7])
+
+    def outcome(gradient):
+        return oracle.Outcome([], {"b": gradient}, {})
+
+    def judge():
+        fused, exact = outcome(-factor * unfused), outcome(torch.tensor([1e-15, 0.0]).double())
+        oracle.compare(fused, outcome(unfused), outcome(unfused), exact)
+
+    if accepted:
+        judge()
+    else:
+        with pytest.raises(AssertionError, match="gradient of b"):
+            judge()

@@ -107,10 +107,19 @@ class _Rewriting:
         return self.replaced
 
     def _sum_g(self) -> fx.Node:
-        if value_of(self.g).dtype == self.wide:
-            # As a batch norm's shift has it, so that the partitioner makes the two one.
-            return self._call(aten.sum.dim_IntList, self.g, self.dims)
-        return self._call(aten.sum.dim_IntList, self.g, self.dims, False, dtype=self.wide)
+        """The sum of ``g`` [C]: if there is one, as for a batch norm's shift, that one.
+
+        Nobody makes the two one later: PyTorch leaves what the graph returns alone.
+        """
+        g = self.build.current(self.g)
+        for wide in (g, *(u for u in g.users if is_cast(u))):
+            for user in wide.users if value_of(wide).dtype == self.wide else ():
+                is_sum = user.target is aten.sum.dim_IntList and not user.kwargs
+                if is_sum and list(user.args[1:]) in ([self.dims], [self.dims, False]):
+                    return user
+        if value_of(g).dtype == self.wide:
+            return self._call(aten.sum.dim_IntList, g, self.dims)
+        return self._call(aten.sum.dim_IntList, g, self.dims, False, dtype=self.wide)
 
     def _power_of_two(self) -> fx.Node:
         """t [C], as :func:`~convbn_inductor_pass.functional.half.gradient_scale` has it.
