@@ -59,6 +59,14 @@ class Explanation:
         """Bytes saved for backward beside parameters, buffers and inputs, by mode."""
         return {mode: s.new_bytes + s.copied_bytes for mode, s in self.saved.items()}
 
+    @property
+    def peak_bytes(self) -> dict[str, int]:
+        """By mode, an estimate of the most bytes that a step has alive at once.
+
+        Beside parameters, buffers and inputs; gradients are included. See ``SavedForBackward``.
+        """
+        return {mode: s.peak_bytes for mode, s in self.saved.items()}
+
     def left(self, *, except_codes: tuple[Code, ...] = ()) -> tuple[Record, ...]:
         """Batch norms left as written, less those left for one of ``except_codes``."""
         left = (r for r in self.batch_norms if not r.code.rewritten)
@@ -71,6 +79,7 @@ class Explanation:
             "batch_norms": len(self.batch_norms),
             "graphs": self.graphs,
             "saved_bytes": self.saved_bytes,
+            "peak_bytes": self.peak_bytes,
             "saved_tensors": {
                 mode: [dataclasses.asdict(t) for t in s.tensors] for mode, s in self.saved.items()
             },

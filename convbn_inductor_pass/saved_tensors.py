@@ -66,10 +66,15 @@ class SavedTensor:
 
 @dataclasses.dataclass(frozen=True)
 class SavedForBackward:
-    """New tensors that one or several compiled graphs save for backward, each storage once."""
+    """New tensors that one or several compiled graphs save for backward, each storage once.
+
+    ``peak_bytes`` estimates the most that a step has alive at once beside parameters, buffers and
+    inputs, gradients included: each graph runs in its order, and nothing is fused.
+    """
 
     tensors: tuple[SavedTensor, ...]
     copied_bytes: int = 0
+    peak_bytes: int = 0
 
     @property
     def new_bytes(self) -> int:
@@ -89,8 +94,10 @@ class SavedForBackward:
         return sum(t.nbytes for t in self.tensors if t.layer == layer)
 
     def __add__(self, other: SavedForBackward) -> SavedForBackward:
+        """Of both, one after the other in the forward."""
         copied = self.copied_bytes + other.copied_bytes
-        return SavedForBackward(self.tensors + other.tensors, copied)
+        peak = max(self.peak_bytes, self.new_bytes + self.copied_bytes + other.peak_bytes)
+        return SavedForBackward(self.tensors + other.tensors, copied, peak)
 
 
 def saved_for_backward(
@@ -179,7 +186,12 @@ def saved_by_graph(
         return SavedForBackward(())
     forward, backward = graphs[False].graph, graphs[True].graph
     tensors = tuple(_new_tensors(forward, backward, static_inputs))
-    return SavedForBackward(tensors, _copied_bytes(forward, backward, channels_last))
+    copied = _copied_bytes(forward, backward, channels_last)
+    inputs = [{*g.find_nodes(op="placeholder")} for g in (forward, backward)]
+    new = {t.name for t in tensors}
+    old = {n for n in inputs[1] if n.name not in new and not n.name.startswith("tangents_")}
+    peaks = (inductor.most_alive(forward, inputs[0]), inductor.most_alive(backward, old))
+    return SavedForBackward(tensors, copied, copied + max(peaks))
 
 
 def _no_pass() -> contextlib.AbstractContextManager[None]:

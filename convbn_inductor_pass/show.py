@@ -83,10 +83,15 @@ def _summary(explanation: Explanation) -> str:
     if wanted:
         counts = (f"{wanted.count(k)} x {title}" for k, title in _WANTED.items() if k in wanted)
         lines.append(f"Not saved, since no wanted gradient needs it: {', '.join(counts)}.")
-    baseline = explanation.saved_bytes["eval"]
-    for mode, size in explanation.saved_bytes.items():
-        share = f" ({size / baseline - 1:+.1%})" if baseline and mode != "eval" else ""
-        lines.append(f"saved for backward, {mode} mode: {size:,} bytes{share}")
+    for title, sizes in (
+        ("saved for backward", explanation.saved_bytes),
+        ("estimated peak of a step", explanation.peak_bytes),
+    ):
+        for mode, size in sizes.items():
+            share = (
+                f" ({size / sizes['eval'] - 1:+.1%})" if sizes["eval"] and mode != "eval" else ""
+            )
+            lines.append(f"{title}, {mode} mode: {size:,} bytes{share}")
     if copied := explanation.saved["tune"].copied_bytes:
         lines.append(
             f"{copied:,} bytes of that are channels-last copies of weights and inputs, which "

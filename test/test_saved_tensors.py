@@ -17,7 +17,7 @@ from bench.providers import PROVIDERS
 from convbn_inductor_pass import testing
 from convbn_inductor_pass._torch import inductor, registry
 from convbn_inductor_pass.passes import PASSES
-from convbn_inductor_pass.saved_tensors import saved_for_backward
+from convbn_inductor_pass.saved_tensors import SavedForBackward, SavedTensor, saved_for_backward
 
 HOOKS = sorted({p.hook for p in PASSES})
 
@@ -193,3 +193,26 @@ def test_shapes_of_an_earlier_call_do_not_matter():
 def test_unknown_mode():
     with pytest.raises(ValueError, match="mode must be one of eval, builtin, tune, deploy, got"):
         saved_for_backward(Residual(), torch.randn(2, 3, 8, 8), mode="train")
+
+
+def test_peak_of_two_layers():
+    """The backward has, besides the output's gradient, first dw2, then dh, then dw1."""
+    rows, width, hidden, out = 7, 5, 11, 3
+    w1, w2 = (torch.randn(*s, requires_grad=True) for s in ((width, hidden), (hidden, out)))
+    x = torch.randn(rows, width)
+    saved = saved_for_backward(lambda x: x @ w1 @ w2, x)
+    h, dy, dw1, dw2 = (
+        4 * a * b for a, b in ((rows, hidden), (rows, out), (width, hidden), (hidden, out))
+    )
+    assert saved.new_bytes == h
+    backward = (h + dy + dw2, dy + dw2 + h, dw2 + h + dw1)  # dh is as large as h
+    assert saved.peak_bytes == max(h + dy, *backward)
+
+
+def test_peak_of_graphs_one_after_the_other():
+    first, second = (
+        SavedForBackward((SavedTensor("", (), "", n, "activation"),), 0, p)
+        for n, p in ((5, 9), (7, 20))
+    )
+    assert (first + second).peak_bytes == 25
+    assert (second + first).peak_bytes == 20

@@ -27,6 +27,8 @@ from torch._inductor.inductor_prims import force_stride_order
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from . import compat
+
 __all__ = [
     "TracingContext",
     "binary_folding_pass",
@@ -44,6 +46,7 @@ __all__ = [
     "is_outermost",
     "library_settings",
     "makes_channels_last",
+    "most_alive",
     "parts_of_subclasses",
     "sort_graph",
     "trace_decomposed",
@@ -190,6 +193,29 @@ def is_generated(target: Any) -> bool:
         return False
     # Pooling reads each element several times, and has its input computed first.
     return "_pool" not in target._schema.name
+
+
+def most_alive(graph: torch.fx.Graph, kept: set[torch.fx.Node]) -> int:
+    """The most bytes alive at once while ``graph`` runs in its order, unfused.
+
+    What is in ``kept``, inputs, stays alive and does not count; other inputs count until their last
+    use.
+    """
+    from torch._inductor.fx_passes.memory_estimator import GraphAliasTracker
+
+    def total(storages: Any) -> int:
+        return sum(compat.size_hint(s.storage.nbytes()) for s in storages)
+
+    storages = GraphAliasTracker([*graph.nodes])
+    not_counted = {s for n in kept for s in storages.get_fresh_allocations(n)}
+    inputs = [n for n in graph.find_nodes(op="placeholder") if n not in kept]
+    most = now = sum(total(storages.get_fresh_allocations(n)) for n in inputs)
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            now += total(storages.get_fresh_allocations(node))
+            most = max(most, now)
+        now -= total(s for s in storages.get_storages_last_used(node) if s not in not_counted)
+    return most
 
 
 def trained_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:
