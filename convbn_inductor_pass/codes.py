@@ -77,6 +77,7 @@ class Code(enum.Enum):
     LAYER_FROZEN = "the layer's weight needs no gradient: rewriting would have to compute it"
     LARGE_WEIGHT = "objective 'speed': the weight is large next to the layer's output"
     MORE_BYTES = "as written fewer bytes are moved"
+    NOT_MEASURED = "forward='auto' folds on CPU alone: on this device nobody has measured it"
     DENIED = "the options 'allow' and 'deny' leave this module out"
 
     @property
@@ -118,5 +119,6 @@ _REMEDIES = {
     Code.FLOAT16_RANGE: "use bfloat16, or autocast",
     Code.LARGE_WEIGHT: "set the option objective='memory'",
     Code.MORE_BYTES: "set the option forward='fold' to fold it all the same",
+    Code.NOT_MEASURED: "measure it with the option forward='fold'",
     Code.DENIED: "change these options",
 }

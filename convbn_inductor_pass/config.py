@@ -33,7 +33,7 @@ class Options:
         bit_masks: save masks for backward with eight elements in a byte.
         forward: what forward folding does with a layer and the affine map after it, in inference
             and in the forward of training. ``"exact"`` keeps eval mode's bits: nothing. ``"fold"``
-            scales the layer's weight each call, wherever that is legal. ``"auto"`` does so
+            scales the layer's weight each call, wherever that is legal. ``"auto"`` does so on CPU
             where fewer bytes are moved by estimate. Outputs then differ from eval mode's by
             rounding (and oneDNN's ReLU and clamp make a NaN a finite value).
         allow: shell-style patterns of module paths (``"backbone.*"``). If given, a layer is only

@@ -138,6 +138,11 @@ def _is_denied(c: FoldCandidate, context: Context) -> str | None:
     return None if context.options.allows(*paths) else " and ".join(filter(None, paths))
 
 
+def _is_not_measured(c: FoldCandidate, context: Context) -> str | None:
+    device = c.layer.out.device.type
+    return device if context.options.forward == "auto" and device != "cpu" else None
+
+
 # A layer for which both move as many bytes came out slower when folded: the scale and the shift are
 # small kernels of their own, and the weight is read with less locality.
 _MARGIN = 2
@@ -164,6 +169,7 @@ LEGALITY: tuple[tuple[Code, Check], ...] = (
 
 PROFIT: tuple[tuple[Code, Check], ...] = (
     (Code.DENIED, _is_denied),
+    (Code.NOT_MEASURED, _is_not_measured),
     (Code.MORE_BYTES, _moves_more_bytes),
 )
 """Checks of whether folding is wanted, and pays."""

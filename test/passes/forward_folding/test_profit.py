@@ -12,6 +12,7 @@ import convbn_inductor_pass as cbn
 from convbn_inductor_pass import testing
 from convbn_inductor_pass.graph.affine import find_chains
 from convbn_inductor_pass.passes.forward_folding.candidate import FoldCandidate
+from convbn_inductor_pass.passes.forward_folding.decide import Context, decide
 from convbn_inductor_pass.passes.forward_folding.kernels import bytes_moved
 from passes.forward_folding.folding import Frozen, codes, folded
 
@@ -45,12 +46,12 @@ def test_what_the_layers_own_operator_does_not_compute_is_not_counted():
     assert (record.code.name, record.bytes_exact) == ("MORE_BYTES", 0)
 
 
-@pytest.mark.parametrize(("device", "expected"), [("cpu", (2 * 4 * 81 * 4, 0)), ("cuda", (0, 0))])
-def test_inductor_adds_a_bias_apart_on_cuda(device, expected):
-    """In a generated kernel of its own, so that nothing is gained."""
+def candidate_on(device):
+    """A convolution without a bias, and a shift, on fake tensors."""
     graph = fx.Graph()
     x, w, shift = (graph.placeholder(name) for name in "xws")
     geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    x.meta["desc"] = "an input"  # bodies of higher-order operators have none
     conv = graph.call_function(torch.ops.aten.convolution.default, (x, w, None, *geometry))
     node = graph.call_function(torch.ops.aten.add.Tensor, (conv, shift))
     graph.output(node)
@@ -59,7 +60,23 @@ def test_inductor_adds_a_bias_apart_on_cuda(device, expected):
             each.meta["val"] = torch.empty(shape, device=device)
         conv.meta["val"] = node.meta["val"] = torch.empty(1, 4, 9, 9, device=device)
     (chain,) = find_chains(graph)
-    assert bytes_moved(FoldCandidate(chain, "aten")) == expected
+    return FoldCandidate(chain, "aten"), graph
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", (2 * 4 * 81 * 4, 0)), ("cuda", (0, 0))])
+def test_inductor_adds_a_bias_apart_on_cuda(device, expected):
+    """In a generated kernel of its own, so that nothing is gained."""
+    candidate, _ = candidate_on(device)
+    assert bytes_moved(candidate) == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("forward", ["auto", "fold"])
+def test_auto_folds_only_where_it_was_measured(device, forward):
+    candidate, graph = candidate_on(device)
+    decision = decide(candidate, Context.of(graph, cbn.Options(forward=forward)))
+    unknown = (device, forward) == ("cuda", "auto")
+    assert decision.code.name == ("NOT_MEASURED" if unknown else "FOLDED")
 
 
 @pytest.mark.parametrize("which", [{"deny": ("convs.*",)}, {"allow": ("stem*", "down*")}])
