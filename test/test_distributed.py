@@ -13,13 +13,6 @@ from convbn_inductor_pass import Code
 FUSED = Code.FUSED
 
 
-@pytest.mark.parametrize("wrap", [two_processes.ddp, two_processes.sharded])
-def test_whole_model(tmp_path, wrap):
-    codes, error, graphs = in_two_processes(tmp_path, Residual, wrap)
-    assert (codes, graphs) == ({FUSED: 6}, 2)
-    assert error < 1e-4
-
-
 def test_ddp_in_buckets(tmp_path):
     """Where a bucket of gradients is full a graph ends; layer and batch norm stay together."""
     codes, error, graphs = in_two_processes(
@@ -29,7 +22,7 @@ def test_ddp_in_buckets(tmp_path):
     assert error < 1e-4
 
 
-def test_mixed_precision(tmp_path):
+def test_sharded_model_in_mixed_precision(tmp_path):
     codes, error, _ = in_two_processes(tmp_path, Residual, two_processes.sharded_in_bfloat16)
     assert codes == {FUSED: 6}
     assert error < 0.1

@@ -37,23 +37,16 @@ def resnet18() -> nn.Module:
     return require("torchvision.models").resnet18()  # type: ignore[no-any-return]
 
 
-def ddp(model: nn.Module, compiled: Callable[..., Any], **how: Any) -> nn.Module:
-    return compiled(DistributedDataParallel(model, **how))
-
-
 def ddp_in_buckets(model: nn.Module, compiled: Callable[..., Any]) -> nn.Module:
     """Dynamo breaks the graph where a bucket of gradients is full."""
-    return ddp(model, compiled, bucket_cap_mb=1)
-
-
-def sharded(model: nn.Module, compiled: Callable[..., Any], **how: Any) -> nn.Module:
-    """Whole model: one graph, one unit."""
-    fully_shard(model, mesh=init_device_mesh("cpu", (PROCESSES,)), **how)
-    return compiled(model)
+    return compiled(DistributedDataParallel(model, bucket_cap_mb=1))  # type: ignore[no-any-return]
 
 
 def sharded_in_bfloat16(model: nn.Module, compiled: Callable[..., Any]) -> nn.Module:
-    return sharded(model, compiled, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    """Whole model: one graph, one unit."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(model, mesh=init_device_mesh("cpu", (PROCESSES,)), mp_policy=policy)
+    return compiled(model)  # type: ignore[no-any-return]
 
 
 def sharded_by_block(model: nn.Module, compiled: Callable[..., Any]) -> nn.Module:
