@@ -9,7 +9,7 @@ import unittest
 from pathlib import Path
 
 import torch
-from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions, is_gcc
 from torch._inductor.cpu_vec_isa import VecAVX2, VecAVX512, pick_vec_isa
 from torch._inductor.test_case import TestCase, run_tests
 from torch._inductor.utils import run_and_get_cpp_code
@@ -59,7 +59,7 @@ class ByteMaskTestCase(TestCase):
         return code
 
 
-@unittest.skipUnless(HAS_ISA, "needs AVX2 or AVX512")
+@unittest.skipUnless(HAS_ISA and is_gcc(), "needs GCC for AVX2 or AVX512")
 class TestCppByteMasks(ByteMaskTestCase):
     # 4096 elements: no tail, whose instructions would be beside those of whole vectors
 

@@ -4,7 +4,10 @@ from test.upstream.edits import Change, Edit
 
 FILE = "torch/_inductor/decomposition.py"
 
-HELPER = '''
+# The piece of a line before which the helper goes
+DECORATOR = "@register_decomposition([aten.convolution_"
+
+HELPER = '''\
 def _conv_input_grad(
     grad_output: torch.Tensor,
     input: torch.Tensor,
@@ -55,7 +58,7 @@ def _conv_input_grad(
 '''
 
 FROZEN = """
-if not output_mask[1]:
+if not output_mask[1] and not statically_known_true(input.size(1) == 0):
     # The weight is frozen. Neither of the other gradients reads the input's elements.
     grad_inp = None
     if output_mask[0]:
@@ -75,7 +78,7 @@ CHANGE = Change(
     new_files={},
     removed=(),
     edits=(
-        Edit(FILE, "", "def convolution_backward", "before", HELPER),
+        Edit(FILE, "", DECORATOR, "swap", HELPER + DECORATOR),
         Edit(FILE, "convolution_backward", "if not output_mask[2]", "before", FROZEN),
     ),
     tests=("test_frozen_conv_backward.py",),
