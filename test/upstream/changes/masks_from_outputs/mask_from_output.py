@@ -23,8 +23,6 @@ from torch.fx import Graph, Node
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..utils import is_view
-
 aten = torch.ops.aten
 prims = torch.ops.prims
 
@@ -62,7 +60,8 @@ def mask_from_output(graph: Graph) -> int:
         if not _are_exact(activation.constants, _dtype(x)):
             continue
         for y in outputs:
-            if _is_read(y, backward):
+            # For more than a mask, which does not depend on a gradient
+            if any(user in backward for user in y.users):
                 count += _compare(y, x, activation)
     counters["inductor"]["mask_from_output"] += count
     return count
@@ -113,15 +112,6 @@ def _leaky_relu(node: Node) -> _Activation | None:
         return None
     # Not x < 0: where slope * x underflows, the result is -0
     return _Activation(x, ((_GT, 0), (_LE, 0)), ())
-
-
-def _is_read(y: Node, backward: OrderedSet[Node]) -> bool:
-    """Whether backward takes y, or a view of it, for more than a mask."""
-    for user in y.users:
-        is_op = isinstance(user.target, torch._ops.OpOverload)
-        if user in backward or (is_op and is_view(user.target) and _is_read(user, backward)):
-            return True
-    return False
 
 
 def _is_cast(node: Node) -> bool:

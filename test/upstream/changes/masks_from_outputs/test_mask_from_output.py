@@ -123,7 +123,7 @@ class TestMaskFromOutput(MaskTestCase):
 
     def test_linear_layers(self, device):
         model = Layers(F.leaky_relu, lambda: nn.Linear(8, 8)).to(device)
-        x = torch.randn(5, 6, 8, device=device)
+        x = torch.randn(30, 8, device=device)
         self.assertEqual(self.saved_masks(model, x, 1e-3), 0)
         self.assertEqual(counters["inductor"][NAME], 1)
 
@@ -147,6 +147,12 @@ class TestMaskFromOutputGuards(MaskTestCase):
         model = Pooled(8, 8, 3).to(device)
         x = torch.randn(2, 8, 10, 10, device=device)
         self.assertGreater(self.saved_masks(model, x, 1e-3), 0)
+        self.assertEqual(counters["inductor"][NAME], 0)
+
+    def test_view_is_saved(self, device):
+        # Backward has y in another shape alone
+        model = Layers(F.leaky_relu, lambda: nn.Linear(8, 8)).to(device)
+        self.saved_masks(model, torch.randn(5, 6, 8, device=device), 1e-3)
         self.assertEqual(counters["inductor"][NAME], 0)
 
     def test_autocast(self, device):
