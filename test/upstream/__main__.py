@@ -71,7 +71,7 @@ def apply(
         diff.write_text(git_diff(INSTALLED, root, changes))
     for line in git_diff(INSTALLED, root, changes, "--numstat").splitlines():
         added, removed, name = line.split("\t")
-        print(f"      +{added} -{removed}  {name}", flush=True)
+        print(f"      +{added} -{removed}  {name.replace('{a => b}/', '')}", flush=True)
     done = torch.run("-c", "import torch; print(torch.__version__, torch.__file__)")
     version, _, used = done.stdout.strip().partition(" ")
     report.check("edits", used.startswith(str(root)), f"torch {version}", done.stderr)
