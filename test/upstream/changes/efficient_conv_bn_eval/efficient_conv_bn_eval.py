@@ -2,45 +2,38 @@
 """
 Gradients of eval-mode batch norms from the weight gradient of the layer before them.
 
-For ``c = layer(x, W, b)`` and a batch norm in eval mode, ``y = A * c + B`` with one
-A and B per channel, autograd takes the gradient of the batch norm's weight from the
-layer's output, which is saved for nothing else:
+For ``c = layer(x, W, b)`` and ``y = A * c + B``, with one A and one B per channel, the
+gradient of the batch norm's weight has ``c`` saved for backward:
 
     dot_p = sum(g * (c - mean))
     dx, dW, db = layer_backward(A * g, x, W)
 
-The layer is linear in its weight, so that the weight gradient for ``g`` holds the same
-sum. This pass puts, in the joint graph,
+A layer is linear in its weight, so that the weight gradient for ``g`` holds the same
+sum. This pass puts in the joint graph, with ``<,>`` per output channel,
 
     dx, dWg = layer_backward(g, x, A * W)    dW = A * dWg    db = A * sum(g)
     dot_p = <dWg, W> + (b - mean) * sum(g)
 
-with ``<,>`` per output channel, and the partitioner has no reason to save ``c``. The
-rest of the batch norm's backward stays, and so does all of the forward.
+The forward stays as it is. From "Efficient ConvBN Blocks for Transfer Learning and
+Beyond", https://arxiv.org/abs/2305.11624
 
-Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond",
-https://arxiv.org/abs/2305.11624
+Layers are convolutions (transposed and grouped ones, too) and linear layers. What is
+not exactly of this form is left as it is; DEBUG logs say why. So is float16: ``dWg`` is
+``dW / A``, and may leave its range where ``dW`` does not.
 
-Layers are convolutions of any rank (transposed, grouped) and matrix products with a
-parameter. Anything that does not have exactly the form above is left as it is, and the
-reason is logged (``TORCH_LOGS="+torch._inductor.fx_passes.efficient_conv_bn_eval"``).
-float16 is: ``dWg`` is ``dW / A``, and may leave its range where ``dW`` does not.
-
-NOTE [Why this is no register_graph_pattern handler]: which nodes depend on a tangent,
-and which inputs are written to, has to be known of the whole graph. It is found once
-for all matches, and a match that is declined is not counted.
+NOTE [efficient_conv_bn_eval is no register_graph_pattern]: what depends on a tangent
+and which inputs are written to are found once for the graph, not for each match.
 """
 
-import dataclasses
 import logging
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils._ordered_set import OrderedSet
 
 from ..pattern_matcher import CallFunction, KeywordArg, stable_topological_sort
@@ -51,370 +44,248 @@ aten = torch.ops.aten
 Node = torch.fx.Node
 
 # As native_batch_norm_backward is decomposed.
-_DOT_P = CallFunction(
-    aten.sum.dim_IntList,
-    CallFunction(
-        aten.mul.Tensor,
-        KeywordArg("grad"),
-        CallFunction(aten.sub.Tensor, KeywordArg("value"), KeywordArg("mean")),
-    ),
-    KeywordArg("dims"),
-)
+_CENTERED = CallFunction(aten.sub.Tensor, KeywordArg("value"), KeywordArg("mean"))
+_PRODUCT = CallFunction(aten.mul.Tensor, KeywordArg("grad"), _CENTERED)
+_DOT_P = CallFunction(aten.sum.dim_IntList, _PRODUCT, KeywordArg("dims"))
 _CAST = torch.ops.prims.convert_element_type.default
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-_MOVES = (*_VIEWS, aten.permute.default)
-# What a layer that computes in one dtype may be used with.
-_DTYPES = {
-    torch.bfloat16: (torch.bfloat16, torch.float32),
-    torch.float32: (torch.float32,),
-    torch.float64: (torch.float64,),
-}
+# Leave the elements in order.
+_VIEWS = (_CAST, aten.view.default, aten._unsafe_view.default)
 
 
-class CantFuse(RuntimeError):
-    pass
-
-
-@dataclasses.dataclass
-class Fusion:
-    """
-    dot_p: the sum that is replaced, over ``grad * (value - mean)``.
-    layer: the call that gives the output, of which ``value`` is views and casts.
-    scale: A, as it is multiplied with ``grad``.
-    moves: the views by which ``scale * grad`` becomes ``layer_grad``.
-    backward: convolution_backward, or the mm that gives the weight gradient.
-    """
-
-    dot_p: Node
-    grad: Node
-    mean: Node
-    layer: Node
-    scale: Node
-    moves: list[Node]
-    layer_grad: Node
-    backward: Node
-
-    @property
-    def is_conv(self) -> bool:
-        return self.layer.target is aten.convolution.default
+class CantFuse(RuntimeError): ...
 
 
 def efficient_conv_bn_eval_pass(graph: torch.fx.Graph) -> int:
-    """Rewrite the joint graph; the number of batch norms that were fused."""
+    """Rewrites the joint graph; returns the number of batch norms that were fused."""
     inputs = graph.find_nodes(op="placeholder")
     backward = _depending_on(n for n in inputs if "tangents" in str(n.target))
-    if not backward:
-        return 0
-    written = _written_inputs(graph)
+    written = _written_inputs(graph) if backward else OrderedSet()
     count = 0
     for node in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
-        origin = str(node.meta.get("original_aten", ""))
         match = _DOT_P.match(node)
-        if not match or "batch_norm_backward" not in origin:
+        origin = str(node.meta.get("original_aten"))
+        if not backward or not match or "batch_norm_backward" not in origin:
             continue
         try:
-            fusion = _find(node, **match.kwargs, backward=backward, written=written)
+            found = _find(node, **match.kwargs, backward=backward, written=written)
         except CantFuse as reason:
             log.debug("%s is left as it is: %s", node, reason)
-            continue
-        _rewrite(graph, fusion)
-        count += 1
+        else:
+            _rewrite(node, *found)
+            count += 1
     if count:
         counters["inductor"]["efficient_conv_bn_eval"] += count
         stable_topological_sort(graph)
+        graph.eliminate_dead_code()
     return count
 
 
-def _find(dot_p, grad, value, mean, dims, backward, written) -> Fusion:
-    rank = grad.meta["val"].ndim
-    source, forward_moves = _source(value)
-    weight, bias = _weight_and_bias(source)
-    channels = _output_channels(source)
-    if grad not in backward or source in backward:
-        raise CantFuse("not a sum of a gradient and a value of the forward")
-    if sorted(d % rank for d in dims) != [d for d in range(rank) if d != 1]:
-        raise CantFuse("not one sum per channel")
-    for backward_call, layer_grad in _weight_gradients(source):
-        scaled, backward_moves = _source(layer_grad)
+def _find(dot_p, grad, value, mean, dims, backward, written) -> tuple[Any, ...]:
+    """What _rewrite takes; ``layer_grad`` is ``scale * grad``."""
+    layer = _source(value)
+    _, weight, bias = _tensors_of(layer)
+    if grad not in backward or layer in backward:
+        raise CantFuse("not a gradient times a value of the forward")
+    for call, layer_grad in _weight_gradients(layer):
+        scaled = _source(layer_grad)
         if scaled.target is aten.mul.Tensor and scaled.args[0] is grad:
             break
     else:
         raise CantFuse("the layer's gradient is not a multiple of the batch norm's")
     scale = scaled.args[1]
-    for vector in (scale, mean):
-        shape = vector.meta["val"].shape if isinstance(vector, Node) else ()
-        if vector in backward or len(shape) != rank or shape.numel() != channels:
-            raise CantFuse(f"{vector} is not one number per channel")
-        if shape[1] != channels:
-            raise CantFuse(f"{vector} is not one number per channel")
-    if not _undo_each_other([*forward_moves, *backward_moves]):
-        raise CantFuse("the gradient is not laid out as the layer's output")
-    if _follow_channels(forward_moves) != 1:
-        raise CantFuse("the channels are not the layer's")
-    used = (*source.all_input_nodes, value, grad, layer_grad, scale, mean, dot_p)
-    for node in used:
-        dtype = node.meta["val"].dtype
-        if dtype not in _DTYPES.get(source.meta["val"].dtype, ()):
-            raise CantFuse(f"{source.meta['val'].dtype} used with {node} in {dtype}")
-    for node in filter(None, (weight, bias)):
-        parameter, _ = _source(node)
+    rank, channels = _val(grad).ndim, _val(layer).shape[1]
+    per_channel = [channels if dim == 1 else 1 for dim in range(rank)]
+    if sorted(dims) != [dim for dim in range(rank) if dim != 1]:
+        raise CantFuse("not one sum per channel")
+    for each in (scale, mean):
+        if not isinstance(each, Node) or list(_val(each).shape) != per_channel:
+            raise CantFuse(f"{each} is not one number per channel")
+    if not statically_known_true(sym_eq(_val(value).shape, _val(layer).shape)):
+        raise CantFuse("the layer's output is viewed in another shape")
+    dtype = _val(layer).dtype
+    allowed = (dtype, torch.promote_types(dtype, torch.float32))
+    for each in (*layer.all_input_nodes, grad, value, layer_grad, scale, mean, dot_p):
+        if dtype == torch.float16 or _val(each).dtype not in allowed:
+            raise CantFuse(f"{dtype} is used with {each}: {_val(each).dtype}")
+    for each in filter(None, (weight, bias)):
+        parameter = _source(each, aten.permute.default)
         if parameter.op != "placeholder" or parameter in written:
-            raise CantFuse(f"{node} is computed or written to")
-    if user := _other_reader(source, dot_p.args[0], backward):
-        raise CantFuse(f"{source} is saved for {user} anyway")
-    moves = [n for n in backward_moves if n.target is not _CAST]
-    return Fusion(dot_p, grad, mean, source, scale, moves, layer_grad, backward_call)
+            raise CantFuse(f"{each} is computed or written to")
+    if reader := _other_reader(layer, dot_p.args[0], backward):
+        raise CantFuse(f"{layer} is saved for {reader} anyway")
+    return grad, mean, layer, scale, layer_grad, call
 
 
-def _rewrite(graph: torch.fx.Graph, f: Fusion) -> None:
-    layer_args, backward = f.layer.args, f.backward
-    weight, bias = _weight_and_bias(f.layer)
-    wide = f.dot_p.meta["val"].dtype
-    channels = _output_channels(f.layer)
-    mode = f.layer.meta["val"].fake_mode
+def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, backward) -> None:
+    x, weight, bias = _tensors_of(layer)
+    wide, narrow = _val(dot_p).dtype, _val(layer_grad).dtype
+    meta = {k: v for k, v in backward.meta.items() if k not in ("val", "tensor_meta")}
 
     def call(target, *args, **kwargs) -> Node:
-        node = graph.call_function(target, args, kwargs)
-        node.meta.update({k: v for k, v in backward.meta.items() if k != "val"})
-        fakes = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with mode, torch.no_grad(), torch._C._DisableAutocast():
+        node = layer.graph.call_function(target, args, kwargs)
+        node.meta.update(meta)
+        fakes = torch.fx.map_arg((args, kwargs), _val)
+        with _val(layer).fake_mode, torch.no_grad(), torch._C._DisableAutocast():
             node.meta["val"] = target(*fakes[0], **fakes[1])
         return node
 
     def cast(node: Node, dtype: torch.dtype) -> Node:
-        return node if node.meta["val"].dtype == dtype else call(_CAST, node, dtype)
+        return node if _val(node).dtype == dtype else call(_CAST, node, dtype)
 
-    replaced = []
+    def view(node: Node, sizes) -> Node:
+        return call(aten.reshape.default, node, list(sizes))
+
+    def mul(a: Node, b: Node) -> Node:
+        return call(aten.mul.Tensor, a, b)
+
+    def times_scale(like_weight: Node) -> Node:
+        factor = view(scale, [s if d in (0, 2) else 1 for d, s in enumerate(split)])
+        product = mul(view(cast(like_weight, wide), split), factor)
+        return cast(view(product, _val(weight).shape), _val(like_weight).dtype)
 
     def replace(old: Node, new: Node) -> None:
-        old.replace_all_uses_with(cast(new, old.meta["val"].dtype))
-        replaced.append(old)
+        old.replace_all_uses_with(cast(new, _val(old).dtype))
 
-    with graph.inserting_before(backward):
-        scale = cast(call(aten.reshape.default, f.scale, [channels]), wide)
-        mean = cast(call(aten.reshape.default, f.mean, [channels]), wide)
-        dims = [d for d in range(f.grad.meta["val"].ndim) if d != 1]
-        sum_grad = call(aten.sum.dim_IntList, cast(f.grad, wide), dims)
+    with layer.graph.inserting_before(backward):
+        scale, mean = (cast(view(v, [-1]), wide) for v in (scale, mean))
+        dims = [dim for dim in range(_val(grad).ndim) if dim != 1]
+        sum_grad = call(aten.sum.dim_IntList, cast(grad, wide), dims)
 
-        # g as the layer takes it. What was widened is taken as it was before.
-        grad, dtype = f.grad, f.layer_grad.meta["val"].dtype
-        if grad.target is _CAST and grad.args[0].meta["val"].dtype == dtype:
+        # As the layer takes it; what was widened for the batch norm, as it was before.
+        if grad.target is _CAST and _val(grad.args[0]).dtype == narrow:
             grad = grad.args[0]
-        grad = cast(grad, dtype)
-        for move in f.moves:
-            target = aten.reshape.default if move.target in _VIEWS else move.target
-            grad = call(target, grad, *move.args[1:])
+        grad = cast(grad, narrow)
 
-        if f.is_conv:
-            transposed, groups = layer_args[6], layer_args[8]
-        else:
+        # The weight's shape split so that dimensions 0 and 2 are the output channels.
+        is_conv = layer.target is aten.convolution.default
+        if not is_conv:
             weight = call(aten.permute.default, weight, [1, 0])
-            transposed, groups = False, 1
-        rows, columns, *kernel = weight.meta["val"].shape
+        rows, columns, *kernel = _val(weight).shape
+        split = [rows, columns, 1, *kernel]
+        if is_conv and layer.args[6]:  # transposed: [C_in, C_out / groups, *kernel]
+            groups = layer.args[8]
+            split = [groups, rows // groups, columns, *kernel]
 
-        def times_scale(tensor: Node) -> Node:
-            """scale * tensor along the output channels of what is shaped as the weight."""
-            ones = [1] * len(kernel)
-            if not transposed:
-                factor = call(aten.reshape.default, scale, [channels, 1, *ones])
-            else:
-                sizes = [groups, rows // groups, columns]
-                factor = call(aten.reshape.default, scale, [groups, 1, columns])
-                factor = call(aten.expand.default, factor, sizes)
-                factor = call(aten.reshape.default, factor, [rows, columns, *ones])
-            product = call(aten.mul.Tensor, cast(tensor, wide), factor)
-            return cast(product, tensor.meta["val"].dtype)
-
-        if f.is_conv:
-            needs_input, _, needs_bias = backward.args[10]
+        if is_conv:
+            needs_input, _, _ = backward.args[10]
             scaled = times_scale(weight) if needs_input else weight
-            new = call(
+            results = call(
                 aten.convolution_backward.default,
-                *(grad, layer_args[0], scaled, None, *layer_args[3:9]),
+                *(grad, x, scaled, None, *layer.args[3:]),
                 [needs_input, True, False],
             )
-            weight_grad = call(operator.getitem, new, 1)
-            results = {user.args[1]: user for user in backward.users}
-            if needs_input and 0 in results:
-                replace(results[0], call(operator.getitem, new, 0))
-            if needs_bias and 2 in results:
-                replace(results[2], call(aten.mul.Tensor, sum_grad, scale))
-            replace(results[1], times_scale(weight_grad))
+            weight_grad = call(operator.getitem, results, 1)
+            for user in list(backward.users):
+                if user.args[1] == 0:
+                    replace(user, call(operator.getitem, results, 0))
+                elif user.args[1] == 1:
+                    replace(user, times_scale(weight_grad))
+                else:
+                    replace(user, mul(sum_grad, scale))
         else:
-            transposed_grad = call(aten.permute.default, grad, [1, 0])
-            weight_grad = call(aten.mm.default, transposed_grad, backward.args[1])
-            for user in list(f.layer_grad.users):
-                if user.target is aten.mm.default and user.args[0] is f.layer_grad:
-                    scaled = times_scale(user.args[1])
+            transposed = call(aten.permute.default, grad, [1, 0])
+            weight_grad = call(aten.mm.default, transposed, x)
+            for user in list(layer_grad.users):
+                if user.target is aten.mm.default and user.args[0] is layer_grad:
+                    scaled = times_scale(user.args[1])  # the weight: [C_out, C_in]
                     replace(user, call(aten.mm.default, grad, scaled))
             replace(backward, times_scale(weight_grad))
 
-        inner = call(aten.mul.Tensor, cast(weight_grad, wide), cast(weight, wide))
-        if transposed:
-            sizes = [groups, rows // groups, columns, *kernel]
-            inner = call(aten.reshape.default, inner, sizes)
-            inner = call(aten.sum.dim_IntList, inner, [1, *range(3, len(sizes))])
-            inner = call(aten.reshape.default, inner, [channels])
-        else:
-            rest = list(range(1, 2 + len(kernel)))
-            inner = call(aten.sum.dim_IntList, inner, rest)
+        inner = mul(cast(weight_grad, wide), cast(weight, wide))
+        rest = [dim for dim in range(len(split)) if dim not in (0, 2)]
+        inner = view(call(aten.sum.dim_IntList, view(inner, split), rest), [-1])
         shift = call(aten.neg.default, mean)
         if bias is not None:
-            shift = call(aten.sub.Tensor, cast(bias, wide), mean)
-        shift = call(aten.mul.Tensor, sum_grad, shift)
-        replace(f.dot_p, call(aten.add.Tensor, inner, shift))
+            shift = call(aten.add.Tensor, shift, cast(bias, wide))
+        replace(dot_p, call(aten.add.Tensor, inner, mul(shift, sum_grad)))
 
-    for node in replaced:
-        _erase_unused(node)
+def _val(node: Node) -> Any:
+    return node.meta["val"]
 
 
-def _source(node: Node) -> tuple[Node, list[Node]]:
-    """What ``node`` is made of by casts and moves, and these."""
-    moves = []
-    while node.target is _CAST or node.target in _MOVES:
-        moves.append(node)
+def _source(node: Node, *targets) -> Node:
+    """What ``node`` is a cast or view of."""
+    while node.target in (*_VIEWS, *targets):
         node = node.args[0]  # type: ignore[assignment]
-    return node, moves[::-1]
+    return node
 
 
-def _weight_and_bias(layer: Node) -> tuple[Node, Node | None]:
+def _tensors_of(layer: Node) -> tuple[Any, Any, Any]:
+    """The input, weight and bias of a convolution or linear layer."""
     if layer.target is aten.convolution.default:
-        x, weight, bias = layer.args[:3]
-        if x.meta["val"].ndim == weight.meta["val"].ndim:
-            return weight, bias
-    elif layer.target is aten.mm.default:
-        return layer.args[1], None
-    elif layer.target is aten.addmm.default and not layer.kwargs:
-        bias, _, weight = layer.args
-        if bias.meta["val"].shape == layer.meta["val"].shape[1:]:
-            return weight, bias
+        return layer.args[:3]
+    if layer.target is aten.mm.default:
+        return *layer.args, None
+    if layer.target is aten.addmm.default and not layer.kwargs:
+        bias, x, weight = layer.args
+        if _val(bias).shape == _val(weight).shape[1:]:
+            return x, weight, bias
     raise CantFuse(f"{layer} is no convolution or linear layer")
 
 
-def _output_channels(layer: Node) -> int:
-    return layer.meta["val"].shape[1]
+def _weight_gradients(layer: Node) -> Iterator[tuple[Node, Any]]:
+    """Calls that compute the gradient of the layer's weight, and what they take."""
+    x, *_ = _tensors_of(layer)
+    for user in x.users:
+        args = user.args
+        if user.target is aten.convolution_backward.default:
+            is_wanted = any(result.args[1] == 1 for result in user.users)
+            same = (*args[1:3], *args[4:10]) == (*layer.args[:2], *layer.args[3:])
+            if same and is_wanted:
+                yield user, args[0]
+        elif user.target is aten.mm.default and args[1] is x:
+            if args[0].target is aten.permute.default:
+                yield user, args[0].args[0]
 
 
-def _weight_gradients(layer: Node) -> Iterator[tuple[Node, Node]]:
-    """Calls that compute the gradient of the layer's weight, and what they do it from."""
-    if layer.target is aten.convolution.default:
-        x, weight, _, *options = layer.args
-        for user in x.users:
-            if user.target is aten.convolution_backward.default:
-                same = user.args[1:3] == (x, weight) and list(user.args[4:10]) == options
-                if same and any(getitem.args[1] == 1 for getitem in user.users):
-                    yield user, user.args[0]
-        return
-    for user in layer.args[-2].users:
-        if user.target is aten.mm.default and user.args[1] is layer.args[-2]:
-            transposed = user.args[0]
-            if transposed.target is aten.permute.default and transposed.args[1] == [1, 0]:
-                yield user, transposed.args[0]
-
-
-def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b))
-
-
-def _undo_each_other(moves: list[Node]) -> bool:
-    """Whether all moves, one after the other, leave every element where it was."""
-    left: list[Any] = []  # permutations, and pairs of shapes
-    for node in moves:
-        before, after = (n.meta["val"].shape for n in (node.args[0], node))
-        if node.target is aten.permute.default:
-            dims = [d % len(before) for d in node.args[1]]
-            if left and isinstance(left[-1], list):
-                first = left.pop()
-                dims = [first[d] for d in dims]
-            if dims != sorted(dims):
-                left.append(dims)
-        elif node.target in _VIEWS:
-            if left and isinstance(left[-1], tuple):
-                before = left.pop()[0]
-            if not _same(before, after):
-                left.append((before, after))
-    return not left
-
-
-def _follow_channels(moves: list[Node]) -> int | None:
-    """Where dimension 1 is after the moves; None if a view splits or joins it."""
-    dim = 1
-    for node in moves:
-        before, after = (n.meta["val"].shape for n in (node.args[0], node))
-        if node.target is aten.permute.default:
-            dim = [d % len(before) for d in node.args[1]].index(dim)
-        elif node.target in _VIEWS and not _same(before[: dim + 1], after[: dim + 1]):
-            if not _same(before[dim:], after[dim - len(before) :]):
-                return None
-            dim += len(after) - len(before)
-    return dim
-
-
-def _other_reader(layer: Node, product: Node, backward: OrderedSet[Node]) -> Node | None:
+def _other_reader(layer: Node, product: Node, backward: OrderedSet[Node]):
     """
-    What has the layer's output saved though ``product`` is not computed: the graph's
-    output, or a call of the backward that takes it, or what is recomputed from it.
+    What has the layer's output saved when ``product`` is not computed: the graph's
+    output, or a call of the backward that takes it or what is recomputed from it.
     """
-    size = layer.meta["val"].numel()
-    pending, seen = [layer], OrderedSet([layer])
+    size = _val(layer).numel()
+    pending, seen = [layer], OrderedSet([layer, product])
     while pending:
         for user in pending.pop().users:
-            if user.op == "output" or (user in backward and user is not product):
+            if user not in seen and (user.op == "output" or user in backward):
                 return user
-            value = user.meta.get("val")
-            if user in seen or user in backward or not isinstance(value, torch.Tensor):
-                continue
-            seen.add(user)
-            if not _is_recomputed(user) or not value.dtype.is_floating_point:
-                continue
-            # The partitioner rather recomputes from another large input.
-            others = (n for n in user.all_input_nodes if n not in seen)
-            if any(n.meta["val"].numel() >= size for n in others):
-                continue
-            # Nor is it recomputed if it is saved itself.
-            if not any(
-                u.op == "output" or (u in backward and not _is_recomputed(u))
-                for u in user.users
-            ):
+            # It is not recomputed if it is saved itself, or from other large inputs.
+            values = [_val(n) for n in user.all_input_nodes if n not in seen]
+            sizes = [v.numel() for v in values if isinstance(v, torch.Tensor)]
+            is_recomputed = (
+                _is_pointwise(user)
+                and _val(user).dtype.is_floating_point
+                and not any(statically_known_true(n >= size) for n in sizes)
+                and all(u not in backward or _is_pointwise(u) for u in user.users)
+                and all(u.op != "output" for u in user.users)
+            )
+            if is_recomputed and user not in seen:
                 pending.append(user)
+            seen.add(user)
     return None
 
 
-def _is_recomputed(node: Node) -> bool:
-    if node.target is _CAST or node.target in _MOVES:
-        return True
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags
+def _is_pointwise(node: Node) -> bool:
+    is_view = node.target in _VIEWS
+    return is_view or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def _depending_on(nodes: Iterable[Node]) -> OrderedSet[Node]:
     found = OrderedSet(nodes)
     pending = list(found)
     while pending:
-        new = [u for u in pending.pop().users if u not in found]
+        new = [user for user in pending.pop().users if user not in found]
         found.update(new)
         pending += new
     return found
 
 
-def _written_inputs(graph: torch.fx.Graph) -> OrderedSet[Node]:
-    """Inputs that are written to in the graph, or after it by AOTAutograd."""
+def _written_inputs(graph: torch.fx.Graph) -> OrderedSet[Any]:
+    """Inputs that are written to, in the graph or after it by AOTAutograd."""
+    described = graph.output_node().meta.get("desc") or ()
+    mutations = [d for d in described if isinstance(d, InputMutationAOTOutput)]
+    written = [d.mutated_input for d in mutations]
     inputs = graph.find_nodes(op="placeholder")
-    (output,) = graph.find_nodes(op="output")
-    written = [
-        d.mutated_input
-        for d in output.meta.get("desc") or ()
-        if isinstance(d, InputMutationAOTOutput)
-    ]
-    found = OrderedSet(n for n in inputs if n.meta.get("desc") in written)
-    for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
-        found.add(node.args[0])
-    return found
-
-
-def _erase_unused(node: Node) -> None:
-    if node.op == "call_function" and not node.users and not node._erased:
-        inputs = node.all_input_nodes
-        node.graph.erase_node(node)
-        for each in inputs:
-            _erase_unused(each)
+    copies = graph.find_nodes(op="call_function", target=aten.copy_.default)
+    found = [n for n in inputs if n.meta.get("desc") in written]
+    return OrderedSet([*found, *(n.args[0] for n in copies)])
