@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from .checks import compare_bytes, run_own_suites, run_upstream_tests
 from .edits import Change, EditError, copy_torch, git_diff, load_changes
 from .running import Report, Torch, run_tests
 
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--change", action="append", default=[], help="only these; repeatable")
     parser.add_argument("--diff", type=Path, help="write the git diff of all that is applied")
     parser.add_argument("--quick", action="store_true", help="diffs and the changes' tests alone")
+    parser.add_argument("--upstream-tests", type=Path, help="also PyTorch's, of this checkout")
     options = parser.parse_args(arguments)
     changes = load_changes(options.change)
     report = Report()
@@ -50,6 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     # As a script, which upstream's tests have to be, too.
                     done = patched.run(scratch / "tests" / change.name / test)
                     report.check(f"python {test}", done.returncode == 0, "", done.stderr)
+        if patched is not None and not options.quick:
+            if any(change.name == "efficient_conv_bn_eval" for change in changes):
+                print("\nbytes saved for backward, and this package on the patched torch")
+                main_change = Torch(scratch / "bytes", scratch / "efficient_conv_bn_eval" / "site")
+                compare_bytes(plain, main_change, report)
+            run_own_suites(patched, report)
+        if patched is not None and options.upstream_tests:
+            print("\nPyTorch's own tests")
+            run_upstream_tests(plain, patched, options.upstream_tests, report)
     print(f"\n{len(report.failed)} failed" if report.failed else "\nall passed")
     return 1 if report.failed else 0
 
@@ -71,7 +82,7 @@ def apply(
         diff.write_text(git_diff(INSTALLED, root, changes))
     for line in git_diff(INSTALLED, root, changes, "--numstat").splitlines():
         added, removed, name = line.split("\t")
-        print(f"      +{added} -{removed}  {name}", flush=True)
+        print(f"      +{added} -{removed}  {name.replace('{a => b}/', '')}", flush=True)
     done = torch.run("-c", "import torch; print(torch.__version__, torch.__file__)")
     version, _, used = done.stdout.strip().partition(" ")
     report.check("edits", used.startswith(str(root)), f"torch {version}", done.stderr)

@@ -39,7 +39,7 @@ class Edit:
         at: a piece of the first line of exactly ``count`` statements there (for "swap": of lines).
         put: where ``text`` goes: before or after the statement, instead of it, or ("swap") in the
             place of the piece alone.
-        text: what is put, dedented; indented as the statement is. "" removes.
+        text: what is put, dedented; indented as the statement is. "" removes, with comments above.
         count: how many statements ``at`` fits; each is edited.
     """
 
@@ -142,14 +142,21 @@ def apply_edit(text: str, edit: Edit) -> str:
     for first, last in reversed(hits):
         old = lines[first:last]
         indent = re.match(r"\s*", old[0]).group()  # type: ignore[union-attr]
-        new = textwrap.indent(textwrap.dedent(edit.text).strip("\n"), indent)
-        put = [new + "\n"] if new else []
+        # A text in triple quotes begins and ends with a line break that is not of it.
+        new = textwrap.dedent(edit.text).removeprefix("\n").removesuffix("\n")
+        put = [textwrap.indent(new, indent) + "\n"] if new else []
         if edit.put == "swap":
-            put = [old[0].replace(edit.at, edit.text, 1)]
+            line = old[0].replace(edit.at, edit.text, 1)
+            put = [line] if line.strip() else []
         elif edit.put == "before":
             put += old
         elif edit.put == "after":
             put = old + put
+        elif not put:
+            # With the comment above it, and one of two blank lines around it.
+            while first and lines[first - 1].startswith(f"{indent}#"):
+                first -= 1
+            last += not "".join(lines[max(first - 1, 0) : first] + lines[last : last + 1]).strip()
         lines[first:last] = put
     return "".join(lines)
 

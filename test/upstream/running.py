@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["Report", "TestResult", "Torch", "run_tests"]
+__all__ = ["REPOSITORY", "Report", "TestResult", "Torch", "run_tests"]
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -27,12 +27,15 @@ class Torch:
     root: Path | None = None
 
     def run(
-        self, *arguments: str | Path, cwd: Path | None = None, with_repository: bool = False
+        self, *arguments: str | Path, cwd: Path | None = None, package: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run Python with this torch, one thread, and caches of its own; output is captured."""
+        """Run Python with this torch, one thread, and caches of its own; output is captured.
+
+        ``package`` is a folder that has this repository's package, which is not on the path
+        otherwise.
+        """
         self.scratch.mkdir(parents=True, exist_ok=True)
-        path = [str(self.root)] if self.root else []
-        path += [str(REPOSITORY)] if with_repository else []
+        path = [str(folder) for folder in (self.root, package) if folder]
         env = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path),
