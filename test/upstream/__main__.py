@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import shutil
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from .checks import compare_bytes, run_own_suites, run_upstream_tests
 from .edits import Change, EditError, copy_torch, git_diff, load_changes
-from .running import Report, Torch, run_tests
+from .running import Report, Torch, in_parallel, run_tests
 
 INSTALLED = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
 
@@ -42,8 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     module = scratch / "tests" / change.name / test
                     module.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(change.folder / test, module)
-                    report.tests(f"{test} without", *run_tests(plain, module), changed=False)
-                    report.tests(f"{test} with", *run_tests(patched, module), changed=True)
+                    without, with_change = in_parallel(
+                        functools.partial(run_tests, plain, module),
+                        functools.partial(run_tests, patched, module),
+                    )
+                    report.tests(f"{test} without", *without, changed=False)
+                    report.tests(f"{test} with", *with_change, changed=True)
         print("\nall together", flush=True)
         patched = apply(changes, scratch / "all", report, options.diff)
         if patched is not None and len(changes) > 1:

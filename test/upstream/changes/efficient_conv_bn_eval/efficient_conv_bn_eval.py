@@ -119,7 +119,8 @@ def _find(dot_p, grad, value, mean, dims, backward, written) -> tuple[Any, ...]:
 def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, backward) -> None:
     x, weight, bias = _tensors_of(layer)
     wide, narrow = _val(dot_p).dtype, _val(layer_grad).dtype
-    meta = {k: v for k, v in backward.meta.items() if k not in ("val", "tensor_meta")}
+    own = ("val", "tensor_meta", "from_node")
+    meta = {k: v for k, v in backward.meta.items() if k not in own}
 
     def call(target, *args, **kwargs) -> Node:
         node = layer.graph.call_function(target, args, kwargs)
