@@ -31,10 +31,10 @@ def compare_bytes(plain: Torch, patched: Torch, report: Report) -> None:
     copy = patched.scratch / "package"
     copy_package(copy)
     tool = ("-m", "test.upstream.saved_bytes")
-    ours = (*tool, "eval", "scale_gradient", "tune")
+    ours = (*tool, "scale_gradient", "tune")
     done = in_parallel(
         functools.partial(plain.run, *ours, cwd=REPOSITORY, package=REPOSITORY),
-        functools.partial(patched.run, *tool, "builtin", cwd=copy, package=copy),
+        functools.partial(patched.run, *tool, "eval", "builtin", cwd=copy, package=copy),
     )
     failed = [d.stderr for d in done if d.returncode]
     report.check("bytes saved for backward", not failed, "", "\n".join(failed))
@@ -47,7 +47,7 @@ def compare_bytes(plain: Torch, patched: Torch, report: Report) -> None:
     print(f"      {'':30}{'eval':>13}{'change':>13}{'plugin':>13}{'all on':>13}")
     for name, row in package.items():
         ours, theirs = row["scale_gradient"], change[name]["builtin"]
-        row = (row["eval"], theirs, ours, row["tune"])
+        row = (change[name]["eval"], theirs, ours, row["tune"])
         print(f"      {name:30}" + "".join(f"{n:13,}" for n in row))
         report.check(f"{name}: equal to the byte", ours == theirs, f"{theirs - ours:+,}")
 
