@@ -71,7 +71,7 @@ def efficient_conv_bn_eval_pass(graph: torch.fx.Graph) -> int:
         except CantFuse as reason:
             log.debug("%s is left as it is: %s", node, reason)
         else:
-            _rewrite(node, *found)
+            _rewrite(node, *found, backward)
             count += 1
     if count:
         counters["inductor"]["efficient_conv_bn_eval"] += count
@@ -116,15 +116,17 @@ def _find(dot_p, grad, value, mean, dims, backward, written) -> tuple[Any, ...]:
     return grad, mean, layer, scale, layer_grad, call
 
 
-def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, backward) -> None:
+def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, old, backward) -> None:
     x, weight, bias = _tensors_of(layer)
     wide, narrow = _val(dot_p).dtype, _val(layer_grad).dtype
     own = ("val", "tensor_meta", "from_node")
-    meta = {k: v for k, v in backward.meta.items() if k not in own}
+    meta = {k: v for k, v in old.meta.items() if k not in own}
 
     def call(target, *args, **kwargs) -> Node:
         node = layer.graph.call_function(target, args, kwargs)
         node.meta.update(meta)
+        if not backward.isdisjoint(node.all_input_nodes):
+            backward.add(node)
         fakes = torch.fx.map_arg((args, kwargs), _val)
         with _val(layer).fake_mode, torch.no_grad(), torch._C._DisableAutocast():
             node.meta["val"] = target(*fakes[0], **fakes[1])
@@ -144,10 +146,10 @@ def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, backward) -> None:
         product = mul(view(cast(like_weight, wide), split), factor)
         return cast(view(product, _val(weight).shape), _val(like_weight).dtype)
 
-    def replace(old: Node, new: Node) -> None:
-        old.replace_all_uses_with(cast(new, _val(old).dtype))
+    def replace(node: Node, new: Node) -> None:
+        node.replace_all_uses_with(cast(new, _val(node).dtype))
 
-    with layer.graph.inserting_before(backward):
+    with layer.graph.inserting_before(old):
         scale, mean = (cast(view(v, [-1]), wide) for v in (scale, mean))
         dims = [dim for dim in range(_val(grad).ndim) if dim != 1]
         sum_grad = call(aten.sum.dim_IntList, cast(grad, wide), dims)
@@ -168,7 +170,7 @@ def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, backward) -> None:
             split = [groups, rows // groups, columns, *kernel]
 
         if is_conv:
-            needs_input, _, _ = backward.args[10]
+            needs_input, _, _ = old.args[10]
             scaled = times_scale(weight) if needs_input else weight
             results = call(
                 aten.convolution_backward.default,
@@ -176,7 +178,7 @@ def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, backward) -> None:
                 [needs_input, True, False],
             )
             weight_grad = call(operator.getitem, results, 1)
-            for user in list(backward.users):
+            for user in list(old.users):
                 if user.args[1] == 0:
                     replace(user, call(operator.getitem, results, 0))
                 elif user.args[1] == 1:
@@ -190,7 +192,7 @@ def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, backward) -> None:
                 if user.target is aten.mm.default and user.args[0] is layer_grad:
                     scaled = times_scale(user.args[1])  # the weight: [C_out, C_in]
                     replace(user, call(aten.mm.default, grad, scaled))
-            replace(backward, times_scale(weight_grad))
+            replace(old, times_scale(weight_grad))
 
         inner = mul(cast(weight_grad, wide), cast(weight, wide))
         rest = [dim for dim in range(len(split)) if dim not in (0, 2)]

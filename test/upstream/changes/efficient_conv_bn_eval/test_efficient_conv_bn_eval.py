@@ -177,6 +177,15 @@ class EfficientConvBNEvalTest(Base):
         large = sum(n for s, n in found.saved if s[-2:] == (5, 5))
         self.assertLessEqual(large, activation * (2 * 4 + 1))
 
+    def test_no_activation_between(self, device):
+        # The gradient of the first batch norm is a result of the second rewrite.
+        model = nn.Sequential(
+            Pair(), Pair(nn.Conv2d(8, 8, 3)), nn.Flatten(), nn.Linear(72, 6)
+        )
+        model.append(Pair(nn.Linear(6, 8), nn.BatchNorm1d(8)))
+        model.append(Pair(nn.Linear(8, 8), nn.BatchNorm1d(8)))
+        self.check(model.to(device), torch.randn(2, 6, 7, 7, device=device), fused=4)
+
     def test_autocast(self, device):
         x = torch.randn(2, 6, 7, 7, device=device)
         self.check(Pair().to(device), x, autocast=torch.bfloat16)
