@@ -48,7 +48,6 @@ _CENTERED = CallFunction(aten.sub.Tensor, KeywordArg("value"), KeywordArg("mean"
 _PRODUCT = CallFunction(aten.mul.Tensor, KeywordArg("grad"), _CENTERED)
 _DOT_P = CallFunction(aten.sum.dim_IntList, _PRODUCT, KeywordArg("dims"))
 _CAST = torch.ops.prims.convert_element_type.default
-# Leave the elements in order.
 _VIEWS = (_CAST, aten.view.default, aten._unsafe_view.default)
 
 
@@ -186,8 +185,7 @@ def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, old, backward) -> None
                 else:
                     replace(user, mul(sum_grad, scale))
         else:
-            transposed = call(aten.permute.default, grad, [1, 0])
-            weight_grad = call(aten.mm.default, transposed, x)
+            weight_grad = call(aten.mm.default, call(aten.permute.default, grad, [1, 0]), x)
             for user in list(layer_grad.users):
                 if user.target is aten.mm.default and user.args[0] is layer_grad:
                     scaled = times_scale(user.args[1])  # the weight: [C_out, C_in]
@@ -207,7 +205,7 @@ def _val(node: Node) -> Any:
 
 
 def _source(node: Node, *targets) -> Node:
-    """What ``node`` is a cast or view of."""
+    """What ``node`` is a cast or view of; its elements are in the same order."""
     while node.target in (*_VIEWS, *targets):
         node = node.args[0]  # type: ignore[assignment]
     return node
@@ -285,9 +283,8 @@ def _depending_on(nodes: Iterable[Node]) -> OrderedSet[Node]:
 
 def _written_inputs(graph: torch.fx.Graph) -> OrderedSet[Any]:
     """Inputs that are written to, in the graph or after it by AOTAutograd."""
-    described = graph.output_node().meta.get("desc") or ()
-    mutations = [d for d in described if isinstance(d, InputMutationAOTOutput)]
-    written = [d.mutated_input for d in mutations]
+    descs = graph.output_node().meta.get("desc") or ()
+    written = [d.mutated_input for d in descs if isinstance(d, InputMutationAOTOutput)]
     inputs = graph.find_nodes(op="placeholder")
     copies = graph.find_nodes(op="call_function", target=aten.copy_.default)
     found = [n for n in inputs if n.meta.get("desc") in written]
