@@ -176,23 +176,23 @@ def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, old, backward) -> None
                 *(grad, x, scaled, None, *layer.args[3:]),
                 [needs_input, True, False],
             )
-            weight_grad = call(operator.getitem, results, 1)
+            dwg = call(operator.getitem, results, 1)
             for user in list(old.users):
                 if user.args[1] == 0:
                     replace(user, call(operator.getitem, results, 0))
                 elif user.args[1] == 1:
-                    replace(user, times_scale(weight_grad))
+                    replace(user, times_scale(dwg))
                 else:
                     replace(user, mul(sum_grad, scale))
         else:
-            weight_grad = call(aten.mm.default, call(aten.permute.default, grad, [1, 0]), x)
+            dwg = call(aten.mm.default, call(aten.permute.default, grad, [1, 0]), x)
             for user in list(layer_grad.users):
                 if user.target is aten.mm.default and user.args[0] is layer_grad:
                     scaled = times_scale(user.args[1])  # the weight: [C_out, C_in]
                     replace(user, call(aten.mm.default, grad, scaled))
-            replace(old, times_scale(weight_grad))
+            replace(old, times_scale(dwg))
 
-        inner = mul(cast(weight_grad, wide), cast(weight, wide))
+        inner = mul(cast(dwg, wide), cast(weight, wide))
         rest = [dim for dim in range(len(split)) if dim not in (0, 2)]
         inner = view(call(aten.sum.dim_IntList, view(inner, split), rest), [-1])
         shift = call(aten.neg.default, mean)
