@@ -234,24 +234,6 @@ class EfficientConvBNEvalTest(Base):
         nn.init.zeros_(model.norm.weight)
         self.check(model, torch.randn(2, 6, 7, 7, device=device))
 
-    def test_weights_of_each_step(self, device):
-        model = Pair().to(device).eval()
-        reference = copy.deepcopy(model)
-        torch._dynamo.reset()
-        x = torch.randn(2, 6, 7, 7, device=device)
-        counters.clear()
-        with config.patch(efficient_conv_bn_eval_fx_passes=True):
-            compiled = torch.compile(model)
-            for _ in range(3):
-                for m, run in ((model, compiled), (reference, reference)):
-                    optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
-                    run(x).sin().mean().backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-            self.assertEqual(compiled(x), reference(x))
-        self.assertEqual(list(model.parameters()), list(reference.parameters()))
-        self.assertEqual(counters["inductor"]["efficient_conv_bn_eval"], 1)
-
     def test_keyword_arguments(self, device):
         # https://github.com/pytorch/pytorch/issues/196165
         class Keywords(Pair):
@@ -352,7 +334,7 @@ class EfficientConvBNEvalRefusalTest(Base):
 
 
 class EfficientConvBNEvalGuards(Base):
-    """What the earlier pass left alone, too."""
+    """What was right before, too."""
 
     def test_train_mode(self, device):
         model, x = Pair().to(device).train(), torch.randn(2, 6, 7, 7, device=device)
@@ -379,6 +361,24 @@ class EfficientConvBNEvalGuards(Base):
         model, x = Pair().to(device).eval(), torch.randn(2, 6, 7, 7, device=device)
         with config.patch(disabled_passes="efficient_conv_bn_eval_pass"):
             self.assertEqual(step(model, x, flag=True).fused, 0)
+
+    def test_weights_of_each_step(self, device):
+        model = Pair().to(device).eval()
+        reference = copy.deepcopy(model)
+        torch._dynamo.reset()
+        x = torch.randn(2, 6, 7, 7, device=device)
+        counters.clear()
+        with config.patch(efficient_conv_bn_eval_fx_passes=True):
+            compiled = torch.compile(model)
+            for _ in range(3):
+                for m, run in ((model, compiled), (reference, reference)):
+                    optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+                    run(x).sin().mean().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            self.assertEqual(compiled(x), reference(x))
+        self.assertEqual(list(model.parameters()), list(reference.parameters()))
+        self.assertEqual(counters["inductor"]["efficient_conv_bn_eval"], 1)
 
     def test_weights_change_between_evaluations(self, device):
         # https://github.com/pytorch/pytorch/issues/108863
