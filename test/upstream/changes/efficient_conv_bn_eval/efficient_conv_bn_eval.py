@@ -99,8 +99,9 @@ def _find(dot_p, grad, value, mean, dims, backward, written) -> tuple[Any, ...]:
     for each in (scale, mean):
         if not isinstance(each, Node) or list(_val(each).shape) != per_channel:
             raise CantFuse(f"{each} is not one number per channel")
-    if not statically_known_true(sym_eq(_val(value).shape, _val(layer).shape)):
-        raise CantFuse("the layer's output is viewed in another shape")
+    for each in (value, grad):
+        if not statically_known_true(sym_eq(_val(each).shape, _val(layer).shape)):
+            raise CantFuse("the layer's output is viewed in another shape")
     dtype = _val(layer).dtype
     allowed = (dtype, torch.promote_types(dtype, torch.float32))
     for each in (*layer.all_input_nodes, grad, value, layer_grad, scale, mean, dot_p):
