@@ -34,11 +34,6 @@ LAYERS = {
         nn.SyncBatchNorm,
         (2, 8, 7, 7),
     ),
-    "transposed1d": (
-        lambda: nn.ConvTranspose1d(6, 8, 3),
-        nn.BatchNorm1d,
-        (2, 6, 7),
-    ),
     "transposed2d": (
         lambda: nn.ConvTranspose2d(6, 8, 3, stride=2, output_padding=1),
         nn.BatchNorm2d,
