@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import shutil
 import sys
@@ -15,8 +16,9 @@ from pathlib import Path
 
 from .checks import compare_bytes, run_own_suites, run_upstream_tests
 from .edits import Change, EditError, copy_torch, git_diff, load_changes
-from .running import Report, Torch, run_tests
+from .running import Report, Torch, in_parallel, run_tests
 
+CHECKS = ("tests", "bytes", "suites")
 INSTALLED = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
 
 
@@ -25,9 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m test.upstream", description=__doc__)
     parser.add_argument("--change", action="append", default=[], help="only these; repeatable")
     parser.add_argument("--diff", type=Path, help="write the git diff of all that is applied")
-    parser.add_argument("--quick", action="store_true", help="diffs and the changes' tests alone")
+    parser.add_argument("--quick", action="store_true", help="as --only tests")
+    parser.add_argument("--only", action="append", choices=CHECKS, help="of what is done")
     parser.add_argument("--upstream-tests", type=Path, help="also PyTorch's, of this checkout")
     options = parser.parse_args(arguments)
+    wanted = ["tests"] if options.quick else options.only or CHECKS
     changes = load_changes(options.change)
     report = Report()
     with tempfile.TemporaryDirectory(prefix="upstream-") as folder:
@@ -37,26 +41,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\n{change.name}: {change.title}", flush=True)
             needed = load_changes([change.name])
             patched = apply(needed, scratch / change.name, report)
-            if patched is not None:
+            if patched is not None and "tests" in wanted:
                 for test in change.tests:
                     module = scratch / "tests" / change.name / test
                     module.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(change.folder / test, module)
-                    report.tests(f"{test} without", *run_tests(plain, module), changed=False)
-                    report.tests(f"{test} with", *run_tests(patched, module), changed=True)
+                    without, with_change = in_parallel(
+                        functools.partial(run_tests, plain, module),
+                        functools.partial(run_tests, patched, module),
+                    )
+                    report.tests(f"{test} without", *without, changed=False)
+                    report.tests(f"{test} with", *with_change, changed=True)
         print("\nall together", flush=True)
         patched = apply(changes, scratch / "all", report, options.diff)
-        if patched is not None and len(changes) > 1:
+        if patched is not None and len(changes) > 1 and "tests" in wanted:
             for change in changes:
                 for test in change.tests:
                     # As a script, which upstream's tests have to be, too.
                     done = patched.run(scratch / "tests" / change.name / test)
                     report.check(f"python {test}", done.returncode == 0, "", done.stderr)
-        if patched is not None and not options.quick:
-            if any(change.name == "efficient_conv_bn_eval" for change in changes):
-                print("\nbytes saved for backward, and this package on the patched torch")
-                main_change = Torch(scratch / "bytes", scratch / "efficient_conv_bn_eval" / "site")
-                compare_bytes(plain, main_change, report)
+        site = scratch / "efficient_conv_bn_eval" / "site"
+        if site.exists() and "bytes" in wanted:
+            print("\nbytes saved for backward", flush=True)
+            compare_bytes(plain, Torch(scratch / "bytes", site), report)
+        if patched is not None and "suites" in wanted:
+            print("\nthis package on the patched torch", flush=True)
             run_own_suites(patched, report)
         if patched is not None and options.upstream_tests:
             print("\nPyTorch's own tests")

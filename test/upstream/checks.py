@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import functools
 import json
 from pathlib import Path
 
 from .plugin import copy_package
-from .running import REPOSITORY, Report, Torch, run_tests
+from .running import REPOSITORY, Report, Torch, in_parallel, run_tests
 
 __all__ = ["compare_bytes", "run_own_suites", "run_upstream_tests"]
 
@@ -30,28 +30,24 @@ def compare_bytes(plain: Torch, patched: Torch, report: Report) -> None:
     """Bytes saved for backward: this package on the installed torch, and the change without it."""
     copy = patched.scratch / "package"
     copy_package(copy)
-    runs = (
-        (plain, REPOSITORY, ("eval", "scale_gradient", "tune")),
-        (patched, copy, ("builtin",)),
+    tool = ("-m", "test.upstream.saved_bytes")
+    ours = (*tool, "scale_gradient", "tune")
+    done = in_parallel(
+        functools.partial(plain.run, *ours, cwd=REPOSITORY, package=REPOSITORY),
+        functools.partial(patched.run, *tool, "eval", "builtin", cwd=copy, package=copy),
     )
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        done = list(
-            pool.map(
-                lambda run: run[0].run(
-                    *("-m", "test.upstream.saved_bytes", *run[2]), cwd=run[1], package=run[1]
-                ),
-                runs,
-            )
-        )
     failed = [d.stderr for d in done if d.returncode]
     report.check("bytes saved for backward", not failed, "", "\n".join(failed))
     if failed:
         return
-    package, change = (json.loads(d.stdout.splitlines()[-1]) for d in done)
+    package, change = (
+        dict(map(json.loads, (line for line in d.stdout.splitlines() if line.startswith("["))))
+        for d in done
+    )
     print(f"      {'':30}{'eval':>13}{'change':>13}{'plugin':>13}{'all on':>13}")
     for name, row in package.items():
         ours, theirs = row["scale_gradient"], change[name]["builtin"]
-        row = (row["eval"], theirs, ours, row["tune"])
+        row = (change[name]["eval"], theirs, ours, row["tune"])
         print(f"      {name:30}" + "".join(f"{n:13,}" for n in row))
         report.check(f"{name}: equal to the byte", ours == theirs, f"{theirs - ours:+,}")
 

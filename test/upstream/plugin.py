@@ -1,7 +1,8 @@
 """What this package itself needs once PyTorch's pass is on the joint graph.
 
-Edits of this package's own ``plugin.py``, applied to a copy of it: its way to have PyTorch's pass
-step aside looks for it among the pre-grad passes. To be made in the package when the change lands.
+Edits of this package's own ``plugin.py`` and of one of its tests, applied to a copy of it: its way
+to have PyTorch's pass step aside looks for it among the pre-grad passes. To be made in the package
+when the change lands.
 """
 
 from __future__ import annotations
@@ -56,6 +57,23 @@ EDITS = (
                 del self.__dict__[name]
                 self.module.efficient_conv_bn_eval_pass = self.original
         ''',
+    ),
+    Edit(
+        "test/test_plugin.py",
+        "test_uninstall_restores_everything",
+        "wrapped = pre_grad",
+        "instead",
+        """
+        wrapped = [theirs for theirs, _ in cbn.plugin._State.wrapped.values()]
+        assert len(wrapped) == 2
+        """,
+    ),
+    Edit(
+        "test/test_plugin.py",
+        "test_uninstall_restores_everything",
+        "import freezing_patterns, pre_grad",
+        "swap",
+        "import freezing_patterns, joint_graph, pre_grad  # noqa: F401",
     ),
 )
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import os
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["REPOSITORY", "Report", "TestResult", "Torch", "run_tests"]
+__all__ = ["REPOSITORY", "Report", "TestResult", "Torch", "in_parallel", "run_tests"]
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -73,6 +75,12 @@ def run_tests(torch: Torch, module: Path, *options: str) -> tuple[list[TestResul
     # From a folder outside the repository, whose configuration is not upstream's.
     done = torch.run(*pytest, f"--rootdir={module.parent}", *options, module, cwd=module.parent)
     return list(_read(xml)) if xml.exists() else [], done.stdout + done.stderr
+
+
+def in_parallel(*calls: Callable[[], Any]) -> list[Any]:
+    """What each of a few calls, which wait for processes, returns."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 def _read(xml: Path) -> Iterator[TestResult]:

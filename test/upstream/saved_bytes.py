@@ -1,6 +1,7 @@
 """Bytes saved for backward of whole networks, by one ruler for this package and for the change.
 
-``python -m test.upstream.saved_bytes WHAT...`` prints them as JSON, of the torch that it runs on.
+``python -m test.upstream.saved_bytes WHAT...`` prints a line of JSON a network, of the torch that
+it runs on.
 WHAT is "eval" (no pass), "builtin" (PyTorch's own pass of the flag, this package's not there),
 "scale_gradient" (this package's pass of that name alone) or "tune" (all that it does by default).
 The ruler is ``convbn_inductor_pass.saved_tensors``: the graphs as Inductor partitions them.
@@ -20,20 +21,22 @@ from bench.workload import Settings, setup
 from convbn_inductor_pass._torch.tracing import trace
 from convbn_inductor_pass.saved_tensors import SavedForBackward, saved_by_graph
 
-__all__ = ["NETWORKS", "PRECISIONS", "saved_bytes"]
+__all__ = ["WORKLOADS", "saved_bytes"]
 
-NETWORKS = (
-    "resnet18",
-    "resnet50",
-    "mobilenet_v2",
-    "regnet_y_1_6gf",
-    "regnet_x_3_2gf",
-    "unet",
-    "dcgan_generator",
-    "dcgan_discriminator",
-    "levit_128",
+# Network and precision; autocast has casts between layers and batch norms.
+WORKLOADS = (
+    ("resnet18", "float32"),
+    ("resnet50", "float32"),
+    ("mobilenet_v2", "float32"),
+    ("regnet_y_1_6gf", "float32"),
+    ("unet", "float32"),
+    ("dcgan_generator", "float32"),
+    ("dcgan_discriminator", "float32"),
+    ("levit_128", "float32"),
+    ("resnet18", "bf16-autocast"),
+    ("mobilenet_v2", "bf16-autocast"),
+    ("dcgan_generator", "bf16-autocast"),
 )
-PRECISIONS = ("float32", "bf16-autocast")
 _BATCH = 4
 
 
@@ -57,9 +60,6 @@ def saved_bytes(network: str, precision: str, what: list[str]) -> dict[str, int]
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = {
-        f"{network} {precision}": saved_bytes(network, precision, sys.argv[1:])
-        for precision in PRECISIONS
-        for network in NETWORKS
-    }
-    print(json.dumps(found))
+    for name, precision in WORKLOADS:
+        row = saved_bytes(name, precision, sys.argv[1:])
+        print(json.dumps([f"{name} {precision}", row]), flush=True)

@@ -48,10 +48,7 @@ CHANGE = Change(
             "",
             "efficient_conv_bn_eval_fx_passes = ",
             "before",
-            """
-            # Rewrites gradients alone, in training steps: what batch norms in eval mode save for
-            # backward. See fx_passes/efficient_conv_bn_eval.py.
-            """,
+            "# It changes gradients alone: nothing in inference, nothing in the forward.",
         ),
     ),
     tests=("test_efficient_conv_bn_eval.py",),

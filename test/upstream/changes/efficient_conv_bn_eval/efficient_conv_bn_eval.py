@@ -48,7 +48,6 @@ _CENTERED = CallFunction(aten.sub.Tensor, KeywordArg("value"), KeywordArg("mean"
 _PRODUCT = CallFunction(aten.mul.Tensor, KeywordArg("grad"), _CENTERED)
 _DOT_P = CallFunction(aten.sum.dim_IntList, _PRODUCT, KeywordArg("dims"))
 _CAST = torch.ops.prims.convert_element_type.default
-# Leave the elements in order.
 _VIEWS = (_CAST, aten.view.default, aten._unsafe_view.default)
 
 
@@ -71,7 +70,7 @@ def efficient_conv_bn_eval_pass(graph: torch.fx.Graph) -> int:
         except CantFuse as reason:
             log.debug("%s is left as it is: %s", node, reason)
         else:
-            _rewrite(node, *found)
+            _rewrite(node, *found, backward)
             count += 1
     if count:
         counters["inductor"]["efficient_conv_bn_eval"] += count
@@ -100,8 +99,9 @@ def _find(dot_p, grad, value, mean, dims, backward, written) -> tuple[Any, ...]:
     for each in (scale, mean):
         if not isinstance(each, Node) or list(_val(each).shape) != per_channel:
             raise CantFuse(f"{each} is not one number per channel")
-    if not statically_known_true(sym_eq(_val(value).shape, _val(layer).shape)):
-        raise CantFuse("the layer's output is viewed in another shape")
+    for each in (value, grad):
+        if not statically_known_true(sym_eq(_val(each).shape, _val(layer).shape)):
+            raise CantFuse("the layer's output is viewed in another shape")
     dtype = _val(layer).dtype
     allowed = (dtype, torch.promote_types(dtype, torch.float32))
     for each in (*layer.all_input_nodes, grad, value, layer_grad, scale, mean, dot_p):
@@ -116,14 +116,17 @@ def _find(dot_p, grad, value, mean, dims, backward, written) -> tuple[Any, ...]:
     return grad, mean, layer, scale, layer_grad, call
 
 
-def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, backward) -> None:
+def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, old, backward) -> None:
     x, weight, bias = _tensors_of(layer)
     wide, narrow = _val(dot_p).dtype, _val(layer_grad).dtype
-    meta = {k: v for k, v in backward.meta.items() if k not in ("val", "tensor_meta")}
+    own = ("val", "tensor_meta", "from_node")
+    meta = {k: v for k, v in old.meta.items() if k not in own}
 
     def call(target, *args, **kwargs) -> Node:
         node = layer.graph.call_function(target, args, kwargs)
         node.meta.update(meta)
+        if not backward.isdisjoint(node.all_input_nodes):
+            backward.add(node)
         fakes = torch.fx.map_arg((args, kwargs), _val)
         with _val(layer).fake_mode, torch.no_grad(), torch._C._DisableAutocast():
             node.meta["val"] = target(*fakes[0], **fakes[1])
@@ -143,10 +146,10 @@ def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, backward) -> None:
         product = mul(view(cast(like_weight, wide), split), factor)
         return cast(view(product, _val(weight).shape), _val(like_weight).dtype)
 
-    def replace(old: Node, new: Node) -> None:
-        old.replace_all_uses_with(cast(new, _val(old).dtype))
+    def replace(node: Node, new: Node) -> None:
+        node.replace_all_uses_with(cast(new, _val(node).dtype))
 
-    with layer.graph.inserting_before(backward):
+    with layer.graph.inserting_before(old):
         scale, mean = (cast(view(v, [-1]), wide) for v in (scale, mean))
         dims = [dim for dim in range(_val(grad).ndim) if dim != 1]
         sum_grad = call(aten.sum.dim_IntList, cast(grad, wide), dims)
@@ -167,31 +170,30 @@ def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, backward) -> None:
             split = [groups, rows // groups, columns, *kernel]
 
         if is_conv:
-            needs_input, _, _ = backward.args[10]
+            needs_input, _, _ = old.args[10]
             scaled = times_scale(weight) if needs_input else weight
             results = call(
                 aten.convolution_backward.default,
                 *(grad, x, scaled, None, *layer.args[3:]),
                 [needs_input, True, False],
             )
-            weight_grad = call(operator.getitem, results, 1)
-            for user in list(backward.users):
+            dwg = call(operator.getitem, results, 1)
+            for user in list(old.users):
                 if user.args[1] == 0:
                     replace(user, call(operator.getitem, results, 0))
                 elif user.args[1] == 1:
-                    replace(user, times_scale(weight_grad))
+                    replace(user, times_scale(dwg))
                 else:
                     replace(user, mul(sum_grad, scale))
         else:
-            transposed = call(aten.permute.default, grad, [1, 0])
-            weight_grad = call(aten.mm.default, transposed, x)
+            dwg = call(aten.mm.default, call(aten.permute.default, grad, [1, 0]), x)
             for user in list(layer_grad.users):
                 if user.target is aten.mm.default and user.args[0] is layer_grad:
                     scaled = times_scale(user.args[1])  # the weight: [C_out, C_in]
                     replace(user, call(aten.mm.default, grad, scaled))
-            replace(backward, times_scale(weight_grad))
+            replace(old, times_scale(dwg))
 
-        inner = mul(cast(weight_grad, wide), cast(weight, wide))
+        inner = mul(cast(dwg, wide), cast(weight, wide))
         rest = [dim for dim in range(len(split)) if dim not in (0, 2)]
         inner = view(call(aten.sum.dim_IntList, view(inner, split), rest), [-1])
         shift = call(aten.neg.default, mean)
@@ -204,7 +206,7 @@ def _val(node: Node) -> Any:
 
 
 def _source(node: Node, *targets) -> Node:
-    """What ``node`` is a cast or view of."""
+    """What ``node`` is a cast or view of; its elements are in the same order."""
     while node.target in (*_VIEWS, *targets):
         node = node.args[0]  # type: ignore[assignment]
     return node
@@ -282,9 +284,8 @@ def _depending_on(nodes: Iterable[Node]) -> OrderedSet[Node]:
 
 def _written_inputs(graph: torch.fx.Graph) -> OrderedSet[Any]:
     """Inputs that are written to, in the graph or after it by AOTAutograd."""
-    described = graph.output_node().meta.get("desc") or ()
-    mutations = [d for d in described if isinstance(d, InputMutationAOTOutput)]
-    written = [d.mutated_input for d in mutations]
+    descs = graph.output_node().meta.get("desc") or ()
+    written = [d.mutated_input for d in descs if isinstance(d, InputMutationAOTOutput)]
     inputs = graph.find_nodes(op="placeholder")
     copies = graph.find_nodes(op="call_function", target=aten.copy_.default)
     found = [n for n in inputs if n.meta.get("desc") in written]
