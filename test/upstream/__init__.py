@@ -1,0 +1,1 @@
+"""Changes to PyTorch that a pull request could bring, and a runner that applies and tests them."""
