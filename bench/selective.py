@@ -29,7 +29,7 @@ __all__ = ["CASES", "NETWORKS", "measure", "table"]
 
 NETWORKS = (
     *("resnet18", "resnet101", "resnext101_32x8d", "vgg16_bn", "mobilenet_v3_large"),
-    *("efficientnet_v2_s", "segmentation.deeplabv3_resnet101", "segmentation.fcn_resnet101"),
+    *("efficientnet_v2_s", "segmentation.deeplabv3_resnet101"),
 )
 SHAPE = (2, 3, 224, 224)
 
