@@ -108,9 +108,7 @@ class Report:
             print("\n".join(output.splitlines()[-60:]), flush=True)
         self._since = time.monotonic()
 
-    def tests(
-        self, what: str, found: Sequence[TestResult], output: str, *, changed: bool
-    ) -> None:
+    def tests(self, what: str, found: Sequence[TestResult], output: str, *, changed: bool) -> None:
         """Check a module's tests: with the change all pass; without, all but the guards fail."""
         ran = [t for t in found if t.ended != "skipped"]
         wrong = [t for t in ran if t.ended == "failed"]

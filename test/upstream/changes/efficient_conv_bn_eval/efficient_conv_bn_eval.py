@@ -236,8 +236,9 @@ def _weight_gradients(layer: Node) -> Iterator[tuple[Node, Any]]:
             if same and is_wanted:
                 yield user, args[0]
         elif user.target is aten.mm.default and args[1] is x:
-            if args[0].target is aten.permute.default:
-                yield user, args[0].args[0]
+            transposed = args[0]
+            if transposed.target is aten.permute.default:
+                yield user, transposed.args[0]
 
 
 def _other_reader(layer: Node, product: Node, backward: OrderedSet[Node]):
