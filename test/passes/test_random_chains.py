@@ -17,13 +17,13 @@ from typing import Any
 import hypothesis
 import torch
 from common import fuzz
+from passes.random_chains import random_chains
 from random_graphs import RandomFunction
 from torch import Tensor
 
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import testing
 from convbn_inductor_pass._torch import inductor
-from passes.random_chains import random_chains
 
 INDUCTOR = bool(os.environ.get("CONVBN_FUZZ_INDUCTOR"))
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import spread_statistics
+from passes.forward_folding.folding import Frozen, assert_folded_right, codes, folded
 from torch import nn
 
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import testing
-from passes.forward_folding.folding import Frozen, assert_folded_right, codes, folded
 
 FORMS = (
     "functional", "torchvision", "written", "reversed", "addcmul", "expanded", "constants",

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import Residual, spread_statistics
+from passes.forward_folding.folding import bump, codes, compiled, folded
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
 from convbn_inductor_pass._torch import inductor
 from convbn_inductor_pass.passes.forward_folding import operators
-from passes.forward_folding.folding import bump, codes, compiled, folded
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import Residual, spread_statistics
-from torch import nn
-
 from passes.forward_folding.folding import assert_folded_right, folded, needs_onednn
+from torch import nn
 
 pytestmark = needs_onednn
 

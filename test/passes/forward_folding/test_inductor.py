@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import Residual, spread_statistics
+from passes.forward_folding.folding import codes, compiled, folded, layer_records, needs_onednn
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import testing
 from convbn_inductor_pass._torch import registry
-from passes.forward_folding.folding import codes, compiled, folded, layer_records, needs_onednn
 
 
 class Features(nn.Module):

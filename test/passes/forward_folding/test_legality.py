@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from passes.forward_folding.folding import bump, codes, compiled, folded
 from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.torch_version import TorchVersion
-
-from passes.forward_folding.folding import bump, codes, compiled, folded
 
 VERSION = TorchVersion(torch.__version__)
 

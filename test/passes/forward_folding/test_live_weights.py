@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 from common import spread_statistics
+from passes.forward_folding.folding import codes, layer_records
 from torch import nn
 from torch._dynamo.utils import counters
 
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import testing
-from passes.forward_folding.folding import codes, layer_records
 
 LAYERS = 3
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from common import Residual, spread_statistics
+from passes.forward_folding.folding import Frozen, codes, folded
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
@@ -14,7 +15,6 @@ from convbn_inductor_pass.graph.affine import find_chains
 from convbn_inductor_pass.passes.forward_folding.candidate import FoldCandidate
 from convbn_inductor_pass.passes.forward_folding.decide import Context, decide
 from convbn_inductor_pass.passes.forward_folding.kernels import bytes_moved
-from passes.forward_folding.folding import Frozen, codes, folded
 
 
 def test_exact_is_the_default_and_changes_nothing():

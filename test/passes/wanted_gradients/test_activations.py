@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from passes.wanted_gradients.wanted import check_bits, codes
 from torch import nn
 
 from convbn_inductor_pass import Code, explain, options, testing
-from passes.wanted_gradients.wanted import check_bits, codes
 
 ACTIVATIONS = {
     "relu6": nn.ReLU6(),

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from common import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
+from passes.wanted_gradients.wanted import check_bits, codes, compare
 from torch import nn
 
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import Code, explain, options, testing
 from convbn_inductor_pass._torch import registry
 from convbn_inductor_pass.passes.wanted_gradients import MaskBitsPass
-from passes.wanted_gradients.wanted import check_bits, codes, compare
 
 AS_BITS = ("mask", Code.MASK_AS_BITS)
 

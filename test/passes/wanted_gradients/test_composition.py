@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import Residual, UNet
+from passes.wanted_gradients.wanted import codes, compare
 from torch import nn
 from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 from convbn_inductor_pass import Code, explain, options, testing
 from convbn_inductor_pass.saved_tensors import saved_for_backward
-from passes.wanted_gradients.wanted import codes, compare
 
 
 class Network(nn.Module):

@@ -6,11 +6,11 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from passes.wanted_gradients.wanted import check_bits
 from torch import nn
 
 from convbn_inductor_pass import Code, explain, options, testing
 from convbn_inductor_pass._torch.version import version
-from passes.wanted_gradients.wanted import check_bits
 
 MASKED = ("pooling", Code.MASK_AFTER_POOLING)
 POOLS = {

@@ -19,10 +19,10 @@ import hypothesis
 import torch
 from common import fuzz, spread_statistics
 from hypothesis import strategies as st
+from passes.wanted_gradients.wanted import compare, same
 from torch import nn
 
 from convbn_inductor_pass import Code, testing
-from passes.wanted_gradients.wanted import compare, same
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from common import LAYERS, example_input, fuzz
 from hypothesis import strategies as st
+from passes.wanted_gradients.wanted import check_bits, codes, compare
 from torch import nn
 
 from convbn_inductor_pass import Code, explain, options, testing
 from convbn_inductor_pass.passes.wanted_gradients.shapes import READ_THE_SHAPE
-from passes.wanted_gradients.wanted import check_bits, codes, compare
 
 SHAPE_ONLY = ("shape", Code.SHAPE_ONLY)
 CONVS = {

@@ -152,7 +152,12 @@ def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, old, backward) -> None
     with layer.graph.inserting_before(old):
         scale, mean = (cast(view(v, [-1]), wide) for v in (scale, mean))
         dims = [dim for dim in range(_val(grad).ndim) if dim != 1]
-        sum_grad = call(aten.sum.dim_IntList, cast(grad, wide), dims)
+        # That of the batch norm's bias: what is returned is left out of CSE.
+        sums = (u for u in grad.users if u.target is aten.sum.dim_IntList)
+        same = [u for u in sums if u.args == (grad, dims) and _val(u).dtype == wide]
+        sum_grad = same[0] if same else call(
+            aten.sum.dim_IntList, cast(grad, wide), dims
+        )
 
         # As the layer takes it; what was widened for the batch norm, as it was before.
         if grad.target is _CAST and _val(grad.args[0]).dtype == narrow:
