@@ -20,8 +20,8 @@ DEMO = ["scikit-learn>=1.3"]
 TEST = ["pytest>=8", "pytest-xdist>=3.5", "expecttest>=0.2", "hypothesis>=6.100", *DEMO]
 # Exact: their verdicts change from version to version.
 DEV = [*TEST, "mypy==2.4.1", "pre-commit>=4", "ruff==0.17.5"]
-# Without these, tests of real models, recognition, report and the benchmarks' command line skip.
-BENCH = ["matplotlib>=3.8", "timm>=1.0", "torchvision", "transformers>=4.48", "typer>=0.12"]
+# Without these, tests of real models, recognition and report skip.
+BENCH = ["matplotlib>=3.8", "timm>=1.0", "torchvision", "transformers>=4.48"]
 # With the adapters' trainers (convbn_inductor_pass/integrations); without them their tests skip.
 TRAINERS = ["accelerate>=1.1", "lightning>=2.2", "mmengine>=0.10.5", "transformers>=4.48"]
 
@@ -37,7 +37,7 @@ setup(
     packages=find_packages(include=["convbn_inductor_pass", "convbn_inductor_pass.*"]),
     package_data={"convbn_inductor_pass": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.11", "rich>=13"],
+    install_requires=["torch>=2.11", "rich>=13", "typer>=0.12"],
     extras_require={"demo": DEMO, "test": TEST, "dev": DEV, "bench": BENCH, "trainers": TRAINERS},
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -1,6 +1,6 @@
 """Tune mode on real networks: pairs found, bytes that eager mode saves, errors of gradients.
 
-    python -m bench.eager_coverage [--model NAME ...]
+    python -m bench eager-coverage [--model NAME ...]
 
 For each network: the pairs fused by the compiled pass (``explain``), those and the ones whose layer
 output is saved anyway, which it leaves as written, and the pairs fused by ``turn_on``; bytes that
@@ -17,26 +17,18 @@ of the largest error. Results go to ``bench/results/eager_coverage.json``;
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import pathlib
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import Code, testing
-
-from .libraries import MissingLibrary
-from .models.covered import NETWORKS
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "eager_coverage.json"
 INPUTS = 5
@@ -189,33 +181,3 @@ def markdown(results: dict[str, Any]) -> str:
     """The table as Markdown."""
     rows = [HEADER, ["---"] * len(HEADER), *(row(n, r) for n, r in results["networks"].items())]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
-
-
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", action="append", choices=list(NETWORKS))
-    parser.add_argument("--markdown", action="store_true", help="print the table of the last run")
-    arguments = parser.parse_args()
-    if arguments.markdown:
-        print(markdown(json.loads(RESULTS.read_text())), end="")
-        return
-    names = arguments.model or list(NETWORKS)
-    table = Table(*HEADER)
-    results: dict[str, Any] = {"torch": torch.__version__, "networks": {}}
-    for name in track(names, "networks"):
-        make, size = NETWORKS[name]
-        try:
-            r = measure(make, size)
-        except MissingLibrary as error:
-            Console(stderr=True).print(f"{name}: {error}")
-            continue
-        results["networks"][name] = r
-        table.add_row(*row(name, r))
-    Console(width=160).print(table)
-    if names == list(NETWORKS):
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Errors of the folded forward beside eval mode's own, against float64.
 
-    python -m bench.forward_error [--seeds N] [--offset MEAN] [--forward auto] [--case NAME ...]
+    python -m bench forward-error [--seeds N] [--offset MEAN] [--forward auto] [--case NAME ...]
 
 Real Inductor code on CPU. Each case is compiled as written and with ``forward="fold"`` (or
 ``"auto"``), once per precision; weights, statistics and inputs are then drawn in place for every
@@ -11,7 +11,6 @@ compared: the error of one seed may happen to be small in either mode.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import dataclasses
@@ -20,15 +19,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import testing
 
-from .libraries import MissingLibrary, require
+from .libraries import require
 from .models.repvgg import RepVGG
-from .reporting import tables
 
 __all__ = ["CASES", "PRECISIONS", "Errors", "draw", "measure"]
 
@@ -198,36 +195,3 @@ def measure(
 
 
 HEADER = ("case", "precision", "eval", "folded", "ratio", "least and most of a seed")
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument(
-        "--offset", type=float, default=0, help="mean of the input; its deviation is 1"
-    )
-    parser.add_argument("--forward", choices=("fold", "auto"), default="fold")
-    parser.add_argument("--case", action="append", choices=list(CASES))
-    parser.add_argument("--precision", action="append", choices=list(PRECISIONS))
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    arguments = parser.parse_args()
-    rows = []
-    for case in arguments.case or CASES:
-        for precision in arguments.precision or PRECISIONS:
-            try:
-                e = measure(
-                    *(case, precision, arguments.seeds, arguments.offset), forward=arguments.forward
-                )
-            except MissingLibrary as error:
-                Console(stderr=True).print(f"{case}: {error}")
-                continue
-            means = (statistics.fmean(each) for each in (e.exact, e.folded))
-            extremes = f"{min(e.ratios):.2f} to {max(e.ratios):.2f}"
-            rows.append([case, precision, *(f"{m:.1e}" for m in means), f"{e.ratio:.2f}", extremes])
-            Console(stderr=True).print(*rows[-1])
-    tables.show(HEADER, rows, as_markdown=arguments.markdown, width=120)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Error of every gradient against float64, eval mode's and tune mode's, layer by layer.
 
-    python -m bench.gradient_error [--device cpu] [--dtype float32] [--backend inductor]
+    python -m bench gradient-error [--device cpu] [--dtype float32] [--backend inductor]
 
 For several layers and several ratios of mean to deviation of the layer's output (the offset
 comes from the input, as behind a ReLU, so that it cannot cancel against the layer's bias), the
@@ -16,15 +16,11 @@ the ratio where the two sums of the formula cancel. Eval mode's grows with the r
 
 from __future__ import annotations
 
-import argparse
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from convbn_inductor_pass import testing
@@ -114,35 +110,3 @@ def errors(
         ]
         for mode, function in modes.items()
     }
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--backend", default="fast", choices=BACKENDS)
-    parser.add_argument("--seeds", type=int, default=5)
-    args = parser.parse_args()
-    table = Table(title=f"{args.dtype} on {args.device}, torch {torch.__version__}: eval / tune")
-    for column in ("layer", "mean / deviation", *NAMES):
-        table.add_column(column)
-    for name, shape in LAYERS.items():
-        modes = compiled(args.backend)
-        for ratio in RATIOS:
-            runs = [
-                errors(modes, shape, ratio, seed, args.device, getattr(torch, args.dtype))
-                for seed in range(args.seeds)
-            ]
-            cells = [
-                " / ".join(
-                    f"{statistics.median(run[mode][i] for run in runs):.1e}" for mode in modes
-                )
-                for i in range(len(NAMES))
-            ]
-            table.add_row(name, f"{ratio:g}", *cells)
-    Console(width=120).print(table)
-
-
-if __name__ == "__main__":
-    main()

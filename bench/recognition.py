@@ -1,6 +1,6 @@
 """Which batch norms of real networks forward folding recognises, and which it misses.
 
-    python -m bench.recognition [--model NAME ...]
+    python -m bench recognition [--model NAME ...]
 
 For each network: the calls of batch norms, frozen or in eval mode, whatever class they are of;
 those whose input is a layer's output as the layer made it, as hooks see when the network runs
@@ -11,7 +11,6 @@ README is printed with ``--markdown``.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import dataclasses
@@ -21,14 +20,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import Code, testing
 
 from .libraries import MissingLibrary, require
-from .reporting import tables
 
 __all__ = ["MODELS", "Recognition", "frozen_batch_norms", "recognise"]
 
@@ -210,29 +207,3 @@ def frozen_batch_norms(library: str) -> dict[str, Callable[[int], nn.Module]]:
 
 
 HEADER = ("network", "batch norms", "after a layer", "folded", "missed", "classes")
-
-
-def main() -> None:
-    """Build, count, print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", action="append", choices=list(MODELS))
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    arguments = parser.parse_args()
-    rows = []
-    for name in arguments.model or list(MODELS):
-        torch.manual_seed(0)
-        try:
-            model = MODELS[name]().eval()
-        except MissingLibrary as error:
-            Console(stderr=True).print(f"{name}: {error}")
-            continue
-        size = 224 if "levit" in name else 96
-        r = recognise(model, torch.randn(2, 3, size, size))
-        counts = (r.batch_norms, r.after_layer, r.folded, len(r.missed))
-        rows.append([name, *map(str, counts), ", ".join(r.classes)])
-        Console(stderr=True).print(*rows[-1], *r.missed)
-    tables.show(HEADER, rows, as_markdown=arguments.markdown, width=140)
-
-
-if __name__ == "__main__":
-    main()

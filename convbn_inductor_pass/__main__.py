@@ -6,19 +6,21 @@ error if an argument cannot be used; anything else raises.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
 import json
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from enum import Enum
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from typer import Argument, BadParameter, Exit, Option, Typer
+from typer.main import get_command
 
 from . import __version__, demo
 from .explanation import explain
@@ -26,19 +28,28 @@ from .explanation import explain
 __all__ = ["main"]
 
 _PROGRAM = "python -m convbn_inductor_pass"
-_DTYPES = {n: getattr(torch, n) for n in ("float32", "bfloat16", "float16", "float64")}
 _MODEL_FORM = "package.module:factory, such as torchvision.models:resnet50"
+_HELP = ("-h", "--help")
+# The class of all parsing errors, of which typer exports a subclass alone.
+_USAGE_ERROR: Any = BadParameter.__mro__[1]
+
+_app = Typer(
+    add_completion=False, rich_markup_mode=None, context_settings={"help_option_names": list(_HELP)}
+)
+
+_Half = Enum("_Half", {"bfloat16": "bfloat16", "float16": "float16"}, type=str)
+_Dtype = Enum(
+    "_Dtype",
+    {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float64": "float64"},
+    type=str,
+)
 
 
-class _UsageError(Exception):
+class _CannotDo(BadParameter):
     """What was asked for cannot be done; the message says what can."""
 
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"convbn_inductor_pass: {message}\n")
+    def format_message(self) -> str:
+        return self.message
 
 
 def _one_line(error: BaseException) -> str:
@@ -47,187 +58,161 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def _shape(text: str) -> torch.Size:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
-        raise argparse.ArgumentTypeError(
+        raise BadParameter(
             f"{text!r} is not a shape; expected positive sizes joined by x, such as 2x3x800x1333"
         )
-    return tuple(int(size) for size in text.split("x"))
-
-
-def _positive(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
+    return torch.Size(int(size) for size in text.split("x"))
 
 
 def _device(text: str) -> str:
     try:
         torch.empty(0, device=text)
     except (AssertionError, RuntimeError) as error:
-        raise argparse.ArgumentTypeError(
+        raise BadParameter(
             f"{text!r} cannot be used ({_one_line(error)}); expected cpu, cuda or cuda:N"
         ) from None
     return text
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=_PROGRAM, description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    command = commands.add_parser(
-        "demo",
-        help="fine-tune a small ResNet in eval mode and in tune mode, and compare (default)",
-        description=(demo.__doc__ or "").split("\n\n")[1],
-    )
-    for name, kind, default in (
-        ("--steps", _positive, 40),
-        ("--batch-size", _positive, 128),
-        ("--device", _device, "cpu"),
-        ("--seed", int, 0),
-    ):
-        command.add_argument(name, type=kind, default=default, help="default: %(default)s")
-    command.set_defaults(run=_run_demo)
-
-    command = commands.add_parser(
-        "explain",
-        help="say which batch norms of a model are fused, and the bytes that this saves",
-        description="Trace a model in eval mode on inputs that are not allocated, and say what "
-        "the pass does to it. Nothing is run or compiled.",
-    )
-    command.add_argument(
-        "model",
-        help=f"{_MODEL_FORM}: a module, or something that returns one when called "
-        "without arguments",
-    )
-    command.add_argument(
-        "--input",
-        type=_shape,
-        action="append",
-        required=True,
-        dest="inputs",
-        metavar="SHAPE",
-        help="shape of an input, such as 2x3x800x1333; once for each input",
-    )
-    command.add_argument(
-        "--dtype",
-        choices=list(_DTYPES),
-        default="float32",
-        help="of the model and its inputs; default: %(default)s",
-    )
-    command.add_argument(
-        "--dynamic", action="store_true", help="as torch.compile(dynamic=True): symbolic sizes"
-    )
-    command.add_argument(
-        "--autocast",
-        choices=["bfloat16", "float16"],
-        help="run the model under autocast in this dtype",
-    )
-    command.add_argument(
-        "--channels-last", action="store_true", help="model and 4-d inputs in channels-last"
-    )
-    command.add_argument(
-        "--freeze",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="parameters that are not trained, by name, such as 'layer1.*'; may be repeated",
-    )
-    command.add_argument(
-        "--train-bn", action="store_true", help="batch norms are trained, whatever is frozen"
-    )
-    command.add_argument(
-        "--png", metavar="FILE", help="draw what each part of the model saves for backward"
-    )
-    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    command.set_defaults(run=_run_explain)
-    return parser
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise Exit
 
 
-def _run_demo(arguments: argparse.Namespace) -> None:
-    names = ("steps", "batch_size", "device", "seed")
+@_app.callback(help=(__doc__ or "").split("\n\n")[1])
+def _options(
+    version: Annotated[
+        bool,
+        Option("--version", callback=_print_version, is_eager=True, help="print the version"),
+    ] = False,
+) -> None: ...
+
+
+@_app.command("demo", short_help="Compare eval mode and tune mode (default).", help=demo.__doc__)
+def _demo(
+    steps: Annotated[int, Option(min=1)] = 40,
+    batch_size: Annotated[int, Option(min=1)] = 128,
+    device: Annotated[str, Option(callback=_device)] = "cpu",
+    seed: int = 0,
+) -> None:
     try:
-        result = demo.run(**{name: getattr(arguments, name) for name in names})
+        result = demo.run(steps=steps, batch_size=batch_size, device=device, seed=seed)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "sklearn":
             raise
-        raise _UsageError(
+        raise _CannotDo(
             "the demonstration's data comes with scikit-learn, which is not installed; "
             "pip install scikit-learn"
         ) from None
     Console().print(result.table())
 
 
-def _run_explain(arguments: argparse.Namespace) -> None:
-    dtype = _DTYPES[arguments.dtype]
-    model = _load_model(arguments.model).eval().to(dtype)
+@_app.command("explain")
+def _explain(
+    model: Annotated[
+        str,
+        Argument(metavar="MODEL", help=f"a module, or a factory without arguments: {_MODEL_FORM}"),
+    ],
+    inputs: Annotated[
+        list[torch.Size],
+        Option(
+            "--input", parser=_shape, metavar="SHAPE", help="2x3x800x1333, say; once for each input"
+        ),
+    ],
+    dtype: Annotated[_Dtype, Option(help="of the model and its inputs")] = _Dtype.float32,
+    dynamic: Annotated[
+        bool, Option("--dynamic", help="as torch.compile(dynamic=True): symbolic sizes")
+    ] = False,
+    autocast: Annotated[
+        _Half | None, Option(help="run the model under autocast in this dtype")
+    ] = None,
+    channels_last: Annotated[
+        bool, Option("--channels-last", help="model and 4-d inputs in channels-last")
+    ] = False,
+    freeze: Annotated[
+        list[str] | None,
+        Option(metavar="PATTERN", help="parameters not trained, as 'layer1.*'; may be repeated"),
+    ] = None,
+    train_bn: Annotated[
+        bool, Option("--train-bn", help="batch norms are trained, whatever is frozen")
+    ] = False,
+    png: Annotated[
+        str | None,
+        Option(metavar="FILE", help="draw what each part of the model saves for backward"),
+    ] = None,
+    as_json: Annotated[bool, Option("--json", help="print JSON instead of a table")] = False,
+) -> None:
+    """Say which batch norms are fused, and the bytes that this saves.
+
+    A model is traced in eval mode on inputs that are not allocated. Nothing is run or compiled.
+    """
+    wanted = getattr(torch, dtype.value)
+    module = _load_model(model).eval().to(wanted)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with fake_mode:
-        inputs = [torch.empty(shape, dtype=dtype) for shape in arguments.inputs]
+        tensors = [torch.empty(shape, dtype=wanted) for shape in inputs]
     try:
         # Without Dynamo first: what fails here is the model's own, and says so more plainly.
         with fake_mode, torch.no_grad():
-            model(*inputs)
+            module(*tensors)
     except Exception as error:
-        shapes = ", ".join("x".join(map(str, shape)) for shape in arguments.inputs)
-        raise _UsageError(
-            f"{arguments.model} does not run on {shapes} of {arguments.dtype} "
-            f"({_one_line(error)}); expected one --input for each of its inputs, of a shape "
-            "that it takes"
+        shapes = ", ".join("x".join(map(str, shape)) for shape in inputs)
+        raise _CannotDo(
+            f"{model} does not run on {shapes} of {dtype.value} ({_one_line(error)}); expected "
+            "one --input for each of its inputs, of a shape that it takes"
         ) from error
     try:
         with Console(stderr=True).status("tracing the model in each mode"):
             explanation = explain(
-                model,
-                *inputs,
-                dynamic=True if arguments.dynamic else None,
-                autocast=_DTYPES[arguments.autocast] if arguments.autocast else None,
-                channels_last=arguments.channels_last,
-                freeze=arguments.freeze,
-                train_bn=arguments.train_bn,
+                module,
+                *tensors,
+                dynamic=True if dynamic else None,
+                autocast=getattr(torch, autocast.value) if autocast else None,
+                channels_last=channels_last,
+                freeze=freeze or (),
+                train_bn=train_bn,
             )
-        if arguments.png:
-            explanation.save_picture(arguments.png)
+        if png:
+            explanation.save_picture(png)
     except (ValueError, OSError) as error:
-        raise _UsageError(str(error)) from error
+        raise _CannotDo(str(error)) from error
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        raise _UsageError("--png needs matplotlib; pip install matplotlib") from None
-    if arguments.json:
-        print(json.dumps(explanation.to_dict(), indent=1))
-    else:
-        print(str(explanation).rstrip())
+        raise _CannotDo("--png needs matplotlib; pip install matplotlib") from None
+    print(json.dumps(explanation.to_dict(), indent=1) if as_json else str(explanation).rstrip())
 
 
 def _load_model(text: str) -> nn.Module:
     """The module that ``package.module:factory`` names or makes."""
     module_name, _, attribute = text.partition(":")
     if not module_name or not attribute:
-        raise _UsageError(f"{text!r} names no model; expected {_MODEL_FORM}")
+        raise _CannotDo(f"{text!r} names no model; expected {_MODEL_FORM}")
     try:
         value: Any = importlib.import_module(module_name)
     except Exception as error:  # importing runs other people's code, which may raise anything
-        raise _UsageError(
+        raise _CannotDo(
             f"cannot import {module_name!r} ({_one_line(error)}); expected {_MODEL_FORM}"
         ) from error
     path = module_name
     for name in attribute.split("."):
         if not hasattr(value, name):
-            raise _UsageError(f"{path} has no {name!r}; {_known_names(value, name)}")
+            raise _CannotDo(f"{path} has no {name!r}; {_known_names(value, name)}")
         value, path = getattr(value, name), f"{path}.{name}"
     if callable(value) and not isinstance(value, nn.Module):
         try:
             value = value()
         except Exception as error:
-            raise _UsageError(
+            raise _CannotDo(
                 f"calling {text} without arguments failed ({_one_line(error)}); expected "
                 f"{_MODEL_FORM}, where the factory needs no arguments"
             ) from error
         text = f"what {text} returns"
     if not isinstance(value, nn.Module):
-        raise _UsageError(
+        raise _CannotDo(
             f"{text} has type {type(value).__name__}; expected a torch.nn.Module, or something "
             "that returns one when called without arguments"
         )
@@ -249,14 +234,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with code 2 for arguments that cannot be used, 0 after ``--help``.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help", "--version")):
+    if not given or (given[0].startswith("-") and given[0] not in (*_HELP, "--version")):
         given.insert(0, "demo")
-    parser = _parser()
-    arguments = parser.parse_args(given)
     try:
-        arguments.run(arguments)
-    except _UsageError as error:
-        parser.error(str(error))
+        # Not ``_app(...)``: that would replace sys.excepthook, for callers in Python as well.
+        code = get_command(_app).main(given, prog_name=_PROGRAM, standalone_mode=False)
+    except _USAGE_ERROR as error:
+        # In one line: some messages list choices in lines of their own.
+        message = " ".join(error.format_message().split())
+        print(f"convbn_inductor_pass: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if code is not None:  # of --help and --version
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -158,12 +158,12 @@ print([cbn.is_installed(), config.pre_grad_custom_pass is None,
     assert done.stdout.strip() == "[True, True, True, True]", done.stderr
 
 
-def test_importing_loads_no_compiler():
+def test_importing_loads_no_compiler_and_no_command_line():
     script = """
 import sys, torch
 before = set(sys.modules)
 import convbn_inductor_pass
-print(sorted(m for m in set(sys.modules) - before if m.startswith("torch")))
+print(sorted(m for m in set(sys.modules) - before if m.startswith(("torch", "typer"))))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

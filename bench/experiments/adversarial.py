@@ -2,7 +2,7 @@
 
 Claim: tune finds the examples that eval finds, with less memory and no more time.
 
-    python -m bench.experiments.adversarial
+    python -m bench experiment adversarial
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return adversary.detach()
 
 
-def main() -> None:
-    out, started = lab.arguments(__doc__), time.time()
+def run() -> lab.Found:
     _, (x, y) = lab.digits(0, 4)
     pretrained = lab.pretrain(0)
     models: dict[str, lab.Net] = {}
@@ -66,8 +65,4 @@ def main() -> None:
     for ax, image in zip(axes, (x[0], found["eval"][0], found["tune"][0]), strict=True):
         ax.imshow(image[0], cmap="gray", vmin=-1, vmax=1)
         ax.axis("off")
-    lab.write("adversarial", {"summary": summary, "attack_seconds": times}, fig, out, started)
-
-
-if __name__ == "__main__":
-    main()
+    return {"summary": summary, "attack_seconds": times}, fig

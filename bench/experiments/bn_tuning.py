@@ -4,13 +4,12 @@ What to see: the accuracies, and what each protocol saves for backward compiled 
 with the package. In BN-tuning backward needs the convolutions' outputs for the batch norms' weights
 and nothing else: no layer's input, no mask, and no weight gradient is computed.
 
-    python -m bench.experiments.bn_tuning
+    python -m bench experiment bn_tuning
 """
 
 from __future__ import annotations
 
 import collections
-import time
 from typing import Any
 
 import torch
@@ -44,8 +43,7 @@ def few(split: lab.Split, shots: int, seed: int) -> lab.Split:
     return x[chosen], y[chosen]
 
 
-def main() -> None:
-    out, started = lab.arguments(__doc__), time.time()
+def run() -> lab.Found:
     train, test = lab.digits(5, 9)
     rows: list[dict[str, Any]] = []
     explained: dict[str, dict[str, Any]] = {}
@@ -106,13 +104,9 @@ def main() -> None:
     axes[2].set(title="MB saved for backward, 32 images", xticks=range(len(PROTOCOLS)))
     axes[2].set_xticklabels(PROTOCOLS)
     axes[2].legend()
-    lab.write("bn_tuning", {"summary": summary, "rows": rows}, fig, out, started)
+    return {"summary": summary, "rows": rows}, fig
 
 
 def mean(rows: list[dict], protocol: str, shots: int | str) -> float:
     chosen = [r["accuracy"] for r in rows if r["protocol"] == protocol and r["shots"] == shots]
     return round(sum(chosen) / len(chosen), 4)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,7 @@ grid whether a digit is there and which. As in detection training, stem and firs
 frozen, the batch norms use running statistics, and their affine parameters train elsewhere.
 Claim: tune trains as eval does, with less memory.
 
-    python -m bench.experiments.detection
+    python -m bench experiment detection
 """
 
 from __future__ import annotations
@@ -114,8 +114,7 @@ def largest_difference(runs: dict[str, dict[str, Any]]) -> float:
     return max(abs(a - b) for a, b in both)
 
 
-def main() -> None:
-    out, started = lab.arguments(__doc__), time.time()
+def run() -> lab.Found:
     train, test = scenes(SCENES, 0, True), scenes(128, 1, False)
     modes: tuple[Literal["eval", "tune"], ...] = ("eval", "tune")
     runs: dict[str, dict[str, Any]] = {
@@ -137,7 +136,7 @@ def main() -> None:
     axes[0].legend()
     axes[1].bar(list(runs), [r["saved_bytes"] / 1e6 for r in runs.values()])
     axes[1].set(ylabel="MB saved for backward, batch 32")
-    lab.write("detection", {"summary": summary, "runs": runs}, fig, out, started)
+    return {"summary": summary, "runs": runs}, fig
 
 
 def statistics(model: nn.Module, images: Tensor) -> None:
@@ -147,7 +146,3 @@ def statistics(model: nn.Module, images: Tensor) -> None:
         for part in images.split(64):
             model(part)
     model.eval()
-
-
-if __name__ == "__main__":
-    main()

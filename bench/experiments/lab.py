@@ -7,7 +7,6 @@ images, 70% for training). CPU, float32, seeds fixed.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 
 import convbn_inductor_pass as package
 
-RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results" / "experiments"
 Split = tuple[Tensor, Tensor]
+Found = tuple[dict[str, Any], Any]  # a result, which has a "summary", and a figure
 
 
 class Block(nn.Module):
@@ -192,10 +191,3 @@ def write(name: str, result: dict[str, Any], fig: Any, out: pathlib.Path, starte
     fig.savefig(out / f"{name}.png", dpi=110)
     print(json.dumps(result["summary"], indent=1))
     print(f"{where['seconds']} s; wrote {out / name}.json and .png")
-
-
-def arguments(description: str | None) -> pathlib.Path:
-    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of the results")
-    folder: pathlib.Path = parser.parse_args().out
-    return folder

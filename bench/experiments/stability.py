@@ -6,14 +6,13 @@ and tune train. The first holds exactly. The second needs scales s well below 1,
 how the network was pretrained: with weight decay, which keeps weights small and so s about 1, or
 at a high rate without, which makes weights grow, since a batch norm takes their size out again.
 
-    python -m bench.experiments.stability
+    python -m bench experiment stability
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import time
 from typing import Any
 
 import torch
@@ -105,8 +104,7 @@ def summarise(rows: list[dict[str, Any]], network: str, mode: str) -> dict[str, 
     }
 
 
-def main() -> None:
-    out, started = lab.arguments(__doc__), time.time()
+def run() -> lab.Found:
     rows: list[dict[str, Any]] = []
     measured: dict[str, dict[str, list]] = {}
     for name, options in PRETRAINING.items():
@@ -141,10 +139,4 @@ def main() -> None:
         xlabel="|merged W| / |W|", ylabel="|merged gradient| / |gradient|", title="channels"
     )
     axes[2].legend(fontsize=7)
-    lab.write(
-        "stability", {"summary": summary, "rows": rows, "scales": measured}, fig, out, started
-    )
-
-
-if __name__ == "__main__":
-    main()
+    return {"summary": summary, "rows": rows, "scales": measured}, fig

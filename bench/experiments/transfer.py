@@ -2,12 +2,11 @@
 
 Claim: tune's loss curve coincides with eval's, for deploy's memory and nearly its time.
 
-    python -m bench.experiments.transfer
+    python -m bench experiment transfer
 """
 
 from __future__ import annotations
 
-import time
 from functools import partial
 
 import torch.nn.functional as F
@@ -18,8 +17,7 @@ MODES = ("eval", "tune", "deploy")
 SEEDS = (0, 1, 2)
 
 
-def main() -> None:
-    out, started = lab.arguments(__doc__), time.time()
+def run() -> lab.Found:
     train, test = lab.digits(5, 9)
     runs: dict[str, list[dict]] = {m: [] for m in MODES}
     for seed in SEEDS:
@@ -55,8 +53,4 @@ def main() -> None:
     axes[0].legend()
     axes[1].bar(MODES, [summary[m]["saved_bytes"] / 1e6 for m in MODES])
     axes[1].set(ylabel="MB saved for backward, batch 32")
-    lab.write("transfer", result, fig, out, started)
-
-
-if __name__ == "__main__":
-    main()
+    return result, fig

@@ -1,4 +1,4 @@
-"""The networks that ``bench.eager_coverage`` looks at."""
+"""The networks that ``python -m bench eager-coverage`` measures."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def test_every_class(library):
     assert set(found.classes) == {name.rpartition(".")[2] for name in classes}
 
 
-# The norms' calls after a layer. All networks: ``python -m bench.recognition``.
+# The norms' calls after a layer. All networks: ``python -m bench recognition``.
 NETWORKS = {"timm resnet18": 20, "transformers levit": 38}
 
 

@@ -1,4 +1,4 @@
-"""Metrics, suites, result files, the report and the command line, on a tiny network."""
+"""Metrics, suites, result files and the report, on a tiny network."""
 
 from __future__ import annotations
 
@@ -166,22 +166,6 @@ def test_report_renders(tmp_path):
     assert "| convbn_inductor_pass | 3 + 4 | 5.00 |  |  | 0.0 | 3.0 |" in page
     assert all(path.stat().st_size > 1000 for path in written)
     assert len(written) == 6
-
-
-def test_command_line(tmp_path):
-    pytest.importorskip("matplotlib")
-    testing = pytest.importorskip("typer.testing")
-    from bench.__main__ import app
-
-    run = testing.CliRunner().invoke
-    assert "r50_hybrid" in run(app, ["list"]).output
-    refused = run(app, ["run", "--case", "nothing"])
-    assert refused.exit_code == 2
-    out = tmp_path / "out.jsonl"
-    arguments = ["--case", "dcgan_generator", "--metric", "saved", "--provider", "eval"]
-    done = run(app, ["run", *arguments, "--output", str(out)])
-    assert done.exit_code == 0
-    assert "132.1 MB saved for backward" in done.output
 
 
 def test_ratios_are_taken_round_by_round():

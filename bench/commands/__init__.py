@@ -1,0 +1,1 @@
+"""What ``python -m bench`` runs: a function per command, whose arguments are its options."""
