@@ -58,7 +58,8 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
         storage = t.untyped_storage()
         if storage.data_ptr() not in alive:
             saved[storage.data_ptr()] = storage.nbytes()
-            held.append(t)  # so that no address is used twice
+            # So that no address is used twice; detached, for the graph holds this function.
+            held.append(t.detach())
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

@@ -52,7 +52,7 @@ def saved_bytes(model, *inputs):
 
     def pack(t):
         assert type(t) in (torch.Tensor, nn.Parameter), type(t)
-        saved[t.untyped_storage().data_ptr()] = t
+        saved[t.untyped_storage().data_ptr()] = t.detach()  # the graph holds this function
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
