@@ -57,7 +57,7 @@ _POOL = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "
 # Functions that save no argument that is an activation.
 SAVES_NOTHING = {
     *(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__),
-    *(torch.cat, torch.flatten, Tensor.flatten, Tensor.view, Tensor.reshape),
+    torch.cat,
 }
 # Questions that are no use of a tensor's elements.
 _ATTRIBUTES = ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "grad_fn")
@@ -125,8 +125,10 @@ class LayerCall(NamedTuple):
             dtype = autocast
         conv = None
         if spatial == 0:
-            if x.ndim < 2 or weight.ndim != 2:
+            # With a bias, the result for more dimensions is a view, which a function's may not be.
+            if x.ndim < 2 or weight.ndim != 2 or (x.ndim > 2 and bias is not None):
                 return None
+            x = x.contiguous()  # as autograd saves it
         else:
             if x.ndim != spatial + 2 or weight.ndim != spatial + 2:
                 return None
@@ -185,6 +187,8 @@ class BatchNormCall(NamedTuple):
         bound = _bind(BATCH_NORMS[function], args, kwargs)
         if bound is None or not bound.keys() >= _NEEDED:
             return None
+        if not isinstance(bound["input"], Tensor) or bound["input"].ndim < 2:
+            return None
         bound.pop("momentum", None)
         bound.pop("cudnn_enabled", None)
         return cls(**bound)
@@ -225,11 +229,21 @@ def read_max_pool(
     x = bound["input"]
     if not (torch.is_grad_enabled() and is_plain(x) and x.requires_grad and x.ndim == spatial + 2):
         return None
+    if spatial == 3 and _autocast_dtype(x.device.type) is not None:  # which may cast it
+        return None
     kernel, stride = bound["kernel_size"], bound.get("stride")
-    stride = kernel if stride is None or stride == () else stride
-    sizes = (kernel, stride, bound.get("padding", 0), bound.get("dilation", 1))
-    lists = [[v] * spatial if isinstance(v, int) else list(v) for v in sizes]
-    return (x, *lists, bool(bound.get("ceil_mode", False)))
+    sizes = (kernel, kernel if stride is None else stride)
+    sizes += (bound.get("padding", 0), bound.get("dilation", 1))
+    lists = [(v,) * spatial if type(v) is int else v for v in sizes]
+    plain = all(type(v) in (list, tuple) and len(v) == spatial for v in lists)
+    ceil_mode = bound.get("ceil_mode", False)
+    if (
+        not plain
+        or type(ceil_mode) is not bool
+        or any(type(i) is not int for v in lists for i in v)
+    ):
+        return None
+    return (x, *lists, ceil_mode)
 
 
 def tensors_read(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

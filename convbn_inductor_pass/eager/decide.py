@@ -70,6 +70,8 @@ def _why_not_after_layer(c: Tensor, event: Event | None) -> tuple[Code, str] | N
     x, weight = layer.input(), layer.weight()
     if weight is not None and torch_eager.storage_is_freed(weight):
         return Code.WEIGHT_FREED, ""
+    if node is not None and not node.has_input:
+        return Code.LAYER_FROZEN, ""
     if event is not None and event.used:
         return Code.LAYER_OUTPUT_USED, ""
     if event is not None and event.as_written:

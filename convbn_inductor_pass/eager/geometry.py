@@ -23,7 +23,7 @@ def read_conv(bound: dict[str, Any], spatial: int, transposed: bool) -> Conv | N
 
     def expanded(name: str, default: int) -> Any:
         value = bound.get(name, default)
-        values = (value,) if isinstance(value, int) else tuple(value)
+        values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
         return values * spatial if len(values) == 1 else values
 
     stride, dilation = expanded("stride", 1), expanded("dilation", 1)

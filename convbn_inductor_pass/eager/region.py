@@ -121,6 +121,9 @@ class Region(TorchFunctionMode):
         saves_input = call is None or call.weight.requires_grad or get_options().fuse_frozen_layers
         if taken is not None and (saves_input or not taken.relu):
             taken.mark_used()
+        for value in (*args[1:3], *kwargs.values()):
+            if (taken := self._event_of(value)) is not None and value is not x:
+                taken.mark_used()
         if call is None:
             return func(*args, **kwargs)
         x, weight, bias, _ = call
@@ -191,6 +194,6 @@ class Region(TorchFunctionMode):
             self.events.clear()
             self.events.update(self.before)
         for event in self.outputs.values():
-            if event.code is Code.FUSED and event.output() is not None:
+            if (event.relu or event.code is Code.FUSED) and event.output() is not None:
                 event.mark_used()
         self.outputs.clear()

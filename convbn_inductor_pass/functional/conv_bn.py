@@ -199,6 +199,7 @@ class _BatchNorm(torch.autograd.Function):
     def forward(ctx: Any, c: Tensor, *bn_and_node: Any) -> Tensor:
         weight, bias, mean, var, eps, node = bn_and_node
         ctx.save_for_backward(weight, mean, var)
+        ctx.set_materialize_grads(False)
         ctx.eps, ctx.node, ctx.dtype = eps, node, c.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         cudnn = torch.backends.cudnn.enabled
@@ -207,7 +208,9 @@ class _BatchNorm(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 7
         return torch_eager.call_below(_norm_backward, ctx, g)
 
 

@@ -40,13 +40,16 @@ class _MaxPool(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *geometry: Any) -> Tensor:
         y, indices = torch_eager.call_below(_CALLS[x.ndim][0], x, *geometry)
         ctx.save_for_backward(indices)
+        ctx.set_materialize_grads(False)
         ctx.geometry, ctx.shape = geometry, x.shape
         last = not x.is_contiguous() and x.is_contiguous(memory_format=_CHANNELS_LAST[x.ndim])
         ctx.format = _CHANNELS_LAST[x.ndim] if last else torch.contiguous_format
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return None, *(None for _ in ctx.geometry)
         (indices,) = ctx.saved_tensors
         like = {"dtype": dy.dtype, "device": dy.device, "memory_format": ctx.format}
         x = torch.empty(ctx.shape, **like)  # for its shape; nobody reads an element

@@ -32,10 +32,13 @@ class _Relu(torch.autograd.Function):
         y: Tensor = torch_eager.call_below(torch.relu_ if inplace else torch.relu, x)
         if inplace:
             ctx.mark_dirty(x)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(torch_eager.call_below(torch.le, y, 0))
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None]:
+        if dy is None:
+            return None, None
         (zero,) = ctx.saved_tensors
         return torch_eager.call_below(torch.masked_fill, dy, zero, 0), None

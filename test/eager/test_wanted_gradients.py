@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -258,3 +259,95 @@ def test_relu_of_what_must_not_be_written_to():
     x = torch.randn(2, 4, 6, 6, requires_grad=True)
     expected = run(view, x)
     assert run(turn_on(view.requires_grad_(False)), x)[0][0].equal(expected[0][0])
+
+
+class Stop(torch.autograd.Function):
+    """Sends no gradient on."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+class Centred(nn.Module):
+    def forward(self, w):
+        return w - w.mean((1, 2, 3), keepdim=True)
+
+
+def centred_and_frozen():
+    conv = nn.Conv2d(4, 4, 3).requires_grad_(False)
+    nn.utils.parametrize.register_parametrization(conv, "weight", Centred())
+    return nn.Sequential(nn.Conv2d(4, 4, 1), conv, nn.BatchNorm2d(4))
+
+
+def unfreeze_between(m, x):
+    y = m.conv(x)
+    m.conv.requires_grad_(True)
+    y = m.bn(y)
+    m.conv.requires_grad_(False)
+    return y
+
+
+# A model, and the shape of its input.
+AS_IN_EVAL = {
+    "linear_relu_": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Flatten(0, 1)),
+        (2, 3, 4),
+    ),
+    "max_pool3d": (lambda: nn.Sequential(nn.Conv3d(3, 4, 1), nn.MaxPool3d(2)), (1, 3, 4, 4, 4)),
+    "relu_of_weight": (lambda: Fn(lambda m, x: m.bn(F.conv2d(x, F.relu(m.conv.weight)))), None),
+    "numpy_sizes": (lambda: Fn(lambda m, x: F.max_pool2d(m.conv(x), np.int64(2))), None),
+    "numpy_stride": (
+        lambda: Fn(lambda m, x: F.conv2d(x, m.conv.weight, None, np.int64(2))),
+        None,
+    ),
+    "computed_frozen_weight": (centred_and_frozen, None),
+    "unfrozen_between": (lambda: Fn(unfreeze_between), None),
+    "no_gradient": (lambda: Fn(lambda m, x: Stop.apply(F.relu(m.bn(m.conv(x))))), None),
+    "no_gradient_of_pool": (lambda: Fn(lambda m, x: Stop.apply(F.max_pool2d(m.conv(x), 2))), None),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", AS_IN_EVAL)
+def test_as_in_eval(name, frozen, autocast):
+    """Results, their dtypes, and which gradients there are; under hooks that save copies."""
+    torch.manual_seed(0)
+    make, shape = AS_IN_EVAL[name]
+    model = nn.Sequential(make(), nn.Identity())
+    if name == "linear_relu_":
+        model.append(nn.BatchNorm1d(4))
+    elif name == "max_pool3d":
+        model.append(nn.BatchNorm3d(4))
+    spread_statistics(model).eval()
+    for p in model.parameters() if frozen else ():
+        p.requires_grad_(p.ndim == 1)
+    x = torch.randn(shape or (2, 4, 8, 8), requires_grad=True)
+
+    def step():
+        hooks = torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return run(model, x)
+
+    (expected,), gradients = step()
+    turn_on(model)
+    for _ in range(2):
+        (got,), found = step()
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
+        assert found.keys() == gradients.keys()
+        for n, g in gradients.items():
+            atol = (0.02 if autocast else 1e-5) * g.abs().max().item()
+            torch.testing.assert_close(found[n], g, rtol=0, atol=atol)
+
+
+def test_errors_of_batch_norms_are_evals():
+    model = Fn(lambda m, x: F.batch_norm(x.sum((0, 2, 3)), m.bn.running_mean, m.bn.running_var))
+    turn_on(model)
+    with pytest.raises(RuntimeError, match="should contain"):
+        model(torch.randn(2, 4, 8, 8, requires_grad=True))
