@@ -125,10 +125,12 @@ class LayerCall(NamedTuple):
             dtype = autocast
         conv = None
         if spatial == 0:
-            # With a bias, the result for more dimensions is a view, which a function's may not be.
-            if x.ndim < 2 or weight.ndim != 2 or (x.ndim > 2 and bias is not None):
+            if x.ndim < 2 or weight.ndim != 2:
                 return None
-            x = x.contiguous()  # as autograd saves it
+            if x.ndim > 2 and not x.is_contiguous():
+                if bias is not None:  # computed in another way, with other bits
+                    return None
+                x = x.contiguous()  # as autograd saves it
         else:
             if x.ndim != spatial + 2 or weight.ndim != spatial + 2:
                 return None

@@ -14,6 +14,10 @@ from .calls import SAVES_NOTHING, VIEWS, LayerCall
 __all__ = ["Event", "Ledger"]
 
 
+def _nothing() -> None:
+    """In the place of a reference to a tensor."""
+
+
 class Event:
     """One call of a layer or batch norm, or of both one after the other; or of a ReLU.
 
@@ -28,6 +32,7 @@ class Event:
         self.weight: Any = None
         self.shape: tuple[int, ...] = ()
         self.used = self.linear = self.relu = False
+        self.base_of_output: Any = _nothing
 
     def may_be_read_by(self, function: Any) -> bool:
         """Whether a function that is no layer and no batch norm leaves the decision as it is."""
@@ -39,6 +44,8 @@ class Event:
     def of_layer(self, call: LayerCall, output: Tensor, as_written: str) -> None:
         self.input, self.weight = weakref.ref(call.input), weakref.ref(call.weight)
         self.output = weakref.ref(output)
+        if output._base is not None:
+            self.base_of_output = weakref.ref(output._base)
         self.shape, self.dtype, self.linear = output.shape, output.dtype, call.conv is None
         self.as_written = as_written
 

@@ -98,8 +98,9 @@ class Region(TorchFunctionMode):
 
     def _event_of(self, value: Any) -> Event | None:
         """Of the layer whose output ``value`` is."""
-        event = self.outputs.get(id(value))
-        return event if event is not None and event.output() is value else None
+        event = None if value is None else self.outputs.get(id(value))
+        known = event is not None and (event.output() is value or event.base_of_output() is value)
+        return event if known else None
 
     def _watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See whether a function that is no batch norm takes the output of a layer."""
@@ -140,6 +141,8 @@ class Region(TorchFunctionMode):
             c = func(*args, **kwargs)
         event.of_layer(call, c, as_written)
         self.outputs[id(c)] = event
+        if c._base is not None:
+            self.outputs[id(c._base)] = event
         return c
 
     def _batch_norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -74,7 +74,8 @@ def layer(
         save_input: False saves the shape of ``x`` alone where ``weight`` requires no gradient. The
             weight of a batch norm after it may not require one then either.
     """
-    return _apply_layer(x, weight, bias, conv, save_input or weight.requires_grad)
+    c: Tensor = _apply_layer(x, weight, bias, conv, save_input or weight.requires_grad)
+    return c if c.ndim == x.ndim else c.view(*x.shape[:-1], -1)
 
 
 def layer_before(c: Tensor) -> Any:
@@ -87,11 +88,12 @@ def layer_before(c: Tensor) -> Any:
     node: Any = c.grad_fn
     if node is None or c._version:
         return None
-    if c.ndim == 2 and type(node).__name__ in _VIEWS:
+    while type(node).__name__ in _VIEWS:
         node = node.next_functions[0][0]
-        if not _is_layer(node) or node.conv is not None or c.shape[1] != node.channels:
-            return None
-    return node if _is_layer(node) else None
+    if not _is_layer(node):
+        return None
+    is_viewed = node is not c.grad_fn
+    return None if is_viewed and (node.conv or c.shape[-1] != node.channels) else node
 
 
 def batch_norm(c: Tensor, bn: BatchNorm) -> Tensor:
@@ -165,6 +167,8 @@ class _Layer(torch.autograd.Function):
         w, b = cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)
         if conv is None:
             c: Tensor = torch_eager.call_below(F.linear, x, w, b)
+            # Rows seen in more dimensions; a view made in here could not be written to.
+            c = c if c._base is None else c._base
         else:
             c = torch_eager.call_below(torch.convolution, x, w, b, *conv)
         ctx.channels = c.shape[-1 if conv is None else 1]

@@ -159,7 +159,7 @@ def layer_backward(
 def _input_gradient(g: Tensor, weight: Tensor, conv: Conv | None, shape: torch.Size) -> Tensor:
     """The gradient of a layer's input of this ``shape``, which is not there."""
     if conv is None:
-        return g @ weight
+        return (g @ weight).reshape(shape)
     if g.is_cuda and conv.groups > 1 and weight.shape[1] == 1:
         # cuDNN's transposed convolutions are slow at this, and this kernel asks for the shape only.
         x = g.new_empty(()).expand(shape)
