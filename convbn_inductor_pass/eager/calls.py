@@ -234,8 +234,8 @@ def read_max_pool(
     if spatial == 3 and _autocast_dtype(x.device.type) is not None:  # which may cast it
         return None
     kernel, stride = bound["kernel_size"], bound.get("stride")
-    sizes = (kernel, kernel if stride is None else stride)
-    sizes += (bound.get("padding", 0), bound.get("dilation", 1))
+    stride = kernel if stride is None else stride
+    sizes = (kernel, stride, bound.get("padding", 0), bound.get("dilation", 1))
     lists = [(v,) * spatial if type(v) is int else v for v in sizes]
     plain = all(type(v) in (list, tuple) and len(v) == spatial for v in lists)
     ceil_mode = bound.get("ceil_mode", False)

@@ -112,7 +112,9 @@ class _Rewriting:
         Nobody makes the two one later: PyTorch leaves what the graph returns alone.
         """
         g = self.build.current(self.g)
-        for wide in (g, *(u for u in g.users if is_cast(u))):
+        # Of meta tensors PyTorch makes anew, last, what is returned, for whoever uses it.
+        is_meta = value_of(g).device.type == "meta"
+        for wide in () if is_meta else (g, *(u for u in g.users if is_cast(u))):
             for user in wide.users if value_of(wide).dtype == self.wide else ():
                 is_sum = user.target is aten.sum.dim_IntList and not user.kwargs
                 if is_sum and list(user.args[1:]) in ([self.dims], [self.dims, False]):
