@@ -18,14 +18,8 @@ from ..functional import Conv
 from .geometry import pad_unevenly, read_conv
 
 __all__ = ["BATCH_NORMS", "LAYERS", "MAX_POOLS", "RELUS", "SAVES_NOTHING", "VIEWS"]
-__all__ += [
-    "BatchNormCall",
-    "LayerCall",
-    "is_plain",
-    "read_relu",
-    "runs_as_written",
-    "tensors_read",
-]
+__all__ += ["BatchNormCall", "LayerCall", "is_plain", "read_max_pool", "read_relu"]
+__all__ += ["runs_as_written", "tensors_read"]
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = (*_CONV[:5], "output_padding", "groups", "dilation")

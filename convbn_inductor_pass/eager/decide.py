@@ -31,8 +31,8 @@ def why_as_written(before: Event | None) -> str:
 def decide(bn: BatchNormCall, event: Event | None) -> tuple[Code, str]:
     """Whether a batch norm may leave its input unsaved, and a detail.
 
-    ``event`` is the layer's, if it ran in this region. In eager mode a batch norm whose weight is
-    frozen saves its input, too, and is fused.
+    ``event`` is the layer's, if it ran in this region. As PyTorch writes it, a batch norm whose
+    weight is frozen saves its input in eager mode, too: it need not, after a layer or not.
     """
     if bn.training or bn.running_mean is None or bn.running_var is None:
         return Code.BATCH_STATISTICS, ""

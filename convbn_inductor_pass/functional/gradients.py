@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..graph.layout import Layout, channel_inner_product, scale_weight
+from ..graph.layout import Layout, channel_inner_product, output_padding, scale_weight
 from .half import gradient_scale
 
 __all__ = ["BatchNorm", "Conv", "accumulation_dtype", "cast", "fold_affine", "invstd_and_scale"]
@@ -165,11 +165,11 @@ def _input_gradient(g: Tensor, weight: Tensor, conv: Conv | None, shape: torch.S
         x = g.new_empty(()).expand(shape)
         needs = (True, False, False)
         return aten.convolution_backward.default(g, x, weight, None, *conv, needs)[0]
-    transposed, output_padding = not conv.transposed, [0] * (g.ndim - 2)
-    if transposed:
+    added = [0] * (g.ndim - 2)
+    if not conv.transposed:
         each = zip(shape[2:], g.shape[2:], weight.shape[2:], *conv[:3], strict=True)
-        output_padding = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in each]
-    geometry = (*conv[:3], transposed, output_padding, conv.groups)
+        added = [output_padding(*sizes) for sizes in each]
+    geometry = (*conv[:3], not conv.transposed, added, conv.groups)
     dx: Tensor = aten.convolution.default(g, weight, None, *geometry)
     for dim in range(2, dx.ndim):  # longer where the output padding is the stride or more
         dx = dx.narrow(dim, 0, shape[dim]) if dx.shape[dim] > shape[dim] else dx

@@ -16,11 +16,12 @@ nothing here knows of FX or autograd.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Layout", "channel_inner_product", "scale_weight", "views_onto_output_axis"]
+__all__ = ["Layout", "channel_inner_product", "output_padding", "scale_weight"]
+__all__ += ["views_onto_output_axis"]
 
 
 class Layout(NamedTuple):
@@ -48,6 +49,14 @@ def views_onto_output_axis(
         ("expand", [layout.groups, rows // layout.groups, columns]),
         ("reshape", [rows, columns, *kernel_dims]),
     ]
+
+
+def output_padding(n: Any, m: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
+    """What a transposed convolution of ``m`` positions must add at the end to give ``n``.
+
+    So its input gradient is written without the input. Sizes may be symbolic.
+    """
+    return n - ((m - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
 
 
 def scale_weight(weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:

@@ -30,6 +30,7 @@ from ..._torch import compat
 from ...codes import Code
 from ...graph.builder import Builder
 from ...graph.layers import bytes_of, known_equal, tensor_of, value_of
+from ...graph.layout import output_padding
 from ...graph.uses import is_available, is_recomputed, read_in_backward, source_of, users_of
 from .site import JointGraph, Site
 
@@ -156,13 +157,10 @@ def _input_gradient(call: fx.Node) -> tuple[Any, ...] | None:
         return (None, stride, padding, dilation, False, [0] * len(kernel), groups) if fits else None
     if value_of(dy).is_cuda and groups != 1 and known_equal(value_of(weight).shape[1], 1):
         return None
-    output_padding = [
-        _surely_in_range(n - ((m - 1) * s - 2 * p + d * (k - 1) + 1), s)
-        for n, m, k, s, p, d in per_dim
-    ]
-    if None in output_padding:
+    added = [_surely_in_range(output_padding(*sizes), sizes[3]) for sizes in per_dim]
+    if None in added:
         return None
-    return (None, stride, padding, dilation, True, output_padding, groups)
+    return (None, stride, padding, dilation, True, added, groups)
 
 
 def _surely_in_range(value: Any, stop: Any) -> int | None:
