@@ -10,7 +10,7 @@ from oracle import PassRecorder
 from programs import Norm, Residual, Scale, check_model
 from torch import Tensor, nn
 
-from convbn_inductor_pass import Code
+from convbn_inductor_pass import Code, testing
 
 FORMS = ("index", "left", "expanded", "divide", "addcmul", "last", "two", "number", "in place")
 
@@ -239,3 +239,41 @@ def test_size_that_depends_on_data():
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         codes = codes_of(Chosen(), x)
     assert set(codes) == {Code.FUSED}  # one: torch 2.11 breaks the graph at the convolution
+
+
+class OtherSums(nn.Module):
+    """Backward sums the same gradient in other ways: kept dimensions, rows, images, everything.
+
+    None of these is the sum per channel that a batch norm's scale needs.
+    """
+
+    def __init__(self, kind):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6).eval()
+        self.bn.bias.requires_grad_(False)  # else its own sum is there
+        shape = {"kept": (6, 1, 1), "rows": (6, 1, 5), "images": (3, 6, 1, 1), "all": (1, 1, 1)}
+        self.shift = nn.Parameter(torch.randn(shape[kind]))
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + self.shift
+
+
+@pytest.mark.parametrize("kind", ["kept", "rows", "images", "all"])
+def test_other_sums_of_the_gradient_are_not_taken(kind):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5, 5, requires_grad=True)
+    (result,) = testing.run_pass(OtherSums(kind), x)
+    assert result.codes == [Code.FUSED]
+    sums = "torch.ops.aten.sum.dim_IntList("
+    # One sum goes, that over the layer's output; the inner product and a sum of g come.
+    assert result.after.count(sums) == result.before.count(sums) + 1
+    assert codes_of(OtherSums(kind), x) == [Code.FUSED]
+
+
+def test_a_sum_that_is_there_is_taken():
+    torch.manual_seed(0)
+    model, x = OtherSums("kept"), torch.randn(3, 4, 5, 5, requires_grad=True)
+    model.bn.bias.requires_grad_(True)
+    (result,) = testing.run_pass(model, x)
+    sums = "torch.ops.aten.sum.dim_IntList("
+    assert result.after.count(sums) == result.before.count(sums)
