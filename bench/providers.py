@@ -148,6 +148,21 @@ PROVIDERS: dict[str, Provider] = {
             Provider(f"ours-{f}", f"ours, forward={f}", mode="tune", options={"forward": f})
             for f in ("fold", "auto")
         ),
+        Provider(
+            "ours-combined",
+            "ours, combo_kernels",
+            mode="tune",
+            inductor={"combo_kernels": True},
+            infers=False,
+        ),
+        Provider(
+            "deploy-combined",
+            "deploy mode, combo_kernels",
+            mode="deploy",
+            transform=merge,
+            inductor={"combo_kernels": True},
+            infers=False,
+        ),
         Provider("eager-eval", "eval mode, eager", compiled=False),
         Provider(
             "eager-tune", "tune mode, eager", mode="tune", compiled=False, transform=tune_eagerly
