@@ -43,14 +43,13 @@ def compiled(model, x, flag=True, **patches):
 
 
 class Recorder(CustomGraphPass):
-    """Somebody else's pass: remembers how often backward makes a sum."""
+    """Somebody else's pass: remembers which operators the graph calls."""
 
     def __init__(self):
         self.seen = []
 
     def __call__(self, graph):
-        names = [getattr(n.target, "__name__", "") for n in graph.nodes]
-        self.seen.append(names.count("sum.dim_IntList"))
+        self.seen.append([n.target for n in graph.nodes if n.op == "call_function"])
 
     def uuid(self):
         return "recorder"
@@ -223,8 +222,7 @@ def test_passes_of_others_run_before_and_after(x):
     assert registry.passes_of(HOOK) == (before, *OURS)
     with registry.passes_added(HOOK, after):
         assert compiled(Residual(), x) == Residual.pairs
-    # Of what is summed over activations, weights take the place.
-    assert before.seen != after.seen
+    assert before.seen != after.seen  # ours ran between them
     cbn.uninstall()
     assert getattr(config, HOOK) is before
 
