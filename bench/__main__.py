@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from . import cases, protocols, providers
-from .commands import errors, jobs, networks
+from .commands import demonstration, errors, jobs, networks
 from .commands.options import RESULTS, console
 from .experiments import EXPERIMENTS, lab
 
@@ -63,6 +63,7 @@ def list_all() -> None:
 
 
 _COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demonstration.demonstrate,
     "run": jobs.run,
     "gpu": jobs.gpu,
     "cuda-codegen": jobs.cuda_codegen,

@@ -1,7 +1,7 @@
-"""The command line: ``python -m convbn_inductor_pass [demo | explain]``.
+"""The command line: ``python -m convbn_inductor_pass explain``.
 
-Without a command it runs the demonstration. Exit codes: 0; 2 with one line on standard
-error if an argument cannot be used; anything else raises.
+Exit codes: 0; 2 with one line on standard error if an argument cannot be used; anything else
+raises.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch._subclasses import FakeTensorMode
 from typer import Argument, BadParameter, Exit, Option, Typer
 from typer.main import get_command
 
-from . import __version__, demo
+from . import __version__
 from .explanation import explain
 
 __all__ = ["main"]
@@ -66,48 +66,19 @@ def _shape(text: str) -> torch.Size:
     return torch.Size(int(size) for size in text.split("x"))
 
 
-def _device(text: str) -> str:
-    try:
-        torch.empty(0, device=text)
-    except (AssertionError, RuntimeError) as error:
-        raise BadParameter(
-            f"{text!r} cannot be used ({_one_line(error)}); expected cpu, cuda or cuda:N"
-        ) from None
-    return text
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(__version__)
         raise Exit
 
 
-@_app.callback(help=(__doc__ or "").split("\n\n")[1])
+@_app.callback(help="What the passes do to a model.")
 def _options(
     version: Annotated[
         bool,
         Option("--version", callback=_print_version, is_eager=True, help="print the version"),
     ] = False,
 ) -> None: ...
-
-
-@_app.command("demo", short_help="Compare eval mode and tune mode (default).", help=demo.__doc__)
-def _demo(
-    steps: Annotated[int, Option(min=1)] = 40,
-    batch_size: Annotated[int, Option(min=1)] = 128,
-    device: Annotated[str, Option(callback=_device)] = "cpu",
-    seed: int = 0,
-) -> None:
-    try:
-        result = demo.run(steps=steps, batch_size=batch_size, device=device, seed=seed)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "sklearn":
-            raise
-        raise _CannotDo(
-            "the demonstration's data comes with scikit-learn, which is not installed; "
-            "pip install scikit-learn"
-        ) from None
-    Console().print(result.table())
 
 
 @_app.command("explain")
@@ -233,9 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with code 2 for arguments that cannot be used, 0 after ``--help``.
     """
-    given = list(sys.argv[1:] if argv is None else argv)
-    if not given or (given[0].startswith("-") and given[0] not in (*_HELP, "--version")):
-        given.insert(0, "demo")
+    given = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         # Not ``_app(...)``: that would replace sys.excepthook, for callers in Python as well.
         code = get_command(_app).main(given, prog_name=_PROGRAM, standalone_mode=False)

@@ -1,7 +1,5 @@
-"""The command line: explain for people and programs, its error messages, the demonstration."""
+"""The command line: explain for people and programs, its error messages."""
 
-import functools
-import io
 import json
 import re
 import subprocess
@@ -9,14 +7,13 @@ import sys
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
+from bench import demo
 from convbn_inductor_pass import __main__ as cli
-from convbn_inductor_pass import __version__, demo, explain
-from convbn_inductor_pass.testing import fresh_compile
+from convbn_inductor_pass import __version__, explain
 
-DEMO = "convbn_inductor_pass.demo:small_resnet"
+DEMO = "bench.demo:small_resnet"
 PAIRS = 9  # the stem, and in three blocks two each, and two shortcuts
 
 # Models for the command line to import.
@@ -132,9 +129,8 @@ A_MODEL = "expected a torch.nn.Module, or something that returns one when called
             f"(ModuleNotFoundError: No module named 'no_such_package'); {FORM}",
         ),
         (
-            ("convbn_inductor_pass.demo:smal_resnet", *SHAPE),
-            "convbn_inductor_pass.demo has no 'smal_resnet'; did you mean small_resnet or "
-            "SmallResNet?",
+            ("bench.demo:smal_resnet", *SHAPE),
+            "bench.demo has no 'smal_resnet'; did you mean small_resnet or SmallResNet?",
         ),
         (
             ("math:zzzzzz", *SHAPE),
@@ -198,34 +194,14 @@ def test_explain_lists_the_dtypes(capsys):
 @pytest.mark.parametrize(
     ("arguments", "start"),
     [
-        (("--steps", "0"), "Invalid value for '--steps': "),
-        (("demo", "--batch-size", "many"), "Invalid value for '--batch-size': "),
-        (("demo", "--seed", "0.5"), "Invalid value for '--seed': "),
         (("--step-size", "1"), "No such option: --step-size"),
-        (("demo", "explain"), "Got unexpected extra argument"),
+        (("explain", DEMO, *SHAPE, "demo"), "Got unexpected extra argument"),
         (("explian", DEMO), "No such command 'explian'"),
     ],
 )
 def test_what_cannot_be_parsed_is_named(capsys, arguments, start):
     """The rest of the line is typer's, and changes with its versions."""
     assert fails(capsys, *arguments).startswith(start)
-
-
-def test_demo_says_which_devices(capsys):
-    message = fails(capsys, "--device", "abacus")
-    assert message.startswith(
-        "Invalid value for '--device': 'abacus' cannot be used (RuntimeError: "
-    )
-    assert message.endswith("; expected cpu, cuda or cuda:N")
-
-
-def test_demo_says_where_its_data_is(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert fails(capsys, "demo") == (
-        "the demonstration's data comes with scikit-learn, which is not installed; "
-        "pip install scikit-learn"
-    )
 
 
 def test_version(capsys):
@@ -238,8 +214,8 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["-h"], ["demo", "explain", "--version", "(default)"]),
-        (["demo", "--help"], ["--steps", "--batch-size", "--device", "--seed", "40", "128", "cpu"]),
+        ([], ["explain", "--version"]),
+        (["-h"], ["explain", "--version"]),
         (
             ["explain", "--help"],
             [
@@ -277,25 +253,3 @@ except SystemExit as done:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "0 True False", done.stderr
-
-
-def test_demo_under_inductor(monkeypatch):
-    """Small, but the real thing: both modes compiled, run, and compared."""
-    monkeypatch.setattr(demo, "_PRETRAIN_STEPS", 5)
-    monkeypatch.setattr(demo, "SmallResNet", functools.partial(demo.SmallResNet, stages=1))
-    with fresh_compile(flag=False):
-        result = demo.run(steps=1, batch_size=32, console=Console(quiet=True))
-    assert (result.fused, result.batch_norms) == (3, 3)
-    assert result.measured_bytes["tune"] == result.saved_bytes["tune"]
-    assert result.measured_bytes["eval"] == result.saved_bytes["eval"]
-    assert result.saved_bytes["tune"] <= result.saved_bytes["deploy"]
-    for sizes in result.frozen_bytes.values():
-        assert sizes["tune"] < sizes["eval"]
-    assert result.accuracy_attacked <= result.accuracy["tune"]
-    assert result.saved_bytes["tune"] < result.saved_bytes["builtin"] < result.saved_bytes["eval"]
-    assert result.loss_difference == 0  # the first step's forward has eval mode's bits
-    assert result.time_ratio is None
-    table = io.StringIO()
-    Console(file=table, width=80).print(result.table())
-    assert "3 of 3" in table.getvalue()
-    assert "…" not in table.getvalue()

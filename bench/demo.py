@@ -1,4 +1,4 @@
-"""The default demonstration: fine-tune a small ResNet in eval mode and in tune mode, and compare.
+"""The demonstration: fine-tune a small ResNet in eval mode and in tune mode, and compare.
 
 A ResNet learns the handwritten digits 0 to 4 in train mode, which gives its batch norms
 statistics and weights that differ from channel to channel. It gets a new head, and two copies
@@ -23,8 +23,8 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from .explanation import explain
-from .saved_tensors import saved_for_backward
+from convbn_inductor_pass.explanation import explain
+from convbn_inductor_pass.saved_tensors import saved_for_backward
 
 __all__ = ["Result", "SmallResNet", "run", "small_resnet"]
 
@@ -74,7 +74,7 @@ class SmallResNet(nn.Module):
 
 
 def small_resnet() -> SmallResNet:
-    """The demonstration's network, for ``explain convbn_inductor_pass.demo:small_resnet``."""
+    """The demonstration's network, for ``explain bench.demo:small_resnet``."""
     return SmallResNet()
 
 
