@@ -1,6 +1,7 @@
 """The passes, in the order in which Inductor calls them; none knows of another."""
 
 from .base import Outcome, Pass
+from .batched_weights import BatchedWeightsPass
 from .cpu_codegen import CpuCodegenPass
 from .decision_log import DecisionLogPass
 from .forward_folding import ForwardFoldingPass
@@ -14,6 +15,7 @@ PASSES: tuple[Pass, ...] = (
     WantedGradientsPass(),
     MaskBitsPass(),
     ForwardFoldingPass(),
+    BatchedWeightsPass(),
     CpuCodegenPass(),
     DecisionLogPass(),
 )

@@ -136,13 +136,14 @@ def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, old, backward) -> None
         return node if _val(node).dtype == dtype else call(_CAST, node, dtype)
 
     def view(node: Node, sizes) -> Node:
-        return call(aten.reshape.default, node, list(sizes))
+        same = list(_val(node).shape) == list(sizes)
+        return node if same else call(aten.reshape.default, node, list(sizes))
 
     def mul(a: Node, b: Node) -> Node:
         return call(aten.mul.Tensor, a, b)
 
     def times_scale(like_weight: Node) -> Node:
-        factor = view(scale, [s if d in (0, 2) else 1 for d, s in enumerate(split)])
+        factor = view(scale, [s if d in channels else 1 for d, s in enumerate(split)])
         product = mul(view(cast(like_weight, wide), split), factor)
         return cast(view(product, _val(weight).shape), _val(like_weight).dtype)
 
@@ -155,24 +156,22 @@ def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, old, backward) -> None
         # That of the batch norm's bias: what is returned is left out of CSE.
         sums = (u for u in grad.users if u.target is aten.sum.dim_IntList)
         same = [u for u in sums if u.args == (grad, dims) and _val(u).dtype == wide]
-        sum_grad = same[0] if same else call(
-            aten.sum.dim_IntList, cast(grad, wide), dims
-        )
+        sum_grad, *_ = same or [call(aten.sum.dim_IntList, cast(grad, wide), dims)]
 
         # As the layer takes it; what was widened for the batch norm, as it was before.
         if grad.target is _CAST and _val(grad.args[0]).dtype == narrow:
             grad = grad.args[0]
         grad = cast(grad, narrow)
 
-        # The weight's shape split so that dimensions 0 and 2 are the output channels.
+        # The weight's shape, and which dimensions of it are the output channels.
         is_conv = layer.target is aten.convolution.default
         if not is_conv:
             weight = call(aten.permute.default, weight, [1, 0])
-        rows, columns, *kernel = _val(weight).shape
-        split = [rows, columns, 1, *kernel]
+        split, channels = list(_val(weight).shape), [0]
         if is_conv and layer.args[6]:  # transposed: [C_in, C_out / groups, *kernel]
             groups = layer.args[8]
-            split = [groups, rows // groups, columns, *kernel]
+            split[:1] = groups, split[0] // groups
+            channels = [0, 2]
 
         if is_conv:
             needs_input, _, _ = old.args[10]
@@ -199,12 +198,13 @@ def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, old, backward) -> None
             replace(old, times_scale(dwg))
 
         inner = mul(cast(dwg, wide), cast(weight, wide))
-        rest = [dim for dim in range(len(split)) if dim not in (0, 2)]
+        rest = [dim for dim in range(len(split)) if dim not in channels]
         inner = view(call(aten.sum.dim_IntList, view(inner, split), rest), [-1])
         shift = call(aten.neg.default, mean)
         if bias is not None:
             shift = call(aten.add.Tensor, shift, cast(bias, wide))
         replace(dot_p, call(aten.add.Tensor, inner, mul(shift, sum_grad)))
+
 
 def _val(node: Node) -> Any:
     return node.meta["val"]

@@ -1,0 +1,101 @@
+"""Scale the weights of many layers by one kernel on a GPU, not by one each.
+
+Before:  W1' = W1 * s1;  W2' = W2 * s2;  ...      a launch each, of a few microseconds
+After:   [W1', W2', ...] = _foreach_mul([W1, W2, ...], [s1, s2, ...])
+
+For the weights that convolutions and their gradients take, in training as in forward folding. The
+same products, to the bit; Inductor makes one kernel of each list. Weights that are scaled together
+are alive together, so that a list ends at ``_MOST_BYTES``.
+
+Declines: other devices than CUDA's, where a call costs nothing worth mentioning; scales and weights
+that depend on what else the graph computes.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from .._torch import compat
+from ..graph.layers import is_cast, tensor_of, value_of
+from .base import Outcome, Pass
+
+__all__ = ["BatchedWeightsPass"]
+
+aten = torch.ops.aten
+
+_WEIGHT = {aten.convolution.default: 1, aten.convolution_backward.default: 2}
+_MOST_BYTES = 16 << 20
+
+
+class BatchedWeightsPass(Pass):
+    """Runs on every graph that code is generated for, after forward folding."""
+
+    name = "batched_weights"
+    hook = "post_grad_custom_pre_pass"
+
+    def run(self, graph: fx.Graph) -> Outcome:
+        ready = _computed_from_inputs(graph)
+        lists: list[list[fx.Node]] = []
+        size = _MOST_BYTES
+        for node in graph.nodes:
+            product = _scaled_weight(node, ready)
+            if product is None or (lists and product in lists[-1]):
+                continue
+            size += compat.size_hint(value_of(product).nbytes)
+            if size > _MOST_BYTES:
+                lists.append([])
+                size = compat.size_hint(value_of(product).nbytes)
+            lists[-1].append(product)
+        lists = [products for products in lists if len(products) > 1]
+        for products in lists:
+            _batch(products, ready, graph)
+        return Outcome(sum(map(len, lists)))
+
+
+def _computed_from_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that nothing but pointwise calls and views leads to from the graph's inputs."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        known = compat.is_pointwise(node.target) or compat.is_view(node.target)
+        if node.op == "placeholder" or (known and found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def _scaled_weight(node: fx.Node, ready: set[fx.Node]) -> fx.Node | None:
+    """The product that a convolution takes as its weight, up to casts and views."""
+    place = _WEIGHT.get(node.target)  # type: ignore[arg-type]
+    if place is None:
+        return None
+    product: Any = node.args[place]
+    while (is_cast(product) or compat.is_view(product.target)) and len(product.users) == 1:
+        (product,) = product.all_input_nodes
+    factors = product.args if product.target is aten.mul.Tensor else ()
+    if product not in ready or any(tensor_of(f) is None for f in factors) or not factors:
+        return None
+    return product if value_of(product).device.type == "cuda" else None
+
+
+def _batch(products: list[fx.Node], ready: set[fx.Node], graph: fx.Graph) -> None:
+    needed = set(products)
+    for node in reversed(graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    order = [n for n in graph.nodes if n in needed and n not in products]
+    first = next(n for n in graph.nodes if n in products)
+    for node in order:
+        if node.op != "placeholder":
+            first.prepend(node)
+    left, right = zip(*(product.args for product in products), strict=True)
+    with graph.inserting_before(first):
+        made = graph.call_function(aten._foreach_mul.List, (list(left), list(right)))
+        parts = [graph.call_function(operator.getitem, (made, i)) for i in range(len(products))]
+    made.meta = {**first.meta, "val": [value_of(p) for p in products]}
+    for product, part in zip(products, parts, strict=True):
+        part.meta = dict(product.meta)
+        product.replace_all_uses_with(part)
+        graph.erase_node(product)
