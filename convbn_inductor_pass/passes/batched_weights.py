@@ -27,7 +27,7 @@ __all__ = ["BatchedWeightsPass"]
 
 aten = torch.ops.aten
 
-_WEIGHT = {aten.convolution.default: 1, aten.convolution_backward.default: 2}
+_WEIGHT: dict[Any, int] = {aten.convolution.default: 1, aten.convolution_backward.default: 2}
 _MOST_BYTES = 16 << 20
 
 
@@ -68,7 +68,7 @@ def _computed_from_inputs(graph: fx.Graph) -> set[fx.Node]:
 
 def _scaled_weight(node: fx.Node, ready: set[fx.Node]) -> fx.Node | None:
     """The product that a convolution takes as its weight, up to casts and views."""
-    place = _WEIGHT.get(node.target)  # type: ignore[arg-type]
+    place = _WEIGHT.get(node.target)
     if place is None:
         return None
     product: Any = node.args[place]
