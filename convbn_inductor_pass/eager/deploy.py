@@ -1,8 +1,7 @@
 """Deploy mode: pairs merged once into plain convolutions, and taken apart again.
 
-A pair is merged if its layer and batch norm are modules of PyTorch's own (or timm's batch norm
-with an activation in it), without hooks or parametrizations, that were called only together in
-the forward that found them, and as modules. All else stays in eval mode.
+Merging changes what a layer returns, so a forward without gradient has to show that its batch norm
+alone takes that. All else stays in eval mode.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import math
 from collections.abc import Collection
 from typing import Any
 
@@ -18,13 +16,13 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..codes import Code
-from ..functional import BatchNorm, fold_affine
-from ..graph.layout import Layout
+from ..graph.layout import Layout, scale_weight
 from ..records import Record
-from .intercept import Hook, suspended
-from .observe import LayerUse, NormUse, Observer
+from .events import Event, nothing
+from .intercept import Hook, opened
 
 __all__ = ["Merged", "MergedBatchNorm", "merge_pairs", "tensor_paths", "undo"]
 
@@ -70,32 +68,33 @@ def merge_pairs(
         args, kwargs: inputs of the model.
         norms: the batch norms that may be merged.
     """
-    observer, calls = _run_once(model, args, kwargs)
+    events, calls = _run_once(model, args, kwargs)
     paths = tensor_paths(model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    by_mean: dict[int, list[NormUse]] = collections.defaultdict(list)
-    for norm_use in observer.norms:
-        by_mean[id(norm_use.mean)].append(norm_use)
+    by_norm: dict[str, list[Event]] = collections.defaultdict(list)
+    for event in events:
+        by_norm[paths.get(id(event.norm()), "")].append(event)
     merged, records = [], []
-    for uses in by_mean.values():
-        first = uses[0].layer
-        layer_path = None if first is None else paths.get(id(first.weight))
-        norm_path = paths.get(id(uses[0].mean))
-        layer, norm = (None if p is None else modules[p] for p in (layer_path, norm_path))
-        if norm is None or norm not in norms:
+    for norm_path, uses in by_norm.items():
+        norm, first = modules[norm_path], uses[0]
+        if norm not in norms:
             continue
-        code, detail = _decide(uses, observer)
-        if code is Code.MERGED and (why_not := _why_not(model, layer, norm, calls, len(uses))):
-            code, detail = Code.NOT_MERGED, why_not
-        if code is Code.MERGED and layer_path is not None:
-            merged.append(_merge(modules, layer_path, norm, uses[0].eps))
-        records.append(_record(code, detail, layer_path or "", norm_path or "", first))
+        layer_path = paths.get(id(first.weight()), "")
+        layers = [e for e in events if e.weight() is first.weight()]
+        first.code, first.detail = _decide(uses, layers)
+        if first.code is Code.MERGED:
+            layer = modules[layer_path] if layer_path else None
+            if why_not := _why_not(model, layer, norm, calls, len(uses)):
+                first.code, first.detail = Code.NOT_MERGED, why_not
+            else:
+                merged.append(_merge(modules, layer_path, norm))
+        records.append(first.record(paths))
     return merged, records
 
 
 def _run_once(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Observer, dict[nn.Module, int]]:
+) -> tuple[list[Event], dict[nn.Module, int]]:
     """What a forward shows, and how often it called each module that could be merged."""
     training = {m: m.training for m in model.modules()}
     calls: dict[nn.Module, int] = collections.defaultdict(int)
@@ -113,28 +112,26 @@ def _run_once(
         for module in training:
             if type(module) in _LAYERS or _is_norm(module):
                 stack.callback(module.register_forward_pre_hook(count).remove)
-        stack.enter_context(suspended(model))
-        observer = stack.enter_context(Observer())
+        region = stack.enter_context(opened())
         with torch.no_grad():
-            model(*args, **kwargs)
-    observer.end()
-    return observer, calls
+            result = model(*args, **kwargs)
+    events = list(region.events.values())
+    for event in events:
+        event.used |= event.output() is not None  # stored, or in the result
+    del result
+    return events, calls
 
 
-def _decide(uses: list[NormUse], observer: Observer) -> tuple[Code, str]:
-    """Whether merging would change nothing, from all calls of a batch norm."""
-    first = uses[0].layer
-    if any(u.batch_statistics for u in uses):
+def _decide(uses: list[Event], layers: list[Event]) -> tuple[Code, str]:
+    """Whether merging would change nothing, from all calls of a batch norm and of its layer."""
+    if any(e.code is Code.BATCH_STATISTICS for e in uses):
         return Code.BATCH_STATISTICS, ""
-    if first is None or any(u.layer is None for u in uses):
+    if any(e.weight is nothing for e in uses):
         return Code.NOT_AFTER_LAYER, ""
-    if any(u.layer.used for u in uses if u.layer is not None):
+    if any(e.used for e in uses):
         return Code.LAYER_OUTPUT_USED, ""
-    layers = [u for u in observer.layers if u.weight is first.weight]
-    if len(layers) != len(uses) or any(u.layer not in layers for u in uses):
+    if layers != uses:
         return Code.NOT_MERGED, "the layer and the batch norm are also called without each other"
-    if any(u.eps != uses[0].eps for u in uses):
-        return Code.NOT_MERGED, "the batch norm is called with different eps"
     return Code.MERGED, ""
 
 
@@ -155,21 +152,6 @@ def _why_not(
     return ""
 
 
-def _record(code: Code, detail: str, layer: str, norm: str, use: LayerUse | None) -> Record:
-    size = 0 if use is None else math.prod(use.shape) * use.dtype.itemsize
-    return Record(
-        pass_name="eager",
-        kind="batch norm",
-        code=code,
-        detail=detail,
-        layer=layer,
-        batch_norm=norm,
-        output_shape=() if use is None else use.shape,
-        output_bytes=size,
-        bytes_saved=size if code is Code.MERGED else 0,
-    )
-
-
 def _is_free(module: nn.Module) -> bool:
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return all(isinstance(h, Hook) for h in hooks) and not parametrize.is_parametrized(module)
@@ -182,17 +164,19 @@ def _is_norm(module: nn.Module) -> bool:
     return kind in _NORMS or is_timms
 
 
-def _merge(modules: dict[str, nn.Module], layer_path: str, norm: nn.Module, eps: float) -> Merged:
+def _merge(modules: dict[str, nn.Module], layer_path: str, norm: Any) -> Merged:
     layer: Any = modules[layer_path]
-    layout = Layout(isinstance(layer, _ConvTransposeNd), getattr(layer, "groups", 1))
-    bn: Any = norm
-    with torch.no_grad():
-        tensors = BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, eps)
-        weight, bias = fold_affine(layer.weight, layer.bias, tensors, layout, layer.weight.dtype)
     norm_paths = [path for path, module in modules.items() if module is norm]
     merged = Merged(layer_path, layer.weight, layer.bias, norm_paths, norm)
+    statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    ones = torch.ones_like(norm.running_mean)[:, None]
+    scale, bias = fuse_conv_bn_weights(ones, layer.bias, *statistics)
+    # The fusion of PyTorch's own does not know transposed convolutions with groups.
+    layout = Layout(isinstance(layer, _ConvTransposeNd), getattr(layer, "groups", 1))
+    weight = scale_weight(layer.weight, scale.flatten(), layout)
     layer.weight, layer.bias = (
-        nn.Parameter(new, requires_grad=layer.weight.requires_grad) for new in (weight, bias)
+        nn.Parameter(t.detach().to(layer.weight.dtype), layer.weight.requires_grad)
+        for t in (weight, bias)
     )
     rest = MergedBatchNorm()
     for name, child in norm.named_children():  # timm's drop and act

@@ -2,57 +2,76 @@
 
 from __future__ import annotations
 
-import weakref
+import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from .._torch import eager as torch_eager
 from ..codes import Code
-from .calls import SAVES_NOTHING, VIEWS, LayerCall
+from ..records import Record
+from .calls import SAVES_NOTHING, VIEWS
 
-__all__ = ["Event", "Ledger"]
-
-
-def _nothing() -> None:
-    """In the place of a reference to a tensor."""
+__all__ = ["Event", "Ledger", "nothing"]
 
 
+def nothing() -> None:
+    """In the place of a weak reference."""
+
+
+@dataclasses.dataclass(eq=False)
 class Event:
     """One call of a layer or batch norm, or of both one after the other; or of a ReLU.
 
-    ``used``: whether something takes the layer's output besides the batch norm, or saves the ReLU's
-    besides it.
+    Attributes:
+        input, weight, output: weak references to a layer's tensors, or to a ReLU's output.
+        norm: a weak reference to the tensor by which the batch norm is known.
+        used: whether something takes the layer's output besides the batch norm, or saves the ReLU's
+            besides it.
+        as_written: why the layer is only watched, "" if it is not.
     """
 
-    def __init__(self) -> None:
-        self.code: Code | None = None
-        self.detail = ""
-        self.key: Any = None
-        self.weight: Any = None
-        self.shape: tuple[int, ...] = ()
-        self.used = self.linear = self.relu = False
-        self.base_of_output: Any = _nothing
+    input: Callable[[], Any] = nothing
+    weight: Callable[[], Any] = nothing
+    output: Callable[[], Any] = nothing
+    norm: Callable[[], Any] = nothing
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    relu: bool = False
+    linear: bool = False
+    used: bool = False
+    as_written: str = ""
+    code: Code | None = None
+    detail: str = ""
 
     def may_be_read_by(self, function: Any) -> bool:
         """Whether a function that is no layer and no batch norm leaves the decision as it is."""
-        if self.relu:
-            return function in SAVES_NOTHING
-        # Rows of a linear layer's output may be what a batch norm takes.
-        return self.linear and function in VIEWS
-
-    def of_layer(self, call: LayerCall, output: Tensor, as_written: str) -> None:
-        self.input, self.weight = weakref.ref(call.input), weakref.ref(call.weight)
-        self.output = weakref.ref(output)
-        if output._base is not None:
-            self.base_of_output = weakref.ref(output._base)
-        self.shape, self.dtype, self.linear = output.shape, output.dtype, call.conv is None
-        self.as_written = as_written
+        return function in SAVES_NOTHING if self.relu else self.linear and function in VIEWS
 
     def mark_used(self) -> None:
         self.used = True
         if self.code is Code.FUSED:
             self.code = Code.LAYER_OUTPUT_USED
+
+    def record(self, paths: dict[int, str]) -> Record:
+        """What was decided; ``paths`` are those of modules, by the ids of their tensors."""
+        assert self.code is not None
+        layer, norm = (paths.get(id(reference()), "") for reference in (self.weight, self.norm))
+        size = math.prod(self.shape) * self.dtype.itemsize
+        return Record(
+            pass_name="eager",
+            kind="batch norm",
+            code=self.code,
+            detail=self.detail,
+            layer=layer,
+            batch_norm=norm,
+            output_shape=self.shape,
+            output_bytes=size,
+            bytes_saved=size if self.code.rewritten else 0,
+        )
 
 
 class Ledger:

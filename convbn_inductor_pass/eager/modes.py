@@ -18,7 +18,6 @@ Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.1
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -27,10 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..codes import Code
 from ..records import Record
 from . import deploy
-from .events import Event, Ledger
+from .events import Ledger
 from .intercept import Hook, add_hooks, forget_interrupted, remove_hooks
 
 __all__ = ["decisions", "turn_off", "turn_on"]
@@ -159,24 +157,8 @@ def decisions(model: nn.Module) -> tuple[Record, ...]:
         if state is not None:
             made.update({("deploy", r.batch_norm): r for r in state.deployed})
             for events in list(state.ledger.forwards.values()):
-                made.update({k: _record(e, e.code, names) for k, e in events.items() if e.code})
+                made.update({k: e.record(names) for k, e in events.items() if e.code})
     return tuple(made.values())
-
-
-def _record(e: Event, code: Code, names: dict[int, str]) -> Record:
-    layer, norm = (names.get(id(r()), "") if r is not None else "" for r in (e.weight, e.key))
-    size = math.prod(e.shape) * e.dtype.itemsize if e.shape else 0
-    return Record(
-        pass_name="eager",
-        kind="batch norm",
-        code=code,
-        detail=e.detail,
-        layer=layer,
-        batch_norm=norm,
-        output_shape=e.shape,
-        output_bytes=size,
-        bytes_saved=size if code.rewritten else 0,
-    )
 
 
 def _scopes(model: nn.Module, modules: Sequence[str] | None) -> dict[str, nn.Module]:

@@ -25,8 +25,8 @@ dx, dW and dbeta are eval mode's. dgamma is as accurate as the weight gradient; 
 cancels where the mean of ``c`` is far larger than its deviation. ``half`` keeps float16 gradients
 in range.
 
-Declines: no forward-mode rule and no vmap rule, for which callers run layer and batch norm as
-written.
+Declines: no forward-mode rule and no vmap rule. A layer that ``layer`` cannot read has no node of
+ours, and its batch norm has to run as written.
 
 Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.11624, section 3; the
 formula for dgamma follows from its equation for the folded weight.
@@ -35,86 +35,104 @@ formula for dgamma follows from its equation for the folded weight.
 from __future__ import annotations
 
 import dataclasses
-import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from .._torch import eager as torch_eager
 from .gradients import (
-    BatchNorm,
     Conv,
     accumulation_dtype,
     cast,
-    centred_bias,
-    invstd_and_scale,
     layer_backward,
     pair_backward,
+    per_channel,
     sum_positions,
 )
 
 __all__ = ["batch_norm", "layer", "layer_before"]
 
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+_Gradients = tuple[Tensor | None, ...]
 
-def layer(
-    x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None, save_input: bool = True
-) -> Tensor:
-    """Batched convolution, plain or transposed, or linear layer. Twice differentiable.
 
-    It computes in the dtype of ``x``; parameters may have a wider one, as under autocast, and get
-    their gradients in it.
+def layer(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """``function(*args, **kwargs)``, the call of a convolution or linear layer, for ``batch_norm``.
 
-    Args:
-        x: [N, C_in, *spatial]; for a linear layer [..., C_in] of at least two dimensions.
-        weight: laid out as in :mod:`convbn_inductor_pass.graph.layout`.
-        bias: [C_out].
-        conv: how the convolution goes; None for a linear layer.
-        save_input: False saves the shape of ``x`` alone where ``weight`` requires no gradient. The
-            weight of a batch norm after it may not require one then either.
+    Computed as written, then given a node of our own. What it computed with, after autocast and
+    padding, is read off autograd's node. One without a node, or with one that is not known (an
+    unbatched convolution's, a frozen linear layer's), is returned as it is. Twice differentiable.
     """
-    c: Tensor = _apply_layer(x, weight, bias, conv, save_input or weight.requires_grad)
-    return c if c.ndim == x.ndim else c.view(*x.shape[:-1], -1)
+    # Autograd's node lives in here only: nobody else's hooks see what it saves.
+    with saved_tensors_hooks(_itself, _itself):
+        c = function(*args, **kwargs)
+    x, conv = _read(c)
+    if x is None:
+        return c
+    weight, bias = _parameters(*args, **kwargs)
+    # In a list, or the output would be a view of an input, which must not be written to.
+    if conv is not None:
+        return _Layer.apply(x, weight, bias, conv, [c.detach()])
+    rows = c.view(-1, c.shape[-1]).detach()
+    return _Layer.apply(x, weight, bias, None, [rows]).view(c.shape)
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t
+
+
+def _parameters(input: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any):
+    return weight, bias
+
+
+def _read(c: Tensor) -> tuple[Tensor | None, Conv | None]:
+    """Input and geometry of the layer whose output is ``c``; of a linear layer the input's rows."""
+    node: Any = c.grad_fn
+    if type(node).__name__ == "ConvolutionBackward0":
+        stride, padding, dilation = node._saved_stride, node._saved_padding, node._saved_dilation
+        rest = node._saved_transposed, node._saved_output_padding, node._saved_groups
+        return node._saved_input, Conv(stride, padding, dilation, *rest)
+    node = _below_views(node)
+    saved = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
+    return getattr(node, saved.get(type(node).__name__, ""), None), None
+
+
+def _below_views(node: Any) -> Any:
+    while type(node).__name__ in _VIEWS:
+        node = node.next_functions[0][0]
+    return node
 
 
 def layer_before(c: Tensor) -> Any:
     """The graph node of :func:`layer` whose unmodified output ``c`` is; None if it is not.
 
-    It has the layer's ``conv``, ``channels``, ``has_input`` (whether that is saved), and ``input``
-    and ``weight`` as weak references.
-    The output of a linear layer may be viewed as [rows, C_out].
+    The output of a linear layer, whose node has ``conv`` None, may be viewed as [rows, C_out].
     """
-    node: Any = c.grad_fn
-    if node is None or c._version:
-        return None
-    while type(node).__name__ in _VIEWS:
-        node = node.next_functions[0][0]
-    if not _is_layer(node):
+    node = _below_views(c.grad_fn)
+    if getattr(type(node), "_forward_cls", None) is not _Layer or c._version:
         return None
     is_viewed = node is not c.grad_fn
     return None if is_viewed and (node.conv or c.shape[-1] != node.channels) else node
 
 
-def batch_norm(c: Tensor, bn: BatchNorm) -> Tensor:
-    """Batch norm in eval mode of a ``c`` that is not saved. Twice differentiable.
+def batch_norm(
+    c: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Batch norm in eval mode of a ``c`` [N, C, ...] that is not saved. Twice differentiable.
 
-    ``c`` [N, C, ...] has a :func:`layer_before` that saves its input, or ``bn.weight`` requires no
-    gradient. That layer's weight must be there in the backward of the batch norm already.
+    The weight of the layer before it must be there in the backward of the batch norm already.
+
+    Raises:
+        ValueError: ``c`` has no :func:`layer_before`.
     """
-    node = None
-    if bn.weight is not None and bn.weight.requires_grad:
-        node = layer_before(c)
-        if node is None or not node.has_input:
-            raise ValueError(
-                "the gradient of a batch norm's weight comes from the layer before it, which has "
-                "to save its input"
-            )
-    return _apply_batch_norm(c, *bn, node)
-
-
-_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
-_Saved = tuple[Tensor, Tensor, Tensor | None]
+    node = layer_before(c)
+    if node is None:
+        raise ValueError("the gradient of a batch norm's weight comes from the layer before it")
+    return _BatchNorm.apply(c, mean, var, weight, bias, eps, node)
 
 
 @dataclasses.dataclass(eq=False)
@@ -125,8 +143,8 @@ class _HandedOver:
     """
 
     dc: Tensor
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
-    saved: _Saved
+    gradients: _Gradients
+    saved: tuple[Tensor, Tensor, Tensor | None]
 
     def __post_init__(self) -> None:
         self.version = self.dc._version
@@ -147,10 +165,6 @@ class _HandedOver:
 
 
 class _Layer(torch.autograd.Function):
-    conv: Conv | None
-    channels: int
-    handed_over: _HandedOver | None
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -158,94 +172,82 @@ class _Layer(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         conv: Conv | None,
-        has_input: bool,
+        output: list[Tensor],
     ) -> Tensor:
-        ctx.save_for_backward(x if has_input else None, weight, bias)
+        (c,) = output
+        ctx.save_for_backward(x, weight, bias)
         ctx.set_materialize_grads(False)
-        ctx.conv, ctx.handed_over, ctx.has_input, ctx.x_shape = conv, None, has_input, x.shape
-        ctx.input, ctx.weight = weakref.ref(x), weakref.ref(weight)
-        w, b = cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)
-        if conv is None:
-            c: Tensor = torch_eager.call_below(F.linear, x, w, b)
-            # Rows seen in more dimensions; a view made in here could not be written to.
-            c = c if c._base is None else c._base
-        else:
-            c = torch_eager.call_below(torch.convolution, x, w, b, *conv)
-        ctx.channels = c.shape[-1 if conv is None else 1]
+        ctx.conv, ctx.channels, ctx.handed_over = conv, c.shape[1], None
         return c
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None) -> _Gradients:
         left: _HandedOver | None = ctx.handed_over
         ctx.handed_over = None
+        if g is None:
+            return (None,) * 5
         if left is not None and left.backward_pass != torch_eager.backward_pass():
             left = None
-        if g is None:
-            return None, None, None, None, None
-        x, weight, bias = ctx.saved_tensors if left is None else left.saved
-        need_dx, need_dw, need_db, *_ = ctx.needs_input_grad
         if left is not None and left.is_for(g):
             return (*left.gradients, None, None)
-        x = x if ctx.has_input else ctx.x_shape
-        needs = (need_dx, need_dw, need_db)
-        dx, dw, db = torch_eager.call_below(layer_backward, g, x, weight, ctx.conv, needs)
-        dw = None if dw is None else cast(dw, weight.dtype)
-        db = db if db is None or bias is None else cast(db, bias.dtype)
-        return dx, dw, db, None, None
-
-
-def _is_layer(node: Any) -> bool:
-    return getattr(type(node), "_forward_cls", None) is _Layer
+        x, weight, bias = ctx.saved_tensors if left is None else left.saved
+        needs = ctx.needs_input_grad[:3]
+        gradients = torch_eager.call_below(layer_backward, g, x, weight, ctx.conv, needs)
+        wanted = zip(gradients, (x, weight, bias), strict=True)
+        return (*(d if d is None else cast(d, t.dtype) for d, t in wanted), None, None)
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, c: Tensor, *bn_and_node: Any) -> Tensor:
-        weight, bias, mean, var, eps, node = bn_and_node
-        ctx.save_for_backward(weight, mean, var)
+    def forward(
+        ctx: Any,
+        c: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        node: Any,
+    ) -> Tensor:
+        ctx.save_for_backward(mean, var, weight)
         ctx.set_materialize_grads(False)
         ctx.eps, ctx.node, ctx.dtype = eps, node, c.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        cudnn = torch.backends.cudnn.enabled
-        return torch_eager.call_below(
-            torch.batch_norm, c, weight, bias, mean, var, False, 0.0, eps, cudnn
-        )
+        arguments = (c, mean, var, weight, bias, False, 0.0, eps)
+        return torch_eager.call_below(F.batch_norm, *arguments)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None) -> _Gradients:
         if g is None:
             return (None,) * 7
-        return torch_eager.call_below(_norm_backward, ctx, g)
+        dc, dgamma, dbeta = torch_eager.call_below(_norm_backward, ctx, g)
+        return dc, None, None, dgamma, dbeta, None, None
 
 
-def _norm_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    gamma, mean, var = ctx.saved_tensors
-    need_dc, need_dgamma, need_dbeta = ctx.needs_input_grad[:3]
+def _norm_backward(ctx: Any, g: Tensor) -> _Gradients:
+    """Gradients of the batch norm's input, weight and bias; the layer's are left at its node."""
+    mean, var, gamma = ctx.saved_tensors
+    need_dc, _, _, need_dgamma, need_dbeta, *_ = ctx.needs_input_grad
     acc = accumulation_dtype(g.dtype)
-    invstd, scale = invstd_and_scale(gamma, var, ctx.eps, acc)
-    dc = None
-    if need_dc:
-        dc = cast(g * scale.reshape([1, -1] + [1] * (g.ndim - 2)), ctx.dtype)
+    invstd = (cast(var, acc) + ctx.eps).rsqrt()
+    scale = cast(gamma, acc) * invstd
+    dc = cast(g * per_channel(scale, g), ctx.dtype) if need_dc else None
     if not need_dgamma:
         dbeta = cast(sum_positions(g, acc), ctx.bias_dtype) if need_dbeta else None
-        return dc, None, dbeta, None, None, None, None
-    node = ctx.node
+        return dc, None, dbeta
     if torch_eager.in_compiled_autograd():
         raise RuntimeError(
             "compiled autograd gives each node its own saved tensors only, and tune mode's batch "
             "norms read those of the layer: call convbn_inductor_pass.turn_off(model), and compile "
             "the model with convbn_inductor_pass.enable() instead"
         )
+    node = ctx.node
     saved = x, _, bias = node.saved_tensors
-    found = pair_backward(g, dc, scale, (*saved, node.conv), node.needs_input_grad[:3])
-    centre = centred_bias(None if bias is None else cast(bias, x.dtype), mean, acc)
-    dgamma = cast(invstd * torch.addcmul(found.inner, centre, found.sum_g), gamma.dtype)
+    needs = node.needs_input_grad[:3]
+    *gradients, inner, sum_g = pair_backward(g, scale, (*saved, node.conv), needs)
+    # Subtracted before anything else is done, because the two may be large and nearly equal.
+    centre = (0 if bias is None else cast(cast(bias, x.dtype), acc)) - cast(mean, acc)
+    dgamma = cast(invstd * torch.addcmul(inner, centre, sum_g), gamma.dtype)
     if dc is not None:
-        node.handed_over = _HandedOver(dc, found[:3], saved)
-    dbeta = cast(found.sum_g, ctx.bias_dtype) if need_dbeta else None
-    return dc, dgamma, dbeta, None, None, None, None
-
-
-# Function.apply without what it does for torch.func and for setup_context, on every call.
-_apply_layer = super(torch.autograd.Function, _Layer).apply
-_apply_batch_norm = super(torch.autograd.Function, _BatchNorm).apply
+        node.handed_over = _HandedOver(dc, tuple(gradients), saved)
+    return dc, dgamma, cast(sum_g, ctx.bias_dtype) if need_dbeta else None
