@@ -12,18 +12,16 @@ from torch import Tensor, nn
 from .._torch import eager as torch_eager
 
 __all__ = ["BATCH_NORMS", "LAYERS", "MAX_POOLS", "RELUS", "SAVES_NOTHING", "VIEWS"]
-__all__ += ["BatchNormCall", "is_plain", "layer_tensors", "relu_arguments", "runs_as_written"]
-__all__ += ["tensors_read"]
+__all__ += ["BatchNormCall", "is_plain", "layer_tensors", "runs_as_written", "tensors_read"]
 
 LAYERS = {
     *(torch.conv1d, torch.conv2d, torch.conv3d),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
     F.linear,
 }
-# Function -> whether it writes to its argument; None: if the argument "inplace" says so.
+# Function -> whether it writes to its argument, whatever the argument "inplace" says.
 RELUS = {
-    F.relu: None,
-    **dict.fromkeys((torch.relu, Tensor.relu), False),
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), False),
     **dict.fromkeys((torch.relu_, F.relu_, Tensor.relu_), True),
 }
 MAX_POOLS = {torch.max_pool2d, F.max_pool2d, torch.max_pool3d, F.max_pool3d}
@@ -79,8 +77,16 @@ class BatchNormCall(NamedTuple):
 
 
 def _torch_batch_norm(
-    input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled
-):  # type: ignore[no-untyped-def]
+    input: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> BatchNormCall:
     return BatchNormCall(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
@@ -93,12 +99,6 @@ def layer_tensors(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of the arguments of a layer those that are tensors."""
     return input, weight, bias
-
-
-def relu_arguments(function: Any, input: Tensor, inplace: bool = False) -> tuple[Tensor, bool]:
-    """A ReLU's input, and whether the result is written to it."""
-    writes = RELUS[function]
-    return input, inplace if writes is None else writes
 
 
 def tensors_read(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
@@ -120,5 +120,5 @@ def runs_as_written() -> bool:
     return (
         torch.is_inference_mode_enabled()
         or torch_eager.in_functional_transform()
-        or torch_eager.is_tracing()
+        or torch.jit.is_tracing()
     )

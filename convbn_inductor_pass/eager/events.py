@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._torch import eager as torch_eager
 from ..codes import Code
 from ..records import Record
 from .calls import SAVES_NOTHING, VIEWS
@@ -82,7 +82,7 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.forwards: Any = torch_eager.WeakIdKeyDictionary()
+        self.forwards: Any = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type[Ledger], tuple[()]]:
         return Ledger, ()

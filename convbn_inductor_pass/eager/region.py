@@ -3,9 +3,7 @@
 A region is a ``TorchFunctionMode`` that is active while one forward runs. In it layers run in
 :func:`functional.layer`, which differs from eval mode in nothing but what a batch norm can ask of
 its node; and a batch norm after such a node runs as :func:`functional.batch_norm`, which does not
-save its input. Every tensor is a true one, computed when eval mode computes it: Python control
-flow, hooks, reused modules, functional calls, writes and whoever stores a layer's output meet what
-they meet in eval mode.
+save its input. Every tensor is a true one, computed when eval mode computes it.
 
 Other uses of a layer's output are right, too, but cost a second weight gradient. So a region
 watches outputs: one used before its batch norm is left as written; one used after it, or stored, or
@@ -47,7 +45,6 @@ from .calls import (
     VIEWS,
     is_plain,
     layer_tensors,
-    relu_arguments,
     runs_as_written,
     tensors_read,
 )
@@ -116,11 +113,9 @@ class Region(TorchFunctionMode):
         plain = all(t is None or is_plain(t) for t in (x, weight, bias))
         as_is = self._aside() or not plain
         saves_input = as_is or weight.requires_grad or get_options().fuse_frozen_layers
-        taken = self._event_of(x)
-        if taken is not None and (saves_input or not taken.relu):
-            taken.mark_used()
-        for value in (weight, bias):
-            if (taken := self._event_of(value)) is not None:
+        for t in (x, weight, bias):
+            taken = self._event_of(t)
+            if taken is not None and (saves_input or t is not x or not taken.relu):
                 taken.mark_used()
         if as_is:
             return func(*args, **kwargs)
@@ -135,7 +130,9 @@ class Region(TorchFunctionMode):
             with functional.saves_shape_only(x):
                 c = func(*args, **kwargs)
         event = self.events[key] = Event(
-            *(weakref.ref(t) for t in (x, weight, c)),
+            input=weakref.ref(x),
+            weight=weakref.ref(weight),
+            output=weakref.ref(c),
             shape=c.shape,
             dtype=c.dtype,
             linear=func is nn.functional.linear,
@@ -150,32 +147,35 @@ class Region(TorchFunctionMode):
         bn = BATCH_NORMS[func](*args, **kwargs)
         # FSDP hands on views of a unit's inputs.
         taken = self._event_of(bn.input) or self._event_of(bn.input._base)
-        layer = event = None if taken is None or taken.relu else taken
-        if layer is not None and layer.code is not None:  # a second batch norm
-            layer.mark_used()
-            event = None
-        if torch_eager.saved_tensors_hooks() != self.hooks:
-            code, detail = Code.REGION, "if by checkpointing a function: checkpoint a module"
-        else:
-            code, detail = decide(bn, layer)
+        layer = None if taken is None or taken.relu else taken
         identity = bn.weight if bn.running_mean is None else bn.running_mean
-        if event is None:
+        if layer is not None and layer.code is None:
+            event = layer
+        else:
             event = Event(shape=bn.input.shape, dtype=bn.input.dtype)
             self.events[self._count(identity)] = event
-        event.code, event.detail = code, detail
+            if layer is not None:  # this is its second batch norm
+                layer.mark_used()
         if identity is not None:
             event.norm = weakref.ref(identity)
-        if not code.rewritten:
+        if torch_eager.saved_tensors_hooks() != self.hooks:
+            event.code = Code.REGION
+            event.detail = "if by checkpointing a function: checkpoint a module"
+        else:
+            event.code, event.detail = decide(bn, layer)
+        if not event.code.rewritten:
             if taken is not None and taken.relu:
                 taken.mark_used()
             return func(*args, **kwargs)
         if bn.weight is not None and bn.weight.requires_grad:
-            return functional.batch_norm(*bn[:5], bn.eps)
+            c, mean, var, weight, bias = bn[:5]
+            return functional.batch_norm(c, mean, var, weight, bias, bn.eps)
         with functional.saves_shape_only(bn.input):
             return func(*args, **kwargs)
 
     def _relu(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x, inplace = relu_arguments(func, *args, **kwargs)
+        x = args[0]
+        inplace = RELUS[func] or kwargs.get("inplace", False)
         wanted = torch.is_grad_enabled() and is_plain(x) and x.requires_grad
         # Errors about what must not be written to are PyTorch's own.
         if not wanted or (inplace and (x._is_view() or x.is_leaf)) or self._aside():
@@ -191,8 +191,8 @@ class Region(TorchFunctionMode):
     @functools.cached_property
     def _trains_no_convolution(self) -> bool:
         module = self.module()
-        weights = () if module is None else (p for p in module.parameters() if p.ndim > 2)
-        return not any(w.requires_grad for w in weights)
+        parameters = () if module is None else module.parameters()
+        return not any(p.ndim > 2 and p.requires_grad for p in parameters)
 
     def end(self, completed: bool) -> None:
         """Outputs that outlive the forward though no batch norm saves them were stored."""

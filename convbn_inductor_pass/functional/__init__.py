@@ -1,7 +1,7 @@
 """Layers and eval-mode batch norms as differentiable functions that save one activation a pair.
 
 ``conv_bn`` has the two nodes of autograd's graph, ``gradients`` the formulas, ``half`` what float16
-needs besides. ``relu`` saves a mask, and within ``saves_shape_only`` no input is saved.
+needs besides. ``relu`` saves a mask; within ``saves_shape_only`` no input is saved.
 """
 
 from .conv_bn import batch_norm, layer, layer_before

@@ -11,7 +11,7 @@ the gradient of ``y`` and ``<,>`` the inner product per output channel, the grad
     dW' = the layer's weight gradient, from g, so that dW = A * dW'
 
 ``<dW', W>`` equals the sum of ``g * layer(x, W)``: what eval mode reads the saved layer output for
-comes out of the weight gradient that is computed anyway. ``gradients`` has it without division.
+comes out of the weight gradient that is computed anyway.
 
 Both calls stay nodes of the graph, joined by a true ``c``, so that hooks, other uses and whoever
 stores ``c`` see what they see in eval mode. The batch norm's node saves no activation: it holds
@@ -25,8 +25,7 @@ dx, dW and dbeta are eval mode's. dgamma is as accurate as the weight gradient; 
 cancels where the mean of ``c`` is far larger than its deviation. ``half`` keeps float16 gradients
 in range.
 
-Declines: no forward-mode rule and no vmap rule. A layer that ``layer`` cannot read has no node of
-ours, and its batch norm has to run as written.
+Declines: no forward-mode rule and no vmap rule.
 
 Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.11624, section 3; the
 formula for dgamma follows from its equation for the folded weight.
@@ -44,20 +43,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from .._torch import eager as torch_eager
-from .gradients import (
-    Conv,
-    accumulation_dtype,
-    cast,
-    layer_backward,
-    pair_backward,
-    per_channel,
-    sum_positions,
-)
+from .gradients import Conv, layer_backward, pair_backward, per_channel, sum_positions
 
 __all__ = ["batch_norm", "layer", "layer_before"]
 
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
-_Gradients = tuple[Tensor | None, ...]
+_INPUT_OF_LINEAR = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
 
 
 def layer(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -67,25 +58,22 @@ def layer(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     padding, is read off autograd's node. One without a node, or with one that is not known (an
     unbatched convolution's, a frozen linear layer's), is returned as it is. Twice differentiable.
     """
-    # Autograd's node lives in here only: nobody else's hooks see what it saves.
-    with saved_tensors_hooks(_itself, _itself):
+    # Autograd's node does not outlive this call: what it saves is nothing to others' hooks.
+    with saved_tensors_hooks(lambda t: t, lambda t: t):
         c = function(*args, **kwargs)
     x, conv = _read(c)
     if x is None:
         return c
     weight, bias = _parameters(*args, **kwargs)
-    # In a list, or the output would be a view of an input, which must not be written to.
-    if conv is not None:
-        return _Layer.apply(x, weight, bias, conv, [c.detach()])
-    rows = c.view(-1, c.shape[-1]).detach()
-    return _Layer.apply(x, weight, bias, None, [rows]).view(c.shape)
+    rows = c if conv else c.view(-1, c.shape[-1])
+    # In a list: an output that is an input, too, would be a view, which must not be written to.
+    y: Tensor = _Layer.apply(x, weight, bias, conv, [rows.detach()])
+    return y if y.ndim == c.ndim else y.view(c.shape)
 
 
-def _itself(t: Tensor) -> Tensor:
-    return t
-
-
-def _parameters(input: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any):
+def _parameters(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
@@ -93,12 +81,9 @@ def _read(c: Tensor) -> tuple[Tensor | None, Conv | None]:
     """Input and geometry of the layer whose output is ``c``; of a linear layer the input's rows."""
     node: Any = c.grad_fn
     if type(node).__name__ == "ConvolutionBackward0":
-        stride, padding, dilation = node._saved_stride, node._saved_padding, node._saved_dilation
-        rest = node._saved_transposed, node._saved_output_padding, node._saved_groups
-        return node._saved_input, Conv(stride, padding, dilation, *rest)
+        return node._saved_input, Conv(*(getattr(node, f"_saved_{name}") for name in Conv._fields))
     node = _below_views(node)
-    saved = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
-    return getattr(node, saved.get(type(node).__name__, ""), None), None
+    return getattr(node, _INPUT_OF_LINEAR.get(type(node).__name__, ""), None), None
 
 
 def _below_views(node: Any) -> Any:
@@ -143,7 +128,7 @@ class _HandedOver:
     """
 
     dc: Tensor
-    gradients: _Gradients
+    gradients: list[Tensor | None]
     saved: tuple[Tensor, Tensor, Tensor | None]
 
     def __post_init__(self) -> None:
@@ -155,33 +140,23 @@ class _HandedOver:
 
         Memory cannot have been reused, because ``dc`` is held here.
         """
-        if g is not self.dc:
-            key = torch_eager.storage_key(g)
-            if key is None or key != torch_eager.storage_key(self.dc):
-                return False
-            if g.numel() != self.dc.numel() or not (g.is_contiguous() and self.dc.is_contiguous()):
-                return False
-        return g._version == self.version
+        dc, key = self.dc, torch_eager.storage_key(g)
+        is_view = key is not None and key == torch_eager.storage_key(dc)
+        is_view &= g.numel() == dc.numel() and g.is_contiguous() and dc.is_contiguous()
+        return (g is dc or is_view) and g._version == self.version
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        conv: Conv | None,
-        output: list[Tensor],
-    ) -> Tensor:
-        (c,) = output
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, conv: Any, output: Any) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.set_materialize_grads(False)
+        (c,) = output
         ctx.conv, ctx.channels, ctx.handed_over = conv, c.shape[1], None
         return c
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> _Gradients:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         left: _HandedOver | None = ctx.handed_over
         ctx.handed_over = None
         if g is None:
@@ -192,62 +167,57 @@ class _Layer(torch.autograd.Function):
             return (*left.gradients, None, None)
         x, weight, bias = ctx.saved_tensors if left is None else left.saved
         needs = ctx.needs_input_grad[:3]
-        gradients = torch_eager.call_below(layer_backward, g, x, weight, ctx.conv, needs)
-        wanted = zip(gradients, (x, weight, bias), strict=True)
-        return (*(d if d is None else cast(d, t.dtype) for d, t in wanted), None, None)
+        dx, dw, db = torch_eager.call_below(layer_backward, g, x, weight, ctx.conv, needs)
+        dw = None if dw is None else dw.to(weight.dtype)
+        db = None if db is None or bias is None else db.to(bias.dtype)
+        return dx, dw, db, None, None
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        c: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        eps: float,
-        node: Any,
-    ) -> Tensor:
+    def forward(ctx: Any, c: Tensor, *arguments: Any) -> Tensor:
+        mean, var, weight, bias, ctx.eps, ctx.node = arguments
         ctx.save_for_backward(mean, var, weight)
         ctx.set_materialize_grads(False)
-        ctx.eps, ctx.node, ctx.dtype = eps, node, c.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        arguments = (c, mean, var, weight, bias, False, 0.0, eps)
-        return torch_eager.call_below(F.batch_norm, *arguments)
+        ctx.dtype, ctx.bias_dtype = c.dtype, None if bias is None else bias.dtype
+        how = (False, 0.0, ctx.eps)
+        return torch_eager.call_below(F.batch_norm, c, mean, var, weight, bias, *how)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> _Gradients:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 7
-        dc, dgamma, dbeta = torch_eager.call_below(_norm_backward, ctx, g)
+        of_layer = None
+        if ctx.needs_input_grad[3]:
+            if torch_eager.in_compiled_autograd():
+                raise RuntimeError(
+                    "compiled autograd gives each node its own saved tensors only, and tune mode's "
+                    "batch norms read those of the layer: call convbn_inductor_pass.turn_off(model)"
+                    ", and compile the model with convbn_inductor_pass.enable() instead"
+                )
+            of_layer = ctx.node.saved_tensors
+        # Unpacked out here: checkpointing then runs the forward again, in a region.
+        arguments = (ctx, g, ctx.saved_tensors, of_layer)
+        dc, dgamma, dbeta = torch_eager.call_below(_norm_backward, *arguments)
         return dc, None, None, dgamma, dbeta, None, None
 
 
-def _norm_backward(ctx: Any, g: Tensor) -> _Gradients:
+def _norm_backward(ctx: Any, g: Tensor, saved: Any, of_layer: Any) -> tuple[Tensor | None, ...]:
     """Gradients of the batch norm's input, weight and bias; the layer's are left at its node."""
-    mean, var, gamma = ctx.saved_tensors
-    need_dc, _, _, need_dgamma, need_dbeta, *_ = ctx.needs_input_grad
-    acc = accumulation_dtype(g.dtype)
-    invstd = (cast(var, acc) + ctx.eps).rsqrt()
-    scale = cast(gamma, acc) * invstd
-    dc = cast(g * per_channel(scale, g), ctx.dtype) if need_dc else None
-    if not need_dgamma:
-        dbeta = cast(sum_positions(g, acc), ctx.bias_dtype) if need_dbeta else None
-        return dc, None, dbeta
-    if torch_eager.in_compiled_autograd():
-        raise RuntimeError(
-            "compiled autograd gives each node its own saved tensors only, and tune mode's batch "
-            "norms read those of the layer: call convbn_inductor_pass.turn_off(model), and compile "
-            "the model with convbn_inductor_pass.enable() instead"
-        )
-    node = ctx.node
-    saved = x, _, bias = node.saved_tensors
+    mean, var, gamma = saved
+    need_dc, need_dbeta, node = ctx.needs_input_grad[0], ctx.needs_input_grad[4], ctx.node
+    acc = torch.promote_types(g.dtype, torch.float32)
+    invstd = (var.to(acc) + ctx.eps).rsqrt()
+    scale = gamma.to(acc) * invstd
+    dc = (g * per_channel(scale, g)).to(ctx.dtype) if need_dc else None
+    if of_layer is None:
+        return dc, None, sum_positions(g).to(ctx.bias_dtype) if need_dbeta else None
+    x, _, bias = of_layer
     needs = node.needs_input_grad[:3]
-    *gradients, inner, sum_g = pair_backward(g, scale, (*saved, node.conv), needs)
+    *gradients, inner, sum_g = pair_backward(g, scale, (*of_layer, node.conv), needs)
     # Subtracted before anything else is done, because the two may be large and nearly equal.
-    centre = (0 if bias is None else cast(cast(bias, x.dtype), acc)) - cast(mean, acc)
-    dgamma = cast(invstd * torch.addcmul(inner, centre, sum_g), gamma.dtype)
+    centre = (0 if bias is None else bias.to(x.dtype).to(acc)) - mean.to(acc)
+    dgamma = (invstd * torch.addcmul(inner, centre, sum_g)).to(gamma.dtype)
     if dc is not None:
-        node.handed_over = _HandedOver(dc, tuple(gradients), saved)
-    return dc, dgamma, cast(sum_g, ctx.bias_dtype) if need_dbeta else None
+        node.handed_over = _HandedOver(dc, gradients, of_layer)
+    return dc, dgamma, sum_g.to(ctx.bias_dtype) if need_dbeta else None

@@ -15,8 +15,7 @@ from torch import Tensor
 from ..graph.layout import Layout, channel_inner_product, scale_weight
 from .half import gradient_scale
 
-__all__ = ["Conv", "accumulation_dtype", "cast", "layer_backward", "pair_backward"]
-__all__ += ["per_channel", "sum_positions"]
+__all__ = ["Conv", "layer_backward", "pair_backward", "per_channel", "sum_positions"]
 
 
 class Conv(NamedTuple):
@@ -35,7 +34,7 @@ def pair_backward(
     scale: Tensor,
     layer: tuple[Tensor, Tensor, Tensor | None, Conv | None],
     needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, ...]:
+) -> Any:
     """Gradients of a layer with a batch norm after it; ``<dW', W>`` and the sum of ``g``, [C].
 
     Args:
@@ -47,53 +46,48 @@ def pair_backward(
     x, weight, bias, conv = layer
     need_dx, need_dw, need_db = needs
     acc, layout = scale.dtype, Layout() if conv is None else Layout(conv.transposed, conv.groups)
-    sum_g = None if g.dtype == acc else sum_positions(g, acc)  # else the layer's kernel may sum
-    t = None
+    sum_g = sum_positions(g)
+    on_weight, t = scale, None
     if g.dtype == torch.float16:
         t = gradient_scale(g, scale)
+        on_weight = scale / t
         g = g * per_channel(t, g).to(g.dtype)
-    on_weight = scale if t is None else scale / t
     # What the forward multiplied with: under autocast, the weight after its cast.
-    used = cast(weight, x.dtype)
+    used = weight.to(x.dtype)
     folded = used
     if need_dx:  # else only its shape and layout are read
-        folded = cast(scale_weight(cast(used, acc), on_weight, layout), x.dtype)
-    dx, dfolded, db = layer_backward(g, x, folded, conv, (need_dx, True, sum_g is None))
-    sum_g = db if sum_g is None else sum_g
-    dfolded = cast(dfolded, acc)
-    inner = channel_inner_product(dfolded, cast(used, acc), layout)
+        folded = scale_weight(used.to(acc), on_weight, layout).to(x.dtype)
+    dx, dfolded, _ = layer_backward(g, x, folded, conv, (need_dx, True, False))
+    dfolded = dfolded.to(acc)
+    inner = channel_inner_product(dfolded, used.to(acc), layout)
     inner = inner if t is None else inner / t
-    dw = cast(scale_weight(dfolded, on_weight, layout), weight.dtype) if need_dw else None
-    db = cast(scale * sum_g, bias.dtype) if need_db and bias is not None else None
+    dw = scale_weight(dfolded, on_weight, layout).to(weight.dtype) if need_dw else None
+    db = (scale * sum_g).to(bias.dtype) if need_db and bias is not None else None
     return dx, dw, db, inner, sum_g
 
 
 def layer_backward(
     g: Tensor, x: Tensor, weight: Tensor, conv: Conv | None, needs: tuple[bool, bool, bool]
-) -> Any:
-    """Gradients of input, weight and bias, in the dtype of ``g``; None where not needed."""
+) -> tuple[Any, Any, Any]:
+    """Gradients of input, weight and bias, or None; in the dtype of ``g`` or a wider one."""
     need_dx, need_dw, need_db = needs
-    weight = cast(weight, g.dtype)
+    weight = weight.to(g.dtype)
+    dx = dw = None
     if conv is None:
         dx = g @ weight if need_dx else None
-        return dx, g.t() @ x if need_dw else None, g.sum(0) if need_db else None
-    if not (need_dx or need_dw):  # the kernel would compute the weight's, too
-        return None, None, sum_positions(g, accumulation_dtype(g.dtype)) if need_db else None
-    sizes = [g.shape[1]] if need_db else None
-    return torch.ops.aten.convolution_backward.default(g, x, weight, sizes, *conv, needs)
-
-
-def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == dtype else t.to(dtype)
+        dw = g.t() @ x if need_dw else None
+    elif need_dx or need_dw:
+        wanted = (need_dx, need_dw, False)
+        call = torch.ops.aten.convolution_backward.default
+        dx, dw, _ = call(g, x, weight, None, *conv, wanted)
+    return dx, dw, sum_positions(g) if need_db else None
 
 
 def per_channel(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape([1, -1] + [1] * (like.ndim - 2))
+    return values.reshape(-1, *[1] * (like.ndim - 2))
 
 
-def sum_positions(g: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_positions(g: Tensor) -> Tensor:
+    """Sum over all but channels, in float32 or wider."""
+    dtype = torch.promote_types(g.dtype, torch.float32)
     return g.sum([d for d in range(g.ndim) if d != 1], dtype=dtype)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

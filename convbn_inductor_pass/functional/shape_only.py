@@ -27,12 +27,12 @@ def saves_shape_only(x: Tensor) -> saved_tensors_hooks:
     identity = id(x)  # autograd holds these functions, which must not hold ``x``
 
     def pack(t: Tensor) -> Any:
-        if id(t) == identity or t.requires_grad:
-            how = {"dtype": t.dtype, "device": t.device}
-            return functools.partial(torch.empty_strided, t.shape, t.stride(), **how)
-        return outer_pack(t)
+        if id(t) != identity and not t.requires_grad:
+            return outer_pack(t)
+        empty = functools.partial(torch.empty_strided, dtype=t.dtype, device=t.device)
+        return functools.partial(empty, t.shape, t.stride())
 
-    def unpack(packed: Any) -> Tensor:
+    def unpack(packed: Any) -> Any:
         return packed() if isinstance(packed, functools.partial) else outer_unpack(packed)
 
     return saved_tensors_hooks(pack, unpack)
