@@ -7,7 +7,6 @@ alone takes that. All else stays in eval mode.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 from collections.abc import Collection
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
-from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..codes import Code
@@ -70,51 +68,45 @@ def merge_pairs(
     """
     events, calls = _run_once(model, args, kwargs)
     paths = tensor_paths(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    by_norm: dict[str, list[Event]] = collections.defaultdict(list)
+    modules: dict[str | None, nn.Module] = dict(model.named_modules())
+    by_norm: dict[str | None, list[Event]] = collections.defaultdict(list)
     for event in events:
-        by_norm[paths.get(id(event.norm()), "")].append(event)
+        by_norm[paths.get(id(event.norm()))].append(event)
     merged, records = [], []
-    for norm_path, uses in by_norm.items():
-        norm, first = modules[norm_path], uses[0]
+    for path, uses in by_norm.items():
+        norm, first = modules.get(path), uses[0]
         if norm not in norms:
             continue
-        layer_path = paths.get(id(first.weight()), "")
+        layer_path = paths.get(id(first.weight()))
         layers = [e for e in events if e.weight() is first.weight()]
-        first.code, first.detail = _decide(uses, layers)
-        if first.code is Code.MERGED:
-            layer = modules[layer_path] if layer_path else None
-            if why_not := _why_not(model, layer, norm, calls, len(uses)):
-                first.code, first.detail = Code.NOT_MERGED, why_not
-            else:
-                merged.append(_merge(modules, layer_path, norm))
+        code, detail = _decide(uses, layers)
+        if code is Code.MERGED:
+            detail = _why_not(model, modules.get(layer_path), norm, calls, len(uses))
+            code = Code.NOT_MERGED if detail else code
+        if code is Code.MERGED and layer_path is not None:
+            merged.append(_merge(model, layer_path, norm))
+        first.code, first.detail = code, detail
         records.append(first.record(paths))
     return merged, records
 
 
 def _run_once(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[Event], dict[nn.Module, int]]:
+) -> tuple[list[Event], collections.Counter[nn.Module]]:
     """What a forward shows, and how often it called each module that could be merged."""
     training = {m: m.training for m in model.modules()}
-    calls: dict[nn.Module, int] = collections.defaultdict(int)
-
-    def count(module: nn.Module, args: Any) -> None:
-        calls[module] += 1
-
-    def restore() -> None:
+    calls: collections.Counter[nn.Module] = collections.Counter()
+    counted = [m for m in training if type(m) in _LAYERS or _is_norm(m)]
+    hooks = [m.register_forward_pre_hook(lambda m, _: calls.update([m])) for m in counted]
+    model.eval()
+    try:
+        with torch.no_grad(), opened() as region:
+            result = model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
         for module, flag in training.items():
             module.training = flag
-
-    model.eval()
-    with contextlib.ExitStack() as stack:
-        stack.callback(restore)
-        for module in training:
-            if type(module) in _LAYERS or _is_norm(module):
-                stack.callback(module.register_forward_pre_hook(count).remove)
-        region = stack.enter_context(opened())
-        with torch.no_grad():
-            result = model(*args, **kwargs)
     events = list(region.events.values())
     for event in events:
         event.used |= event.output() is not None  # stored, or in the result
@@ -136,25 +128,21 @@ def _decide(uses: list[Event], layers: list[Event]) -> tuple[Code, str]:
 
 
 def _why_not(
-    model: nn.Module, layer: Any, norm: Any, calls: dict[nn.Module, int], uses: int
+    model: nn.Module, layer: Any, norm: Any, calls: collections.Counter[nn.Module], uses: int
 ) -> str:
     """Why a layer and its batch norm cannot be replaced as modules; "" if they can."""
     if layer is None:
         return "the layer's weight is computed, as by a parametrization, or in no module"
     if type(layer) not in _LAYERS or not _is_norm(norm) or norm is model:
         return "the layer or the batch norm is not a module of PyTorch's own"
-    if not _is_free(layer) or not _is_free(norm):
-        return "the layer or the batch norm has hooks or a parametrization"
+    hooks = (m._forward_hooks | m._forward_pre_hooks for m in (layer, norm))
+    if not all(isinstance(h, Hook) for of_module in hooks for h in of_module.values()):
+        return "the layer or the batch norm has hooks"
     if not calls[layer] == calls[norm] == uses:
         return "the layer or the batch norm is used in a functional call"
     if sum(p is layer.weight for m in model.modules() for p in m._parameters.values()) != 1:
         return "the layer's weight is tied to another module's"
     return ""
-
-
-def _is_free(module: nn.Module) -> bool:
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return all(isinstance(h, Hook) for h in hooks) and not parametrize.is_parametrized(module)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -164,10 +152,10 @@ def _is_norm(module: nn.Module) -> bool:
     return kind in _NORMS or is_timms
 
 
-def _merge(modules: dict[str, nn.Module], layer_path: str, norm: Any) -> Merged:
-    layer: Any = modules[layer_path]
-    norm_paths = [path for path, module in modules.items() if module is norm]
-    merged = Merged(layer_path, layer.weight, layer.bias, norm_paths, norm)
+def _merge(model: nn.Module, layer_path: str, norm: Any) -> Merged:
+    layer: Any = model.get_submodule(layer_path)
+    paths = [path for path, m in model.named_modules(remove_duplicate=False) if m is norm]
+    merged = Merged(layer_path, layer.weight, layer.bias, paths, norm)
     statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
     ones = torch.ones_like(norm.running_mean)[:, None]
     scale, bias = fuse_conv_bn_weights(ones, layer.bias, *statistics)
@@ -178,24 +166,16 @@ def _merge(modules: dict[str, nn.Module], layer_path: str, norm: Any) -> Merged:
         nn.Parameter(t.detach().to(layer.weight.dtype), layer.weight.requires_grad)
         for t in (weight, bias)
     )
-    rest = MergedBatchNorm()
-    for name, child in norm.named_children():  # timm's drop and act
-        rest.add_module(name, child)
-    rest.train(norm.training)
-    for path in norm_paths:
-        _set_module(modules, path, rest)
+    # timm's batch norm goes on with its "drop" and "act".
+    rest = MergedBatchNorm(collections.OrderedDict(norm.named_children())).train(norm.training)
+    for path in merged.norms:
+        model.set_submodule(path, rest)
     return merged
-
-
-def _set_module(modules: dict[str, nn.Module], path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    modules[parent]._modules[name] = module
 
 
 def undo(model: nn.Module, merged: Merged) -> None:
     """Put the parameters and the batch norm back that :func:`merge_pairs` took out."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    layer: Any = modules[merged.layer]
+    layer: Any = model.get_submodule(merged.layer)
     layer.weight, layer.bias = merged.weight, merged.bias
     for path in merged.norms:
-        _set_module(modules, path, merged.norm)
+        model.set_submodule(path, merged.norm)

@@ -80,11 +80,8 @@ class Hook:
     ledger: Ledger
 
     def __getattr__(self, name: str) -> Any:
-        if name == "__name__":
-            name += (
-                ": TorchScript cannot compile it; call convbn_inductor_pass.turn_off(model) first"
-            )
-        raise AttributeError(f"{type(self).__qualname__} has no {name}")
+        why = "TorchScript cannot compile it; call convbn_inductor_pass.turn_off(model) first"
+        raise AttributeError(f"{type(self).__qualname__} has no {name}: {why}")
 
 
 def _is_traced() -> bool:
@@ -116,20 +113,11 @@ class Exit(Hook):
                 return
 
 
-def _hooked(scope: nn.Module) -> Iterator[nn.Module]:
-    """Modules with a batch norm inside them."""
-    for module in scope.modules():
-        inside = any(isinstance(m, _BatchNorm) for m in module.modules() if m is not module)
-        if inside and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            yield module
-
-
 def add_hooks(scope: nn.Module, ledger: Ledger) -> None:
     """Let what runs in ``scope`` run in regions, with the events in ``ledger``."""
-    for module in _hooked(scope):
-        if not any(
-            isinstance(h, Enter) and h.ledger is ledger for h in module._forward_pre_hooks.values()
-        ):
+    for module in scope.modules():
+        norms = (m for m in module.modules() if isinstance(m, _BatchNorm) and m is not module)
+        if any(norms) and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             module.register_forward_pre_hook(Enter(ledger))
             # First, so that other hooks see tensors; after errors too.
             module.register_forward_hook(Exit(ledger), prepend=True, always_call=True)

@@ -139,7 +139,7 @@ def output_used(model):
 
 LEFT = {
     weight_norm: (Code.NOT_MERGED, "by a parametrization"),
-    hook_on_the_layer: (Code.NOT_MERGED, "hooks or a parametrization"),
+    hook_on_the_layer: (Code.NOT_MERGED, "has hooks"),
     hook_that_stores: (Code.LAYER_OUTPUT_USED, ""),
     tied_weight: (Code.NOT_MERGED, "tied"),
     subclass: (Code.NOT_MERGED, "not a module of PyTorch's own"),
