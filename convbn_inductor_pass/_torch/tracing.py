@@ -43,15 +43,11 @@ def trace(
         on_graph(gm, example_inputs)
         return gm.forward
 
-    def call(
-        model: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> Any:
+    def call(model: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         return model(*arguments, **keywords)
 
     # A code object of its own, so that the entries in Dynamo's cache go with it.
-    fresh = types.FunctionType(
-        call.__code__.replace(co_name="explained"), call.__globals__, "explained"
-    )
+    fresh = types.FunctionType(call.__code__.replace(co_name="explained"), call.__globals__)
     fakes = (t for t in pytree.tree_leaves((inputs, keywords)) if isinstance(t, FakeTensor))
     fake_mode = next((t.fake_mode for t in fakes), FakeTensorMode())
     fake_mode.allow_non_fake_inputs = True
@@ -69,15 +65,9 @@ def trace(
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     """Copy of a graph module and of the graph modules in it; parameters are shared."""
-    graph = fx.Graph()
-    graph._codegen = copy.copy(gm.graph._codegen)
-    copies: dict[fx.Node, fx.Node] = {}
-    output: Any = graph.graph_copy(gm.graph, copies, return_output_node=True)
-    for node, node_copy in copies.items():
+    graph = copy.deepcopy(gm.graph)
+    for node, node_copy in zip(gm.graph.nodes, graph.nodes, strict=True):
         _copy_dynamo_source(node, node_copy)
-    if output is not None:
-        value, old_node = output
-        graph.output(value).meta = dict(old_node.meta)
     # Compiled when it is called, as Dynamo makes it: PyTorch's own efficient_conv_bn_eval puts a
     # builtin function among a node's arguments, which does not print as Python.
     with _use_lazy_graph_module(True):
