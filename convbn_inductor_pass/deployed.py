@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
-from .eager.calls import BATCH_NORMS, LAYERS
+from .eager.calls import LAYERS, BatchNormCall
 
 __all__ = ["merge_pairs"]
 
@@ -23,9 +23,9 @@ def merge_pairs(graph: fx.Graph) -> int:
     """Merge the pairs of a graph in torch IR in place; returns how many."""
     merged = 0
     for norm in list(graph.nodes):
-        if norm.op != "call_function" or norm.target not in BATCH_NORMS:
+        if norm.target is not nn.functional.batch_norm:
             continue
-        bn = BATCH_NORMS[norm.target](*norm.args, **norm.kwargs)
+        bn = BatchNormCall(*norm.args, **norm.kwargs)
         layer = None if bn.batch_statistics else _layer_before(bn.input, norm)
         if layer is None:
             continue
@@ -46,7 +46,7 @@ def _give_bias(layer: fx.Node, bias: fx.Node) -> None:
 def _layer_before(node: Any, user: fx.Node) -> fx.Node | None:
     """The layer whose output reaches ``user`` and nothing else that computes with it."""
     while isinstance(node, fx.Node) and all(u is user or _asks_shape(u, node) for u in node.users):
-        if node.op == "call_function" and node.target in LAYERS:
+        if node.target in LAYERS:
             return node
         if _name(node) not in _BETWEEN:
             return None

@@ -11,8 +11,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 
 __all__ = ["backward_pass", "call_below", "in_compiled_autograd", "in_functional_transform"]
-__all__ += ["remove_function_mode", "saved_tensors_hooks"]
-__all__ += ["storage_is_foreign", "storage_is_freed", "storage_key"]
+__all__ += ["remove_function_mode", "saved_tensors_hooks", "storage_key"]
 
 
 def storage_key(value: Any) -> int | None:
@@ -27,20 +26,6 @@ def storage_key(value: Any) -> int | None:
         return value.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse tensors and wrapper subclasses
         return None
-
-
-def storage_is_freed(value: Tensor) -> bool:
-    """Whether the memory of ``value`` was given back, as FSDP does between uses of a weight."""
-    return not value.is_meta and value.untyped_storage().size() == 0
-
-
-def storage_is_foreign(value: Tensor) -> bool:
-    """Whether others can write to ``value`` unseen: NumPy or whoever else has its memory.
-
-    PyTorch marks such memory by not letting it be resized; that of another process, too.
-    """
-    storage = value.untyped_storage()
-    return not storage.resizable() and not storage.is_shared()
 
 
 def in_functional_transform() -> bool:

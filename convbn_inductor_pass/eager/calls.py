@@ -11,19 +11,15 @@ from torch import Tensor, nn
 
 from .._torch import eager as torch_eager
 
-__all__ = ["BATCH_NORMS", "LAYERS", "MAX_POOLS", "RELUS", "SAVES_NOTHING", "VIEWS"]
-__all__ += ["BatchNormCall", "is_plain", "layer_tensors", "runs_as_written", "tensors_read"]
+__all__ = ["LAYERS", "MAX_POOLS", "RELUS", "SAVES_NOTHING", "VIEWS", "BatchNormCall", "is_plain"]
+__all__ += ["runs_as_written", "tensors_read"]
 
 LAYERS = {
     *(torch.conv1d, torch.conv2d, torch.conv3d),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
     F.linear,
 }
-# Function -> whether it writes to its argument, whatever the argument "inplace" says.
-RELUS = {
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), False),
-    **dict.fromkeys((torch.relu_, F.relu_, Tensor.relu_), True),
-}
+RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 MAX_POOLS = {torch.max_pool2d, F.max_pool2d, torch.max_pool3d, F.max_pool3d}
 # Functions that save no argument that is an activation.
 SAVES_NOTHING = {
@@ -60,7 +56,7 @@ def is_plain(value: Any) -> bool:
 
 
 class BatchNormCall(NamedTuple):
-    """Arguments of a batch norm by name."""
+    """Arguments of ``F.batch_norm``."""
 
     input: Any
     running_mean: Any
@@ -74,31 +70,6 @@ class BatchNormCall(NamedTuple):
     @property
     def batch_statistics(self) -> bool:
         return self.training or self.running_mean is None or self.running_var is None
-
-
-def _torch_batch_norm(
-    input: Any,
-    weight: Any,
-    bias: Any,
-    running_mean: Any,
-    running_var: Any,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
-) -> BatchNormCall:
-    return BatchNormCall(input, running_mean, running_var, weight, bias, training, momentum, eps)
-
-
-# Function -> one that takes the same arguments.
-BATCH_NORMS: dict[Any, Any] = {F.batch_norm: BatchNormCall, torch.batch_norm: _torch_batch_norm}
-
-
-def layer_tensors(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of the arguments of a layer those that are tensors."""
-    return input, weight, bias
 
 
 def tensors_read(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from .._torch import eager as torch_eager
 from ..codes import Code
 from ..config import get_options
 from .calls import BatchNormCall, is_plain
@@ -51,7 +50,8 @@ def _why_not_from_layer(c: Tensor, layer: Event | None) -> tuple[Code, str] | No
     if layer is None:
         return (Code.NOT_AFTER_LAYER, "") if node is None else (Code.REGION, "the layer's ended")
     x, weight = layer.input(), layer.weight()
-    if weight is not None and torch_eager.storage_is_freed(weight):
+    # FSDP gives the memory back.
+    if weight is not None and weight.numel() and not weight.untyped_storage().nbytes():
         return Code.WEIGHT_FREED, ""
     if layer.used or layer.as_written:
         return Code.LAYER_OUTPUT_USED, "" if layer.used else layer.as_written
@@ -63,7 +63,9 @@ def _why_not_from_layer(c: Tensor, layer: Event | None) -> tuple[Code, str] | No
         return Code.NOT_AFTER_LAYER, "the layer's node in autograd's graph is not a known one"
     if c._backward_hooks or c.retains_grad:
         return Code.LAYER_OUTPUT_USED, "a hook takes its gradient"
-    if x is not None and torch_eager.storage_is_foreign(x):
+    # Memory that PyTorch does not let be resized is others', or shared with another process.
+    memory = None if x is None else x.untyped_storage()
+    if memory is not None and not memory.resizable() and not memory.is_shared():
         return Code.INPUT_MUTATED, "NumPy or others hold the memory of the layer's input"
     if node.conv is None and c.ndim != 2:
         return Code.UNBATCHED, f"{c.ndim} dimensions with channels last"

@@ -9,11 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..codes import Code
 from ..records import Record
-from .calls import SAVES_NOTHING, VIEWS
 
 __all__ = ["Event", "Ledger", "nothing"]
 
@@ -46,10 +44,6 @@ class Event:
     as_written: str = ""
     code: Code | None = None
     detail: str = ""
-
-    def may_be_read_by(self, function: Any) -> bool:
-        """Whether a function that is no layer and no batch norm leaves the decision as it is."""
-        return function in SAVES_NOTHING if self.relu else self.linear and function in VIEWS
 
     def mark_used(self) -> None:
         self.used = True
@@ -86,10 +80,3 @@ class Ledger:
 
     def __reduce__(self) -> tuple[type[Ledger], tuple[()]]:
         return Ledger, ()
-
-    def begin(self, module: nn.Module) -> tuple[dict[Any, Event], dict[Any, Event]]:
-        """Events of the last forward of ``module``, and a place for those of the next."""
-        before = self.forwards.pop(module, {})
-        now: dict[Any, Event] = {}
-        self.forwards[module] = now  # the latest comes last
-        return before, now

@@ -9,7 +9,7 @@ Other uses of a layer's output are right, too, but cost a second weight gradient
 watches outputs: one used before its batch norm is left as written; one used after it, or stored, or
 that met no batch norm, in the forward before, is run as written and watched this once.
 
-No activation is saved for its shape (:mod:`functional.shape_only`). Then a ReLU's result may be
+No activation is saved for its shape (:mod:`functional.saved`). Then a ReLU's result may be
 saved for the ReLU alone, which saves a mask instead where nobody else saved it in the forward
 before, or, before there was one, where the model trains no convolution.
 
@@ -37,17 +37,7 @@ from .. import functional
 from .._torch import eager as torch_eager
 from ..codes import Code
 from ..config import get_options
-from .calls import (
-    BATCH_NORMS,
-    LAYERS,
-    MAX_POOLS,
-    RELUS,
-    VIEWS,
-    is_plain,
-    layer_tensors,
-    runs_as_written,
-    tensors_read,
-)
+from . import calls
 from .decide import decide, why_as_written
 from .events import Event, Ledger, nothing
 
@@ -62,7 +52,9 @@ class Region(TorchFunctionMode):
         self.hooks = torch_eager.saved_tensors_hooks()
         self.module = weakref.ref(module)
         self.paused = False  # while another region is open inside this one
-        self.before, self.events = ledger.begin(module)
+        self.before: dict[Any, Event] = ledger.forwards.pop(module, {})
+        self.events: dict[Any, Event] = {}
+        ledger.forwards[module] = self.events  # the latest comes last
         self.uses: dict[int, int] = {}
         # By id, the outputs of layers and ReLUs, and rows made of a linear layer's.
         self.outputs: dict[int, tuple[Callable[[], Any], Event]] = {}
@@ -71,28 +63,34 @@ class Region(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.paused or torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        if func in LAYERS:
+        if func in calls.LAYERS:
             return self._layer(func, args, kwargs)
-        if func in BATCH_NORMS:
+        if func is nn.functional.batch_norm:
             return self._batch_norm(func, args, kwargs)
-        tensors = list(tensors_read(func, args, kwargs))
+        tensors = list(calls.tensors_read(func, args, kwargs))
         events = [event for t in tensors if (event := self._event_of(t)) is not None]
         for event in events:
-            if not event.may_be_read_by(func):
+            # Rows of a linear layer's output may be what a batch norm takes.
+            is_rows = event.linear and func in calls.VIEWS
+            if not is_rows and not (event.relu and func in calls.SAVES_NOTHING):
                 event.mark_used()
-        if func in RELUS:
+        if func in calls.RELUS:
             return self._relu(func, args, kwargs)
         # On MPS max-pooling looks for the maxima again.
-        if func in MAX_POOLS and is_plain(x := tensors[0]) and not (x.is_mps or self._aside()):
+        if (
+            func in calls.MAX_POOLS
+            and calls.is_plain(x := tensors[0])
+            and not (x.is_mps or self._aside())
+        ):
             with functional.saves_shape_only(x):
                 return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        if func in VIEWS and events and events[0].linear:
+        if func in calls.VIEWS and events and events[0].linear:
             self._note(result, events[0])
         return result
 
     def _aside(self) -> bool:
-        return runs_as_written() or torch_eager.saved_tensors_hooks() != self.hooks
+        return calls.runs_as_written() or torch_eager.saved_tensors_hooks() != self.hooks
 
     def _count(self, tensor: Any) -> tuple[int, int]:
         """Which call with this tensor this is."""
@@ -109,8 +107,9 @@ class Region(TorchFunctionMode):
         return event if reference() is value else None
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x, weight, bias = layer_tensors(*args, **kwargs)
-        plain = all(t is None or is_plain(t) for t in (x, weight, bias))
+        weight, bias = functional.layer_parameters(*args, **kwargs)
+        x = args[0] if args else kwargs["input"]
+        plain = all(t is None or calls.is_plain(t) for t in (x, weight, bias))
         as_is = self._aside() or not plain
         saves_input = as_is or weight.requires_grad or get_options().fuse_frozen_layers
         for t in (x, weight, bias):
@@ -142,9 +141,9 @@ class Region(TorchFunctionMode):
         return c
 
     def _batch_norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if runs_as_written():
+        if calls.runs_as_written():
             return func(*args, **kwargs)
-        bn = BATCH_NORMS[func](*args, **kwargs)
+        bn = calls.BatchNormCall(*args, **kwargs)
         # FSDP hands on views of a unit's inputs.
         taken = self._event_of(bn.input) or self._event_of(bn.input._base)
         layer = None if taken is None or taken.relu else taken
@@ -174,16 +173,18 @@ class Region(TorchFunctionMode):
             return func(*args, **kwargs)
 
     def _relu(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = args[0]
-        inplace = RELUS[func] or kwargs.get("inplace", False)
-        wanted = torch.is_grad_enabled() and is_plain(x) and x.requires_grad
-        # Errors about what must not be written to are PyTorch's own.
-        if not wanted or (inplace and (x._is_view() or x.is_leaf)) or self._aside():
+        x = args[0] if args else kwargs["input"]
+        wanted = torch.is_grad_enabled() and calls.is_plain(x) and x.requires_grad
+        if not wanted or self._aside():
             return func(*args, **kwargs)
         key = ("ReLU", self._count(None)[1])
         before = None if self.hooks else self.before.get(key)
         saves_mask = self._trains_no_convolution if before is None else not before.used
-        y = functional.relu(x, inplace) if saves_mask else func(*args, **kwargs)
+        if saves_mask:
+            with functional.saves_mask(x.dtype):
+                y = func(*args, **kwargs)
+        else:
+            y = func(*args, **kwargs)
         event = self.events[key] = Event(output=weakref.ref(y), relu=True)
         self._note(y, event)
         return y

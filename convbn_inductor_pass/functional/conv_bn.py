@@ -45,7 +45,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from .._torch import eager as torch_eager
 from .gradients import Conv, layer_backward, pair_backward, per_channel, sum_positions
 
-__all__ = ["batch_norm", "layer", "layer_before"]
+__all__ = ["batch_norm", "layer", "layer_before", "layer_parameters"]
 
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 _INPUT_OF_LINEAR = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
@@ -64,16 +64,17 @@ def layer(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     x, conv = _read(c)
     if x is None:
         return c
-    weight, bias = _parameters(*args, **kwargs)
+    weight, bias = layer_parameters(*args, **kwargs)
     rows = c if conv else c.view(-1, c.shape[-1])
     # In a list: an output that is an input, too, would be a view, which must not be written to.
     y: Tensor = _Layer.apply(x, weight, bias, conv, [rows.detach()])
     return y if y.ndim == c.ndim else y.view(c.shape)
 
 
-def _parameters(
+def layer_parameters(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, of the arguments of any convolution or linear layer."""
     return weight, bias
 
 
@@ -180,8 +181,7 @@ class _BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(mean, var, weight)
         ctx.set_materialize_grads(False)
         ctx.dtype, ctx.bias_dtype = c.dtype, None if bias is None else bias.dtype
-        how = (False, 0.0, ctx.eps)
-        return torch_eager.call_below(F.batch_norm, c, mean, var, weight, bias, *how)
+        return F.batch_norm(c, mean, var, weight, bias, eps=ctx.eps)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -29,5 +29,4 @@ class TuneModeHook(TuneMode, Hook):
     def before_train(self, runner: Any) -> None:
         """Once the model is wrapped, and before its first step, which compiles it."""
         self.enable()
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self.freeze(model)
+        self.freeze(runner.model.module if is_model_wrapper(runner.model) else runner.model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -16,16 +16,13 @@ __all__ = ["TuneMode"]
 class TuneMode:
     """Turns tune mode on, and keeps batch norms in eval mode while a trainer runs and after it.
 
-    Args:
-        modules: which batch norms, as for ``freeze_batch_norms``: paths in the model, or patterns
-            of these. By default all.
-        options: as for ``enable``.
+    ``modules`` are those of ``freeze_batch_norms``, paths or patterns; ``options`` those of
+    ``enable``.
     """
 
-    def __init__(self, modules: Iterable[str] | None = None, **options: Any) -> None:
+    def __init__(self, modules: Sequence[str] | None = None, **options: Any) -> None:
         super().__init__()
-        self.modules = None if modules is None else list(modules)
-        self.options = options
+        self.modules, self.options = modules, options
 
     def enable(self) -> None:
         """To be called before anything is compiled."""

@@ -1,7 +1,7 @@
-"""Calls whose backward reads of their input the shape alone, which autograd saves all the same.
+"""What autograd saves for backward, and backward does not need, left out by saved-tensor hooks.
 
 A max-pooling's gradient goes where its indices say; a convolution or a batch norm with a frozen
-weight needs its input for the gradient of that weight alone.
+weight needs its input for the gradient of that weight alone; and a ReLU of its result the signs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .._torch import eager as torch_eager
 
-__all__ = ["saves_shape_only"]
+__all__ = ["saves_mask", "saves_shape_only"]
 
 
 def saves_shape_only(x: Tensor) -> saved_tensors_hooks:
@@ -29,13 +29,27 @@ def saves_shape_only(x: Tensor) -> saved_tensors_hooks:
     def pack(t: Tensor) -> Any:
         if id(t) != identity and not t.requires_grad:
             return outer_pack(t)
-        empty = functools.partial(torch.empty_strided, dtype=t.dtype, device=t.device)
-        return functools.partial(empty, t.shape, t.stride())
+        how = (t.shape, t.stride())
+        return _Empty(torch.empty_strided, *how, dtype=t.dtype, device=t.device)
 
     def unpack(packed: Any) -> Any:
-        return packed() if isinstance(packed, functools.partial) else outer_unpack(packed)
+        return packed() if isinstance(packed, _Empty) else outer_unpack(packed)
 
     return saved_tensors_hooks(pack, unpack)
+
+
+def saves_mask(dtype: torch.dtype) -> saved_tensors_hooks:
+    """Within, a ReLU saves where its result, of ``dtype``, is positive or NaN: a byte for each."""
+    outer_pack, outer_unpack = torch_eager.saved_tensors_hooks() or (_itself, _itself)
+
+    def pack(y: Tensor) -> Any:
+        return outer_pack((y <= 0).logical_not_())
+
+    return saved_tensors_hooks(pack, lambda packed: outer_unpack(packed).to(dtype))
+
+
+class _Empty(functools.partial[Tensor]):
+    """Makes a tensor whose elements nobody reads."""
 
 
 def _itself(t: Tensor) -> Tensor:
