@@ -23,10 +23,9 @@ def freeze_batch_norms(
 ) -> nn.Module:
     """Put batch norms in eval mode, and keep them there through later calls of ``model.train()``.
 
-    Their running statistics are then used and stay as they are; weights and biases train as before.
-    Dropout and everything else follow ``train()`` and ``eval()`` as ever. ``state_dict`` is
-    untouched. Copies (``deepcopy``, ``AveragedModel``) and pickles are frozen, too; to load such a
-    pickle this package has to be installed.
+    Their running statistics are then used and stay as they are; all else follows ``train()`` and
+    ``eval()`` as ever. Copies and pickles are frozen, too; to load such a pickle this package has
+    to be installed.
 
     Freeze after ``SyncBatchNorm.convert_sync_batchnorm``, which makes new modules, and unfreeze
     before ``torch.optim.swa_utils.update_bn``, which resets statistics and would not get new ones.
@@ -44,10 +43,6 @@ def freeze_batch_norms(
         TypeError: ``model`` is no module.
         ValueError: there is no batch norm in ``model``, or in one of ``modules``; the model is then
             as before.
-
-    Example::
-
-        model = torch.compile(convbn_inductor_pass.freeze_batch_norms(model))
     """
     norms = _batch_norms(model)
     if not norms:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -59,7 +59,8 @@ def trace(
     fake_inputs = pytree.tree_map(fake, (inputs, dict(keywords or {})))
     # Sizes that differ from an earlier trace's are no sign that they vary in the user's model.
     static = {} if dynamic is not None else {"automatic_dynamic_shapes": False}
-    with fake_mode, _counters_kept(), dynamo_config.patch(static):
+    counted = mock.patch.dict(counters, {k: v.copy() for k, v in counters.items()})  # not for good
+    with fake_mode, counted, dynamo_config.patch(static):
         return torch.compile(fresh, backend=backend, dynamic=dynamic)(fn, *fake_inputs)
 
 
@@ -93,14 +94,3 @@ def _copy_dynamo_source(old: Any, new: Any) -> None:
     for name in ("_dynamo_source", "_param_name_to_source"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
-
-
-@contextlib.contextmanager
-def _counters_kept() -> Iterator[None]:
-    """Leave Dynamo's and Inductor's counters as they were."""
-    before = {name: counter.copy() for name, counter in counters.items()}
-    try:
-        yield
-    finally:
-        counters.clear()
-        counters.update(before)

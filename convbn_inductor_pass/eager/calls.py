@@ -40,19 +40,11 @@ _METADATA = {
 VIEWS = {Tensor.flatten, torch.flatten, Tensor.reshape, torch.reshape, Tensor.view}
 # ``y.view_as(c)`` asks for the shape of ``c``.
 _SHAPE_OF_OTHER = {Tensor.reshape_as, Tensor.view_as, Tensor.expand_as}
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
-_DEVICES = ("cpu", "cuda", "xpu", "mps", "meta")
 
 
 def is_plain(value: Any) -> bool:
-    return (
-        type(value) in _PLAIN
-        and value.dtype in _FLOATS
-        and value.layout is torch.strided
-        and value.device.type in _DEVICES
-        and not value.is_inference()
-    )
+    is_dense = type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.layout is torch.strided
+    return is_dense and value.is_floating_point() and not value.is_inference()
 
 
 class BatchNormCall(NamedTuple):

@@ -11,16 +11,7 @@ from ..config import get_options
 from .calls import BatchNormCall, is_plain
 from .events import Event
 
-__all__ = ["decide", "why_as_written"]
-
-
-def why_as_written(before: Event | None) -> str:
-    """Why a layer is only watched, from the same call in the forward before."""
-    if before is not None and before.used:
-        return "it was in the forward before this one; if it no longer is, the next will be fused"
-    if before is not None and before.code is None:
-        return "no batch norm took it in the forward before this one; the next will be fused"
-    return ""
+__all__ = ["decide"]
 
 
 def decide(bn: BatchNormCall, layer: Event | None) -> tuple[Code, str]:
@@ -31,16 +22,14 @@ def decide(bn: BatchNormCall, layer: Event | None) -> tuple[Code, str]:
     """
     if bn.batch_statistics:
         return Code.BATCH_STATISTICS, ""
-    given = {"input": bn.input, "weight": bn.weight, "bias": bn.bias}
-    tensors = {name: t for name, t in given.items() if t is not None}
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())):
+    tensors = [t for t in (bn.input, bn.weight, bn.bias) if t is not None]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return Code.NO_GRAD, ""
     trained = bn.weight is not None and bn.weight.requires_grad
     if trained and (reason := _why_not_from_layer(bn.input, layer)) is not None:
         return reason
-    for name, t in tensors.items():
-        if not is_plain(t):
-            return Code.UNSUPPORTED_TENSOR, f"{name} of the batch norm"
+    if not all(map(is_plain, tensors)):
+        return Code.UNSUPPORTED_TENSOR, "of the batch norm"
     return Code.SHAPE_ONLY if layer is None else Code.FUSED, ""
 
 
@@ -54,7 +43,8 @@ def _why_not_from_layer(c: Tensor, layer: Event | None) -> tuple[Code, str] | No
     if weight is not None and weight.numel() and not weight.untyped_storage().nbytes():
         return Code.WEIGHT_FREED, ""
     if layer.used or layer.as_written:
-        return Code.LAYER_OUTPUT_USED, "" if layer.used else layer.as_written
+        before = "or was, in the forward before this one, or no batch norm took it there"
+        return Code.LAYER_OUTPUT_USED, "" if layer.used else before
     if weight is not None and not weight.requires_grad and not get_options().fuse_frozen_layers:
         return Code.LAYER_FROZEN, ""
     if c.grad_fn is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -61,41 +62,37 @@ def merge_pairs(
 ) -> tuple[list[Merged], list[Record]]:
     """Merge the pairs that a forward on these inputs shows; how to undo it, and what was decided.
 
-    Args:
-        model: the model, of which that forward leaves no trace, as far as evaluation mode has none.
-        args, kwargs: inputs of the model.
-        norms: the batch norms that may be merged.
+    ``norms`` are the batch norms that may be merged.
     """
     events, calls = _run_once(model, args, kwargs)
     paths = tensor_paths(model)
-    modules: dict[str | None, nn.Module] = dict(model.named_modules())
-    by_norm: dict[str | None, list[Event]] = collections.defaultdict(list)
+    modules = dict(model.named_modules())
+    by_norm: dict[str, list[Event]] = collections.defaultdict(list)
     for event in events:
-        by_norm[paths.get(id(event.norm()))].append(event)
+        by_norm[paths.get(id(event.norm()), "")].append(event)
     merged, records = [], []
     for path, uses in by_norm.items():
-        norm, first = modules.get(path), uses[0]
+        norm, first = modules[path], uses[0]
         if norm not in norms:
             continue
-        layer_path = paths.get(id(first.weight()))
+        layer_path = paths.get(id(first.weight()), "")
+        layer = modules[layer_path] if layer_path else None
         layers = [e for e in events if e.weight() is first.weight()]
-        code, detail = _decide(uses, layers)
-        if code is Code.MERGED:
-            detail = _why_not(model, modules.get(layer_path), norm, calls, len(uses))
-            code = Code.NOT_MERGED if detail else code
-        if code is Code.MERGED and layer_path is not None:
+        as_modules = layer is not None and calls[layer] == calls[norm] == len(uses)
+        why_not = _why_not(model, layer, norm, together=layers == uses and as_modules)
+        first.code, first.detail = _decide(uses, why_not)
+        if first.code is Code.MERGED:
             merged.append(_merge(model, layer_path, norm))
-        first.code, first.detail = code, detail
         records.append(first.record(paths))
     return merged, records
 
 
 def _run_once(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[Event], collections.Counter[nn.Module]]:
+) -> tuple[list[Event], Counter[nn.Module]]:
     """What a forward shows, and how often it called each module that could be merged."""
     training = {m: m.training for m in model.modules()}
-    calls: collections.Counter[nn.Module] = collections.Counter()
+    calls: Counter[nn.Module] = Counter()
     counted = [m for m in training if type(m) in _LAYERS or _is_norm(m)]
     hooks = [m.register_forward_pre_hook(lambda m, _: calls.update([m])) for m in counted]
     model.eval()
@@ -114,22 +111,18 @@ def _run_once(
     return events, calls
 
 
-def _decide(uses: list[Event], layers: list[Event]) -> tuple[Code, str]:
-    """Whether merging would change nothing, from all calls of a batch norm and of its layer."""
+def _decide(uses: list[Event], not_merged: str) -> tuple[Code, str]:
+    """Whether merging would change nothing, from all calls of a batch norm."""
     if any(e.code is Code.BATCH_STATISTICS for e in uses):
         return Code.BATCH_STATISTICS, ""
     if any(e.weight is nothing for e in uses):
         return Code.NOT_AFTER_LAYER, ""
     if any(e.used for e in uses):
         return Code.LAYER_OUTPUT_USED, ""
-    if layers != uses:
-        return Code.NOT_MERGED, "the layer and the batch norm are also called without each other"
-    return Code.MERGED, ""
+    return (Code.NOT_MERGED, not_merged) if not_merged else (Code.MERGED, "")
 
 
-def _why_not(
-    model: nn.Module, layer: Any, norm: Any, calls: collections.Counter[nn.Module], uses: int
-) -> str:
+def _why_not(model: nn.Module, layer: Any, norm: Any, together: bool) -> str:
     """Why a layer and its batch norm cannot be replaced as modules; "" if they can."""
     if layer is None:
         return "the layer's weight is computed, as by a parametrization, or in no module"
@@ -138,8 +131,8 @@ def _why_not(
     hooks = (m._forward_hooks | m._forward_pre_hooks for m in (layer, norm))
     if not all(isinstance(h, Hook) for of_module in hooks for h in of_module.values()):
         return "the layer or the batch norm has hooks"
-    if not calls[layer] == calls[norm] == uses:
-        return "the layer or the batch norm is used in a functional call"
+    if not together:
+        return "the layer and the batch norm are also called without each other, or as functions"
     if sum(p is layer.weight for m in model.modules() for p in m._parameters.values()) != 1:
         return "the layer's weight is tied to another module's"
     return ""

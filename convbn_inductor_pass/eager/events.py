@@ -29,7 +29,7 @@ class Event:
         norm: a weak reference to the tensor by which the batch norm is known.
         used: whether something takes the layer's output besides the batch norm, or saves the ReLU's
             besides it.
-        as_written: why the layer is only watched, "" if it is not.
+        as_written: whether the layer is only watched.
     """
 
     input: Callable[[], Any] = nothing
@@ -41,7 +41,7 @@ class Event:
     relu: bool = False
     linear: bool = False
     used: bool = False
-    as_written: str = ""
+    as_written: bool = False
     code: Code | None = None
     detail: str = ""
 
@@ -71,8 +71,7 @@ class Event:
 class Ledger:
     """What the hooks of one model share: by module that opened a region, its last events.
 
-    An event's key is a tensor's id and how often it was used before in the same region.
-    Copies start empty.
+    Their keys are a tensor's id and how often it was used before in the region. Copies start empty.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,9 @@
 """Forward hooks that open a region where a model runs, whatever its code looks like.
 
-``Enter`` and ``Exit`` are forward hooks on every module that contains a batch norm. The
-outermost one that is called opens a :class:`Region` that is active until its forward ends, in this
-thread. Hooks hold no module, so that models with them can be copied, pickled and replicated. A
-module *called* under ``torch.utils.checkpoint`` opens a region of its own, in the forward and when
-it is recomputed.
+They are on every module that contains a batch norm. The outermost one that is called opens a
+:class:`Region` that is active until its forward ends, in this thread. Hooks hold no module, so that
+models with them can be copied, pickled and replicated. A module *called* under
+``torch.utils.checkpoint`` opens a region of its own, in the forward and when it is recomputed.
 """
 
 from __future__ import annotations
@@ -84,15 +83,11 @@ class Hook:
         raise AttributeError(f"{type(self).__qualname__} has no {name}: {why}")
 
 
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
 class Enter(Hook):
     """Forward pre-hook: opens a region, if none is open under the same saved-tensor hooks."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if _is_traced():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         if _regions.open and _regions.open[0].module() is module:
             forget_interrupted()  # or it calls itself; then its inner forward has the region
@@ -105,8 +100,6 @@ class Exit(Hook):
     """Forward hook, called after errors too: ends the region that ``Enter`` opened, if it did."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if _is_traced():
-            return
         for i, region in reversed(list(enumerate(_regions.open))):
             if region.module() is module:
                 _close(i, completed=output is not None)  # None after an error

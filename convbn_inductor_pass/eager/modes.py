@@ -45,11 +45,9 @@ def turn_on(
 ) -> nn.Module:
     """Put the conv-BN blocks of a model in one of four modes, in place.
 
-    Blocks are found while the model runs, from what it computes: modules may be nested, wrapped,
-    reused or called as functions. In ``"tune"`` mode outputs are eval mode's, bit for bit, and what
-    is saved for backward is less. A batch norm saves its input where leaving it out cannot be shown
-    to be legal, or does not pay (see :func:`decisions`). Parameters, buffers and ``state_dict``
-    stay as they are.
+    Blocks are found while the model runs: modules may be nested, wrapped, reused or called as
+    functions. In ``"tune"`` mode outputs are eval mode's, bit for bit, and less is saved for
+    backward, where that can be shown to be legal and pays (see :func:`decisions`).
 
     ``model.train()`` puts batch norms in training mode as ever; call ``turn_on`` again after it.
     Under ``torch.compile`` this steps aside, and the compiled pass does the work.
@@ -181,9 +179,7 @@ class _MergeAfterForward(Hook):
 
 def _merge(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     state: _State = getattr(model, _ATTRIBUTE)
-    for key in [k for k, h in model._forward_hooks.items() if isinstance(h, _MergeAfterForward)]:
-        del model._forward_hooks[key]
-        model._forward_hooks_with_kwargs.pop(key, None)
+    remove_hooks(model, state.ledger)
     modules = dict(model.named_modules(remove_duplicate=False))
     norms = [modules[path] for path in state.training]
     state.merged, state.deployed = deploy.merge_pairs(model, args, kwargs, norms)

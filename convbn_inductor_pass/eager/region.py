@@ -1,9 +1,8 @@
 """Tune mode for the layers and batch norms of a forward, while it runs.
 
-A region is a ``TorchFunctionMode`` that is active while one forward runs. In it layers run in
-:func:`functional.layer`, which differs from eval mode in nothing but what a batch norm can ask of
-its node; and a batch norm after such a node runs as :func:`functional.batch_norm`, which does not
-save its input. Every tensor is a true one, computed when eval mode computes it.
+In it layers run in :func:`functional.layer`, and a batch norm after one runs as
+:func:`functional.batch_norm`, which does not save its input. Every tensor is a true one, computed
+when eval mode computes it.
 
 Other uses of a layer's output are right, too, but cost a second weight gradient. So a region
 watches outputs: one used before its batch norm is left as written; one used after it, or stored, or
@@ -24,7 +23,6 @@ A region steps aside
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +36,7 @@ from .._torch import eager as torch_eager
 from ..codes import Code
 from ..config import get_options
 from . import calls
-from .decide import decide, why_as_written
+from .decide import decide
 from .events import Event, Ledger, nothing
 
 __all__ = ["Region"]
@@ -51,6 +49,7 @@ class Region(TorchFunctionMode):
         super().__init__()
         self.hooks = torch_eager.saved_tensors_hooks()
         self.module = weakref.ref(module)
+        self.trains_convolutions = any(p.ndim > 2 and p.requires_grad for p in module.parameters())
         self.paused = False  # while another region is open inside this one
         self.before: dict[Any, Event] = ledger.forwards.pop(module, {})
         self.events: dict[Any, Event] = {}
@@ -109,8 +108,7 @@ class Region(TorchFunctionMode):
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         weight, bias = functional.layer_parameters(*args, **kwargs)
         x = args[0] if args else kwargs["input"]
-        plain = all(t is None or calls.is_plain(t) for t in (x, weight, bias))
-        as_is = self._aside() or not plain
+        as_is = self._aside() or not all(t is None or calls.is_plain(t) for t in (x, weight, bias))
         saves_input = as_is or weight.requires_grad or get_options().fuse_frozen_layers
         for t in (x, weight, bias):
             taken = self._event_of(t)
@@ -119,8 +117,8 @@ class Region(TorchFunctionMode):
         if as_is:
             return func(*args, **kwargs)
         key = self._count(weight if isinstance(weight, nn.Parameter) else None)
-        learns = saves_input and not self.hooks
-        as_written = why_as_written(self.before.get(key)) if learns else ""
+        before = self.before.get(key) if saves_input and not self.hooks else None
+        as_written = before is not None and (before.used or before.code is None)
         if as_written:
             c = func(*args, **kwargs)
         elif saves_input:
@@ -179,7 +177,7 @@ class Region(TorchFunctionMode):
             return func(*args, **kwargs)
         key = ("ReLU", self._count(None)[1])
         before = None if self.hooks else self.before.get(key)
-        saves_mask = self._trains_no_convolution if before is None else not before.used
+        saves_mask = not self.trains_convolutions if before is None else not before.used
         if saves_mask:
             with functional.saves_mask(x.dtype):
                 y = func(*args, **kwargs)
@@ -188,12 +186,6 @@ class Region(TorchFunctionMode):
         event = self.events[key] = Event(output=weakref.ref(y), relu=True)
         self._note(y, event)
         return y
-
-    @functools.cached_property
-    def _trains_no_convolution(self) -> bool:
-        module = self.module()
-        parameters = () if module is None else module.parameters()
-        return not any(p.ndim > 2 and p.requires_grad for p in parameters)
 
     def end(self, completed: bool) -> None:
         """Outputs that outlive the forward though no batch norm saves them were stored."""

@@ -14,18 +14,14 @@ the gradient of ``y`` and ``<,>`` the inner product per output channel, the grad
 comes out of the weight gradient that is computed anyway.
 
 Both calls stay nodes of the graph, joined by a true ``c``, so that hooks, other uses and whoever
-stores ``c`` see what they see in eval mode. The batch norm's node saves no activation: it holds
-the layer's node, reads what that one saved, computes the gradients of both, sends ``dc`` down and
-leaves the layer's at its node. That one takes them if the gradient that arrives is that very
-``dc``. If it is another one (``c`` has another use, a hook changed it), it computes its own.
+stores ``c`` see what they see in eval mode. The batch norm's node saves no activation: it reads
+what the layer's node saved, computes the gradients of both, sends ``dc`` down and leaves the
+layer's at its node. That one takes them if the gradient that arrives is that very ``dc``. If it is
+another one (``c`` has another use, a hook changed it), it computes its own.
 
-Numerics. Everything of channel size, and sums over activations, are float32 for half-precision
-inputs (float64 for float64); each gradient is rounded once to its parameter's dtype. The errors of
-dx, dW and dbeta are eval mode's. dgamma is as accurate as the weight gradient; like eval mode's it
-cancels where the mean of ``c`` is far larger than its deviation. ``half`` keeps float16 gradients
-in range.
-
-Declines: no forward-mode rule and no vmap rule.
+Numerics. Everything of channel size, and sums over activations, are float32 or wider; each gradient
+is rounded once to its parameter's dtype. dgamma is as accurate as the weight gradient; like eval
+mode's it cancels where the mean of ``c`` is far larger than its deviation.
 
 Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.11624, section 3; the
 formula for dgamma follows from its equation for the folded weight.
@@ -52,11 +48,11 @@ _INPUT_OF_LINEAR = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self
 
 
 def layer(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """``function(*args, **kwargs)``, the call of a convolution or linear layer, for ``batch_norm``.
+    """The output of a convolution or linear layer as written, with a node of our own.
 
-    Computed as written, then given a node of our own. What it computed with, after autocast and
-    padding, is read off autograd's node. One without a node, or with one that is not known (an
-    unbatched convolution's, a frozen linear layer's), is returned as it is. Twice differentiable.
+    What it computed with, after autocast and padding, is read off autograd's node. One without a
+    node, or with one that is not known (an unbatched convolution's, a frozen linear layer's), is
+    returned as it is. Twice differentiable.
     """
     # Autograd's node does not outlive this call: what it saves is nothing to others' hooks.
     with saved_tensors_hooks(lambda t: t, lambda t: t):
@@ -101,8 +97,8 @@ def layer_before(c: Tensor) -> Any:
     node = _below_views(c.grad_fn)
     if getattr(type(node), "_forward_cls", None) is not _Layer or c._version:
         return None
-    is_viewed = node is not c.grad_fn
-    return None if is_viewed and (node.conv or c.shape[-1] != node.channels) else node
+    is_itself, is_rows = node is c.grad_fn, not node.conv and c.shape[-1] == node.channels
+    return node if is_itself or is_rows else None
 
 
 def batch_norm(

@@ -27,10 +27,9 @@ class TuneModeCallback(TuneMode, Callback):
     """:class:`.TuneMode` from the start of ``fit``; the arguments are its own."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Before anything is compiled, which the validation before training may cause."""
+        # The validation before training may compile the model already.
         if stage == "fit":
             self.enable()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Once the model is built, wrapped and, with ``sync_batchnorm=True``, converted."""
         self.freeze(pl_module)

@@ -27,6 +27,5 @@ class TuneModeHook(TuneMode, Hook):
     """:class:`.TuneMode` from the start of ``train``; the arguments are its own."""
 
     def before_train(self, runner: Any) -> None:
-        """Once the model is wrapped, and before its first step, which compiles it."""
         self.enable()
         self.freeze(runner.model.module if is_model_wrapper(runner.model) else runner.model)

@@ -143,7 +143,7 @@ LEFT = {
     hook_that_stores: (Code.LAYER_OUTPUT_USED, ""),
     tied_weight: (Code.NOT_MERGED, "tied"),
     subclass: (Code.NOT_MERGED, "not a module of PyTorch's own"),
-    functional_norm: (Code.NOT_MERGED, "functional call"),
+    functional_norm: (Code.NOT_MERGED, "or as functions"),
     called_alone_too: (Code.NOT_MERGED, "without each other"),
     output_used: (Code.LAYER_OUTPUT_USED, ""),
 }
