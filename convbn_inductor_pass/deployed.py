@@ -29,18 +29,15 @@ def merge_pairs(graph: fx.Graph) -> int:
         layer = None if bn.batch_statistics else _layer_before(bn.input, norm)
         if layer is None:
             continue
-        _give_bias(layer, bn.running_mean if bn.bias is None else bn.bias)
+        bias = bn.running_mean if bn.bias is None else bn.bias
+        if len(layer.args) > 2:
+            layer.update_arg(2, layer.args[2] or bias)
+        else:
+            layer.update_kwarg("bias", layer.kwargs.get("bias") or bias)
         norm.replace_all_uses_with(bn.input)
         graph.erase_node(norm)
         merged += 1
     return merged
-
-
-def _give_bias(layer: fx.Node, bias: fx.Node) -> None:
-    if len(layer.args) > 2:
-        layer.update_arg(2, layer.args[2] or bias)
-    else:
-        layer.update_kwarg("bias", layer.kwargs.get("bias") or bias)
 
 
 def _layer_before(node: Any, user: fx.Node) -> fx.Node | None:

@@ -21,11 +21,11 @@ __all__ = ["freeze_batch_norms", "unfreeze_batch_norms"]
 def freeze_batch_norms(
     model: nn.Module, modules: Iterable[str | nn.Module] | None = None
 ) -> nn.Module:
-    """Put batch norms in eval mode, and keep them there through later calls of ``model.train()``.
+    """Put batch norms in eval mode, and keep them there when ``model.train()`` is called.
 
     Their running statistics are then used and stay as they are; all else follows ``train()`` and
     ``eval()`` as ever. Copies and pickles are frozen, too; to load such a pickle this package has
-    to be installed.
+    to be installed. Returns ``model``.
 
     Freeze after ``SyncBatchNorm.convert_sync_batchnorm``, which makes new modules, and unfreeze
     before ``torch.optim.swa_utils.update_bn``, which resets statistics and would not get new ones.
@@ -35,9 +35,6 @@ def freeze_batch_norms(
         modules: which batch norms: modules of ``model``, their paths, or patterns of these as in
             ``"backbone.*"``. Each stands for all batch norms inside it. By default all of them. A
             second call adds to the first.
-
-    Returns:
-        ``model``.
 
     Raises:
         TypeError: ``model`` is no module.

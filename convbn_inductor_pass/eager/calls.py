@@ -32,9 +32,8 @@ _ATTRIBUTES = ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "i
 _METADATA = {
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.stride, Tensor.is_contiguous),
-    *(Tensor.numel, Tensor.nelement, Tensor.element_size),
+    *(Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.__len__, torch.numel),
     *(Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex),
-    *(Tensor.__len__, torch.numel),
 }
 # What may make rows of a linear layer's output, for a batch norm to take.
 VIEWS = {Tensor.flatten, torch.flatten, Tensor.reshape, torch.reshape, Tensor.view}

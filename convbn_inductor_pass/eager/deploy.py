@@ -20,8 +20,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ..codes import Code
 from ..graph.layout import Layout, scale_weight
 from ..records import Record
-from .events import Event, nothing
-from .intercept import Hook, opened
+from .events import Event, Ledger, nothing
+from .intercept import Hook, close_region, open_region
+from .region import Region
 
 __all__ = ["Merged", "MergedBatchNorm", "merge_pairs", "tensor_paths", "undo"]
 
@@ -58,11 +59,11 @@ def tensor_paths(model: nn.Module) -> dict[int, str]:
 
 
 def merge_pairs(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], norms: Collection[nn.Module]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], norms: Collection[str]
 ) -> tuple[list[Merged], list[Record]]:
     """Merge the pairs that a forward on these inputs shows; how to undo it, and what was decided.
 
-    ``norms`` are the batch norms that may be merged.
+    ``norms`` are the paths of the batch norms that may be merged.
     """
     events, calls = _run_once(model, args, kwargs)
     paths = tensor_paths(model)
@@ -72,9 +73,9 @@ def merge_pairs(
         by_norm[paths.get(id(event.norm()), "")].append(event)
     merged, records = [], []
     for path, uses in by_norm.items():
-        norm, first = modules[path], uses[0]
-        if norm not in norms:
+        if path not in norms:
             continue
+        norm, first = modules[path], uses[0]
         layer_path = paths.get(id(first.weight()), "")
         layer = modules[layer_path] if layer_path else None
         layers = [e for e in events if e.weight() is first.weight()]
@@ -96,10 +97,13 @@ def _run_once(
     counted = [m for m in training if type(m) in _LAYERS or _is_norm(m)]
     hooks = [m.register_forward_pre_hook(lambda m, _: calls.update([m])) for m in counted]
     model.eval()
+    region = Region(Ledger(), nn.Module())  # of no module that could close it
+    open_region(region)
     try:
-        with torch.no_grad(), opened() as region:
+        with torch.no_grad():
             result = model(*args, **kwargs)
     finally:
+        close_region(region, completed=True)
         for hook in hooks:
             hook.remove()
         for module, flag in training.items():

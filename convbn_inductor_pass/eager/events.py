@@ -24,18 +24,14 @@ def nothing() -> None:
 class Event:
     """One call of a layer or batch norm, or of both one after the other; or of a ReLU.
 
-    Attributes:
-        input, weight, output: weak references to a layer's tensors, or to a ReLU's output.
-        norm: a weak reference to the tensor by which the batch norm is known.
-        used: whether something takes the layer's output besides the batch norm, or saves the ReLU's
-            besides it.
-        as_written: whether the layer is only watched.
+    ``used``: whether something takes the layer's output besides the batch norm, or saves the ReLU's
+    besides it. ``as_written``: whether the layer is only watched.
     """
 
-    input: Callable[[], Any] = nothing
+    input: Callable[[], Any] = nothing  # weak references, of layers
     weight: Callable[[], Any] = nothing
-    output: Callable[[], Any] = nothing
-    norm: Callable[[], Any] = nothing
+    output: Callable[[], Any] = nothing  # of ReLUs, too
+    norm: Callable[[], Any] = nothing  # to the tensor by which a batch norm is known
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     relu: bool = False

@@ -8,10 +8,8 @@ models with them can be copied, pickled and replicated. A module *called* under
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from .._torch import eager as torch_eager
 from .events import Ledger
 from .region import Region
 
-__all__ = ["Hook", "add_hooks", "forget_interrupted", "opened", "remove_hooks"]
+__all__ = ["Hook", "add_hooks", "close_region", "forget_interrupted", "open_region", "remove_hooks"]
 
 
 class _Regions(threading.local):
@@ -35,15 +33,17 @@ class _Regions(threading.local):
 _regions = _Regions()
 
 
-def _open(region: Region) -> None:
+def open_region(region: Region) -> None:
+    """Let a region run, in which hooks do not open another under the same saved-tensor hooks."""
     if _regions.open:
         _regions.open[-1].paused = True
     _regions.open.append(region)
     region.__enter__()
 
 
-def _close(start: int, completed: bool = False) -> None:
-    """End the regions from the one at ``start`` on."""
+def close_region(outermost: Region, completed: bool) -> None:
+    """End a region, and those that are still open in it."""
+    start = _regions.open.index(outermost)
     for region in reversed(_regions.open[start:]):
         # One that is not the innermost function mode stays, without harm.
         torch_eager.remove_function_mode(region)
@@ -55,18 +55,8 @@ def _close(start: int, completed: bool = False) -> None:
 
 def forget_interrupted() -> None:
     """End regions whose forward a ``KeyboardInterrupt`` left, which skips forward hooks."""
-    _close(0)
-
-
-@contextlib.contextmanager
-def opened() -> Iterator[Region]:
-    """A region that is no hook's, and in which they do not open another."""
-    start, region = len(_regions.open), Region(Ledger(), nn.Module())
-    _open(region)
-    try:
-        yield region
-    finally:
-        _close(start, completed=True)
+    if _regions.open:
+        close_region(_regions.open[0], completed=False)
 
 
 @dataclasses.dataclass(eq=False)
@@ -93,16 +83,16 @@ class Enter(Hook):
             forget_interrupted()  # or it calls itself; then its inner forward has the region
         hooks = torch_eager.saved_tensors_hooks()
         if not _regions.open or _regions.open[-1].hooks != hooks:
-            _open(Region(self.ledger, module))
+            open_region(Region(self.ledger, module))
 
 
 class Exit(Hook):
     """Forward hook, called after errors too: ends the region that ``Enter`` opened, if it did."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        for i, region in reversed(list(enumerate(_regions.open))):
+        for region in reversed(_regions.open):
             if region.module() is module:
-                _close(i, completed=output is not None)  # None after an error
+                close_region(region, completed=output is not None)  # None after an error
                 return
 
 

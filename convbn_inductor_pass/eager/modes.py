@@ -43,7 +43,7 @@ def turn_on(
     modules: Sequence[str] | None = None,
     example_inputs: tuple[Any, ...] | None = None,
 ) -> nn.Module:
-    """Put the conv-BN blocks of a model in one of four modes, in place.
+    """Put the conv-BN blocks of a model in one of four modes, in place; returns ``model``.
 
     Blocks are found while the model runs: modules may be nested, wrapped, reused or called as
     functions. In ``"tune"`` mode outputs are eval mode's, bit for bit, and less is saved for
@@ -62,9 +62,6 @@ def turn_on(
         example_inputs: for ``"deploy"``, inputs of one forward, under ``no_grad`` and in
             evaluation mode, in which the blocks are found. Without, the inputs of the first forward
             are taken; parameters change after it, so make the optimizer later.
-
-    Returns:
-        ``model``.
 
     Raises:
         ValueError: unknown mode or module path, or no layer and batch norm to pair there;
@@ -127,11 +124,8 @@ def decisions(model: nn.Module) -> tuple[Record, ...]:
     """What tune mode did with each batch norm in the last forward, or deploy mode once; and why.
 
     One record per call of a batch norm (per batch norm in deploy mode); codes are those of the
-    compiled pass, too. Parts of the model that were turned on by themselves are included. Empty if
-    ``model`` is not turned on, or no forward has run.
+    compiled pass, too. Parts of the model that were turned on by themselves are included.
     """
-    if getattr(model, _ATTRIBUTE, None) is None:
-        return ()
     names = deploy.tensor_paths(model)
     made: dict[Any, Record] = {}
     for m in model.modules():
@@ -180,6 +174,4 @@ class _MergeAfterForward(Hook):
 def _merge(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     state: _State = getattr(model, _ATTRIBUTE)
     remove_hooks(model, state.ledger)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    norms = [modules[path] for path in state.training]
-    state.merged, state.deployed = deploy.merge_pairs(model, args, kwargs, norms)
+    state.merged, state.deployed = deploy.merge_pairs(model, args, kwargs, state.training)

@@ -187,9 +187,9 @@ class _BatchNorm(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             if torch_eager.in_compiled_autograd():
                 raise RuntimeError(
-                    "compiled autograd gives each node its own saved tensors only, and tune mode's "
-                    "batch norms read those of the layer: call convbn_inductor_pass.turn_off(model)"
-                    ", and compile the model with convbn_inductor_pass.enable() instead"
+                    "tune mode's batch norms cannot read the layer's saved tensors in compiled "
+                    "autograd: call convbn_inductor_pass.turn_off(model), and compile the model "
+                    "with convbn_inductor_pass.enable() instead"
                 )
             of_layer = ctx.node.saved_tensors
         # Unpacked out here: checkpointing then runs the forward again, in a region.

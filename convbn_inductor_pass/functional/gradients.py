@@ -30,18 +30,12 @@ class Conv(NamedTuple):
 
 
 def pair_backward(
-    g: Tensor,
-    scale: Tensor,
-    layer: tuple[Tensor, Tensor, Tensor | None, Conv | None],
-    needs: tuple[bool, bool, bool],
+    g: Tensor, scale: Tensor, layer: tuple[Any, ...], needs: tuple[bool, bool, bool]
 ) -> Any:
     """Gradients of a layer with a batch norm after it; ``<dW', W>`` and the sum of ``g``, [C].
 
-    Args:
-        g: gradient of the batch norm's output; for a linear layer [rows, C].
-        scale: ``A`` [C], in float32 or wider, as are the last two results.
-        layer: what the layer computed with: input, weight, bias, convolution.
-        needs: whether the gradients of input, weight and bias are needed.
+    ``g`` is the gradient of the batch norm's output, ``scale`` is ``A``, in float32 or wider, as
+    are the last two results; ``layer`` is what the layer computed with.
     """
     x, weight, bias, conv = layer
     need_dx, need_dw, need_db = needs

@@ -18,6 +18,14 @@ from .._torch import eager as torch_eager
 __all__ = ["saves_mask", "saves_shape_only"]
 
 
+class _Empty(functools.partial[Tensor]):
+    """Makes a tensor whose elements nobody reads."""
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t
+
+
 def saves_shape_only(x: Tensor) -> saved_tensors_hooks:
     """Within, autograd saves of ``x``, and of what it is cast to, shape and strides alone.
 
@@ -41,16 +49,7 @@ def saves_shape_only(x: Tensor) -> saved_tensors_hooks:
 def saves_mask(dtype: torch.dtype) -> saved_tensors_hooks:
     """Within, a ReLU saves where its result, of ``dtype``, is positive or NaN: a byte for each."""
     outer_pack, outer_unpack = torch_eager.saved_tensors_hooks() or (_itself, _itself)
-
-    def pack(y: Tensor) -> Any:
-        return outer_pack((y <= 0).logical_not_())
-
-    return saved_tensors_hooks(pack, lambda packed: outer_unpack(packed).to(dtype))
-
-
-class _Empty(functools.partial[Tensor]):
-    """Makes a tensor whose elements nobody reads."""
-
-
-def _itself(t: Tensor) -> Tensor:
-    return t
+    return saved_tensors_hooks(
+        lambda y: outer_pack((y <= 0).logical_not_()),
+        lambda packed: outer_unpack(packed).to(dtype),
+    )

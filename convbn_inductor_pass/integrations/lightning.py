@@ -1,12 +1,5 @@
 """Lightning: a callback that trains with batch norms in eval mode, and in tune mode if compiled.
 
-Example::
-
-    from convbn_inductor_pass.integrations.lightning import TuneModeCallback
-
-    trainer = lightning.Trainer(callbacks=[TuneModeCallback(["backbone"])])
-    trainer.fit(torch.compile(module), loader)
-
 For ``lightning`` and ``pytorch_lightning``, 2.2 or later.
 """
 

@@ -1,11 +1,5 @@
 """MMEngine: a hook that trains with batch norms in eval mode, and in tune mode if compiled.
 
-Example, in a config::
-
-    custom_imports = dict(imports=["convbn_inductor_pass.integrations.mmengine"])
-    custom_hooks = [dict(type="TuneModeHook", modules=["backbone"])]
-    compile = True
-
 It takes the place of MMEngine's ``efficient_conv_bn_eval`` and of a backbone's ``norm_eval``.
 """
 

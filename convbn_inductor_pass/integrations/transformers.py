@@ -1,12 +1,4 @@
-"""Transformers: a callback that trains with batch norms in eval mode, and in tune mode if compiled.
-
-Example::
-
-    from convbn_inductor_pass.integrations.transformers import TuneModeCallback
-
-    args = TrainingArguments(..., torch_compile=True)
-    Trainer(model, args, callbacks=[TuneModeCallback()], ...).train()
-"""
+"""Transformers: a callback that trains with batch norms in eval mode, in tune mode if compiled."""
 
 from __future__ import annotations
 
