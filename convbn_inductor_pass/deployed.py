@@ -1,8 +1,6 @@
 """Deploy mode in Dynamo's graph, to measure by: what can tune mode's bytes be compared with?
 
-Each convolution or linear layer with an eval-mode batch norm after it becomes one layer with
-trainable weight and bias. Only shapes count here: the merged weight has the layer's shape, and the
-merged bias that of the batch norm's. Nothing of this runs in a user's compilation.
+Each layer with an eval-mode batch norm after it becomes one with a bias: only shapes count here.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """``freeze_batch_norms``: keeps batch norms in eval mode when a trainer calls ``model.train()``.
 
-A frozen batch norm has a ``train`` of its own, in the instance: a ``functools.partial`` of a
-function of this module and the batch norm, which copies and pickles well, where a closure or a
-bound method would not. The class stays as it is, for ``fully_shard`` and ``isinstance``, and there
-is no hook, so nothing is done in forward, compiled or not.
+A frozen batch norm has a ``train`` of its own, in the instance: a ``functools.partial``, which
+copies and pickles well, where a closure or a bound method would not. The class stays as it is, for
+``fully_shard`` and ``isinstance``, and nothing is done in forward, compiled or not.
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     graph = copy.deepcopy(gm.graph)
     for node, node_copy in zip(gm.graph.nodes, graph.nodes, strict=True):
         _copy_dynamo_source(node, node_copy)
-    # Compiled when it is called, as Dynamo makes it: PyTorch's own efficient_conv_bn_eval puts a
-    # builtin function among a node's arguments, which does not print as Python.
+    # Compiled when it is called: PyTorch's own efficient_conv_bn_eval puts a builtin function among
+    # a node's arguments, which does not print as Python.
     with _use_lazy_graph_module(True):
         new = _make_graph_module(gm, graph)
     _copy_dynamo_source(gm, new)

@@ -1,7 +1,6 @@
 """Deploy mode: pairs merged once into plain convolutions, and taken apart again.
 
-Merging changes what a layer returns, so a forward without gradient has to show that its batch norm
-alone takes that. All else stays in eval mode.
+Merging changes what a layer returns: a forward has to show that its batch norm alone takes that.
 """
 
 from __future__ import annotations
@@ -154,9 +153,9 @@ def _merge(model: nn.Module, layer_path: str, norm: Any) -> Merged:
     paths = [path for path, m in model.named_modules(remove_duplicate=False) if m is norm]
     merged = Merged(layer_path, layer.weight, layer.bias, paths, norm)
     statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    # Of ones, because it does not know transposed convolutions with groups.
     ones = torch.ones_like(norm.running_mean)[:, None]
     scale, bias = fuse_conv_bn_weights(ones, layer.bias, *statistics)
-    # The fusion of PyTorch's own does not know transposed convolutions with groups.
     layout = Layout(isinstance(layer, _ConvTransposeNd), getattr(layer, "groups", 1))
     weight = scale_weight(layer.weight, scale.flatten(), layout)
     layer.weight, layer.bias = (

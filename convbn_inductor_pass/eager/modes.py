@@ -85,11 +85,10 @@ def turn_on(
         for scope in scopes:
             add_hooks(scope, state.ledger)
     if mode == "deploy":
-        warnings.warn(
-            "deploy mode is for inference: training merged convolutions is unstable. Use "
-            "mode='tune' to train at the same cost",
-            stacklevel=2,
+        advice = (
+            "training merged convolutions is unstable. Use mode='tune' to train at the same cost"
         )
+        warnings.warn(f"deploy mode is for inference: {advice}", stacklevel=2)
         if example_inputs is not None:
             _merge(model, example_inputs, {})
         else:

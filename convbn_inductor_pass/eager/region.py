@@ -16,9 +16,8 @@ A region steps aside
 
 * under ``torch.compile``, ``torch.export`` and ``torch.jit``: the compiled pass does the work;
 * inside torch.func and forward-mode differentiation: everything runs as written;
-* where the saved-tensor hooks change within it, because ``torch.utils.checkpoint`` counts what
-  is saved and would not find the region again when it recomputes. For the same reason nothing is
-  learned from one forward for the next under such hooks.
+* where the saved-tensor hooks change within it: ``torch.utils.checkpoint`` counts what is saved,
+  and would not find the region when it recomputes. Nor is anything learned under such hooks.
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ the gradient of ``y`` and ``<,>`` the inner product per output channel, the grad
     dx, dW, db = the layer's, from dc              dgamma = invstd * (<dW', W> + (b - mean) * dbeta)
     dW' = the layer's weight gradient, from g, so that dW = A * dW'
 
-``<dW', W>`` equals the sum of ``g * layer(x, W)``: what eval mode reads the saved layer output for
-comes out of the weight gradient that is computed anyway.
+``<dW', W>`` is the sum of ``g * layer(x, W)``, for which eval mode reads the saved output.
 
 Both calls stay nodes of the graph, joined by a true ``c``, so that hooks, other uses and whoever
 stores ``c`` see what they see in eval mode. The batch norm's node saves no activation: it reads
@@ -121,7 +120,7 @@ def batch_norm(
 class _HandedOver:
     """What the batch norm's backward leaves at the node of its layer, in one backward pass.
 
-    Saved tensors are handed on, too: under checkpointing each may be unpacked only once a pass.
+    With the saved tensors: under checkpointing each may be unpacked only once a pass.
     """
 
     dc: Tensor

@@ -71,9 +71,8 @@ def layer_backward(
         dx = g @ weight if need_dx else None
         dw = g.t() @ x if need_dw else None
     elif need_dx or need_dw:
-        wanted = (need_dx, need_dw, False)
-        call = torch.ops.aten.convolution_backward.default
-        dx, dw, _ = call(g, x, weight, None, *conv, wanted)
+        rest = (*conv, (need_dx, need_dw, False))
+        dx, dw, _ = torch.ops.aten.convolution_backward(g, x, weight, None, *rest)
     return dx, dw, sum_positions(g) if need_db else None
 
 

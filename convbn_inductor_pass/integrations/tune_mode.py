@@ -16,8 +16,9 @@ __all__ = ["TuneMode"]
 class TuneMode:
     """Turns tune mode on, and keeps batch norms in eval mode while a trainer runs and after it.
 
-    ``modules`` are those of ``freeze_batch_norms``, paths or patterns; ``options`` those of
-    ``enable``.
+    ``modules`` are those of ``freeze_batch_norms``, paths or patterns; ``options`` are those of the
+    package's ``enable``. Adapters call :meth:`enable` before anything is compiled, and
+    :meth:`freeze` once the model is built, wrapped and converted.
     """
 
     def __init__(self, modules: Sequence[str] | None = None, **options: Any) -> None:
@@ -25,9 +26,7 @@ class TuneMode:
         self.modules, self.options = modules, options
 
     def enable(self) -> None:
-        """To be called before anything is compiled."""
         enable(**self.options)
 
     def freeze(self, model: nn.Module) -> None:
-        """To be called once the model is built, wrapped and converted."""
         freeze_batch_norms(model, self.modules)
