@@ -1,17 +1,15 @@
 """Deploy mode in Dynamo's graph, to measure by: what can tune mode's bytes be compared with?
 
-Each convolution or linear layer with an eval-mode batch norm after it becomes one layer with
-trainable weight and bias. Only shapes count here: the merged weight has the layer's shape, and the
-merged bias that of the batch norm's. Nothing of this runs in a user's compilation.
+Each layer with an eval-mode batch norm after it becomes one with a bias: only shapes count here.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
-from .eager.calls import BATCH_NORMS, LAYERS
+from .eager.calls import LAYERS, BatchNormCall
 
 __all__ = ["merge_pairs"]
 
@@ -23,29 +21,27 @@ def merge_pairs(graph: fx.Graph) -> int:
     """Merge the pairs of a graph in torch IR in place; returns how many."""
     merged = 0
     for norm in list(graph.nodes):
-        names = BATCH_NORMS.get(norm.target) if norm.op == "call_function" else None
-        if names is None:
+        if norm.target is not nn.functional.batch_norm:
             continue
-        bn = _bound(names, norm)
-        layer = _layer_before(bn["input"], norm)
-        running = bn.get("running_mean")
-        if layer is None or bn.get("training", False) or not isinstance(running, fx.Node):
+        bn = BatchNormCall(*norm.args, **norm.kwargs)
+        layer = None if bn.batch_statistics else _layer_before(bn.input, norm)
+        if layer is None:
             continue
-        _give_bias(layer, bn.get("bias") or running)
-        norm.replace_all_uses_with(bn["input"])
+        bias = bn.running_mean if bn.bias is None else bn.bias
+        if len(layer.args) > 2:
+            layer.update_arg(2, layer.args[2] or bias)
+        else:
+            layer.update_kwarg("bias", layer.kwargs.get("bias") or bias)
+        norm.replace_all_uses_with(bn.input)
         graph.erase_node(norm)
         merged += 1
     return merged
 
 
-def _bound(names: tuple[str, ...], node: fx.Node) -> dict[str, Any]:
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
 def _layer_before(node: Any, user: fx.Node) -> fx.Node | None:
     """The layer whose output reaches ``user`` and nothing else that computes with it."""
     while isinstance(node, fx.Node) and all(u is user or _asks_shape(u, node) for u in node.users):
-        if node.op == "call_function" and node.target in LAYERS:
+        if node.target in LAYERS:
             return node
         if _name(node) not in _BETWEEN:
             return None
@@ -54,20 +50,13 @@ def _layer_before(node: Any, user: fx.Node) -> fx.Node | None:
 
 
 def _asks_shape(user: fx.Node, of: fx.Node) -> bool:
-    return _name(user) in ("size", "dim") or (
-        _name(user) in ("reshape_as", "view_as") and user.args[0] is not of
-    )
+    name = _name(user)
+    if name in ("reshape_as", "view_as"):
+        return user.args[0] is not of
+    return name in ("size", "dim")
 
 
 def _name(node: fx.Node) -> str:
     if node.op == "call_method":
         return str(node.target)
     return getattr(node.target, "__name__", "")
-
-
-def _give_bias(layer: fx.Node, bias: fx.Node) -> None:
-    names, _, _ = LAYERS[layer.target]
-    bound = _bound(names, layer)
-    if bound.get("bias") is None:
-        layer.args = ()
-        layer.kwargs = {**bound, "bias": bias}

@@ -1,10 +1,8 @@
 """``freeze_batch_norms``: keeps batch norms in eval mode when a trainer calls ``model.train()``.
 
-A frozen batch norm has a ``train`` of its own, in the instance: a ``functools.partial`` of a
-function of this module and the batch norm. A copy or pickle of the batch norm then has a partial of
-the copy; a closure or a bound method would not survive both. The class stays as it is, for
-``fully_shard`` and ``isinstance``. There is no hook, so nothing is done in forward, compiled or
-not. Parameters, buffers and ``state_dict`` are untouched.
+A frozen batch norm has a ``train`` of its own, in the instance: a ``functools.partial``, which
+copies and pickles well, where a closure or a bound method would not. The class stays as it is, for
+``fully_shard`` and ``isinstance``, and nothing is done in forward, compiled or not.
 """
 
 from __future__ import annotations
@@ -22,12 +20,11 @@ __all__ = ["freeze_batch_norms", "unfreeze_batch_norms"]
 def freeze_batch_norms(
     model: nn.Module, modules: Iterable[str | nn.Module] | None = None
 ) -> nn.Module:
-    """Put batch norms in eval mode, and keep them there through later calls of ``model.train()``.
+    """Put batch norms in eval mode, and keep them there when ``model.train()`` is called.
 
-    Their running statistics are then used and stay as they are; weights and biases train as before.
-    Dropout and everything else follow ``train()`` and ``eval()`` as ever. Copies (``deepcopy``,
-    ``AveragedModel``) and pickles are frozen, too; to load such a pickle this package has to be
-    installed, for a ``state_dict`` it does not.
+    Their running statistics are then used and stay as they are; all else follows ``train()`` and
+    ``eval()`` as ever. Copies and pickles are frozen, too; to load such a pickle this package has
+    to be installed. Returns ``model``.
 
     Freeze after ``SyncBatchNorm.convert_sync_batchnorm``, which makes new modules, and unfreeze
     before ``torch.optim.swa_utils.update_bn``, which resets statistics and would not get new ones.
@@ -38,17 +35,10 @@ def freeze_batch_norms(
             ``"backbone.*"``. Each stands for all batch norms inside it. By default all of them. A
             second call adds to the first.
 
-    Returns:
-        ``model``.
-
     Raises:
         TypeError: ``model`` is no module.
         ValueError: there is no batch norm in ``model``, or in one of ``modules``; the model is then
             as before.
-
-    Example::
-
-        model = torch.compile(convbn_inductor_pass.freeze_batch_norms(model))
     """
     norms = _batch_norms(model)
     if not norms:
@@ -68,7 +58,7 @@ def unfreeze_batch_norms(model: nn.Module) -> nn.Module:
         TypeError: ``model`` is no module.
     """
     for norm in _batch_norms(model).values():
-        if _is_frozen(norm):
+        if getattr(norm.__dict__.get("train"), "func", None) is _train_but_stay_in_eval_mode:
             del norm.train
             norm.train(model.training)
     return model
@@ -78,11 +68,6 @@ def _train_but_stay_in_eval_mode(norm: _BatchNorm, mode: bool = True) -> _BatchN
     type(norm).train(norm, mode)  # of the class, for what is inside: timm's have an activation
     norm.training = False
     return norm
-
-
-def _is_frozen(norm: _BatchNorm) -> bool:
-    own = norm.__dict__.get("train")
-    return isinstance(own, functools.partial) and own.func is _train_but_stay_in_eval_mode
 
 
 def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -102,11 +87,8 @@ def _choose(
         raise ValueError(f"modules must be a list such as ['backbone'], got {_describe(modules)}")
     chosen: list[_BatchNorm] = []
     for each in modules:
-        if isinstance(each, nn.Module):
-            inside = {*each.modules()}
-            found = [norm for norm in norms.values() if norm in inside]
-        else:
-            found = [norm for path, norm in norms.items() if _matches(path, each)]
+        inside = {*each.modules()} if isinstance(each, nn.Module) else ()
+        found = [n for path, n in norms.items() if n in inside or _matches(path, each)]
         if not found:
             paths = ", ".join(list(norms)[:3])
             raise ValueError(f"no batch norm is in {_describe(each)}; there are: {paths}, ...")
@@ -116,10 +98,11 @@ def _choose(
     return chosen
 
 
-def _matches(path: str, pattern: str) -> bool:
-    """Whether ``pattern`` matches ``path``, or that of a module that it is inside."""
+def _matches(path: str, pattern: str | nn.Module) -> bool:
+    """Whether a pattern matches ``path``, or that of a module that it is inside."""
     parts = path.replace("_orig_mod.", "").split(".")  # torch.compile's wrapper is no part of it
-    return any(fnmatch.fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1))
+    outer = (".".join(parts[:n]) for n in range(1, len(parts) + 1))
+    return isinstance(pattern, str) and any(fnmatch.fnmatchcase(p, pattern) for p in outer)
 
 
 def _describe(value: object) -> str:

@@ -9,22 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
-from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = [
-    "WeakIdKeyDictionary",
-    "backward_pass",
-    "call_below",
-    "in_compiled_autograd",
-    "in_functional_transform",
-    "is_compiled_module",
-    "is_functorch_tensor",
-    "remove_function_mode",
-    "saved_tensors_hooks",
-    "storage_is_foreign",
-    "storage_is_freed",
-    "storage_key",
-]
+__all__ = ["backward_pass", "call_below", "in_compiled_autograd", "in_functional_transform"]
+__all__ += ["remove_function_mode", "saved_tensors_hooks", "storage_key"]
 
 
 def storage_key(value: Any) -> int | None:
@@ -33,7 +20,7 @@ def storage_key(value: Any) -> int | None:
     Two tensors can alias only if their keys are equal. Fake tensors keep the aliasing of the
     tensors that they stand for, graph inputs included.
     """
-    if not isinstance(value, Tensor) or is_functorch_tensor(value):
+    if not isinstance(value, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(value):
         return None
     try:
         return value.untyped_storage()._cdata
@@ -41,38 +28,11 @@ def storage_key(value: Any) -> int | None:
         return None
 
 
-def storage_is_freed(value: Tensor) -> bool:
-    """Whether the memory of ``value`` was given back, as FSDP does between uses of a weight."""
-    try:
-        return value.device.type != "meta" and value.untyped_storage().size() == 0
-    except (NotImplementedError, RuntimeError):
-        return False
-
-
-def storage_is_foreign(value: Tensor) -> bool:
-    """Whether others can write to ``value`` unseen: NumPy or whoever else has its memory.
-
-    PyTorch marks such memory by not letting it be resized; that of another process, too.
-    """
-    storage = value.untyped_storage()
-    return not storage.resizable() and not storage.is_shared()
-
-
-def is_functorch_tensor(value: Tensor) -> bool:
-    """Whether ``value`` belongs to a level of torch.func (vmap, grad, jvp)."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(value)
-
-
 def in_functional_transform() -> bool:
     """Whether torch.func or forward-mode automatic differentiation is at work here."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )
-
-
-def is_tracing() -> bool:
-    """Whether ``torch.jit.trace`` is at work here."""
-    return torch._C._is_tracing()
 
 
 def saved_tensors_hooks() -> tuple[Any, Any] | None:
@@ -94,22 +54,11 @@ def in_compiled_autograd() -> bool:
 
 def call_below(function: Any, *args: Any) -> Any:
     """Call ``function`` with no autocast and no ``__torch_function__`` in between."""
-    if torch._C._is_any_autocast_enabled() or torch._C._len_torch_function_stack():
-        with torch._C._DisableAutocast(), torch._C.DisableTorchFunction():
-            return function(*args)
-    return function(*args)
+    with torch._C._DisableAutocast(), torch._C.DisableTorchFunction():
+        return function(*args)
 
 
-def remove_function_mode(mode: TorchFunctionMode) -> bool:
-    """Leave ``mode`` without its ``__exit__``, if it is the innermost; whether it was."""
-    if _get_current_function_mode() is not mode:
-        return False
-    _pop_mode()
-    return True
-
-
-def is_compiled_module(module: torch.nn.Module) -> bool:
-    """Whether ``module`` is what ``torch.compile`` makes of a module."""
-    return type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith(
-        "torch._dynamo."
-    )
+def remove_function_mode(mode: TorchFunctionMode) -> None:
+    """Leave ``mode`` without its ``__exit__``, if it is the innermost."""
+    if _get_current_function_mode() is mode:
+        _pop_mode()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -43,15 +43,11 @@ def trace(
         on_graph(gm, example_inputs)
         return gm.forward
 
-    def call(
-        model: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> Any:
+    def call(model: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         return model(*arguments, **keywords)
 
     # A code object of its own, so that the entries in Dynamo's cache go with it.
-    fresh = types.FunctionType(
-        call.__code__.replace(co_name="explained"), call.__globals__, "explained"
-    )
+    fresh = types.FunctionType(call.__code__.replace(co_name="explained"), call.__globals__)
     fakes = (t for t in pytree.tree_leaves((inputs, keywords)) if isinstance(t, FakeTensor))
     fake_mode = next((t.fake_mode for t in fakes), FakeTensorMode())
     fake_mode.allow_non_fake_inputs = True
@@ -63,23 +59,18 @@ def trace(
     fake_inputs = pytree.tree_map(fake, (inputs, dict(keywords or {})))
     # Sizes that differ from an earlier trace's are no sign that they vary in the user's model.
     static = {} if dynamic is not None else {"automatic_dynamic_shapes": False}
-    with fake_mode, _counters_kept(), dynamo_config.patch(static):
+    counted = mock.patch.dict(counters, {k: v.copy() for k, v in counters.items()})  # not for good
+    with fake_mode, counted, dynamo_config.patch(static):
         return torch.compile(fresh, backend=backend, dynamic=dynamic)(fn, *fake_inputs)
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     """Copy of a graph module and of the graph modules in it; parameters are shared."""
-    graph = fx.Graph()
-    graph._codegen = copy.copy(gm.graph._codegen)
-    copies: dict[fx.Node, fx.Node] = {}
-    output: Any = graph.graph_copy(gm.graph, copies, return_output_node=True)
-    for node, node_copy in copies.items():
+    graph = copy.deepcopy(gm.graph)
+    for node, node_copy in zip(gm.graph.nodes, graph.nodes, strict=True):
         _copy_dynamo_source(node, node_copy)
-    if output is not None:
-        value, old_node = output
-        graph.output(value).meta = dict(old_node.meta)
-    # Compiled when it is called, as Dynamo makes it: PyTorch's own efficient_conv_bn_eval puts a
-    # builtin function among a node's arguments, which does not print as Python.
+    # Compiled when it is called: PyTorch's own efficient_conv_bn_eval puts a builtin function among
+    # a node's arguments, which does not print as Python.
     with _use_lazy_graph_module(True):
         new = _make_graph_module(gm, graph)
     _copy_dynamo_source(gm, new)
@@ -103,14 +94,3 @@ def _copy_dynamo_source(old: Any, new: Any) -> None:
     for name in ("_dynamo_source", "_param_name_to_source"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
-
-
-@contextlib.contextmanager
-def _counters_kept() -> Iterator[None]:
-    """Leave Dynamo's and Inductor's counters as they were."""
-    before = {name: counter.copy() for name, counter in counters.items()}
-    try:
-        yield
-    finally:
-        counters.clear()
-        counters.update(before)

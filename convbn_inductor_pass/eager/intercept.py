@@ -1,20 +1,16 @@
 """Forward hooks that open a region where a model runs, whatever its code looks like.
 
-``Enter`` and ``Exit`` are forward hooks on every module that contains a batch norm. The
-outermost one that is called opens a :class:`Region` that is active until its forward ends, in this
-thread. Hooks hold no module, so that models with them can be copied, pickled and replicated. A
-module *called* under ``torch.utils.checkpoint`` opens a region of its own, in the forward and when
-it is recomputed.
+They are on every module that contains a batch norm. The outermost one that is called opens a
+:class:`Region` that is active until its forward ends, in this thread. Hooks hold no module, so that
+models with them can be copied, pickled and replicated. A module *called* under
+``torch.utils.checkpoint`` opens a region of its own, in the forward and when it is recomputed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import threading
-import weakref
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +20,43 @@ from .._torch import eager as torch_eager
 from .events import Ledger
 from .region import Region
 
-__all__ = ["Hook", "add_hooks", "forget_interrupted", "remove_hooks", "suspended"]
+__all__ = ["Hook", "add_hooks", "close_region", "forget_interrupted", "open_region", "remove_hooks"]
+
+
+class _Regions(threading.local):
+    """Those that are open in this thread, each inside the one before it, which it pauses."""
+
+    def __init__(self) -> None:
+        self.open: list[Region] = []
+
+
+_regions = _Regions()
+
+
+def open_region(region: Region) -> None:
+    """Let a region run, in which hooks do not open another under the same saved-tensor hooks."""
+    if _regions.open:
+        _regions.open[-1].paused = True
+    _regions.open.append(region)
+    region.__enter__()
+
+
+def close_region(outermost: Region, completed: bool) -> None:
+    """End a region, and those that are still open in it."""
+    start = _regions.open.index(outermost)
+    for region in reversed(_regions.open[start:]):
+        # One that is not the innermost function mode stays, without harm.
+        torch_eager.remove_function_mode(region)
+        region.end(completed)
+    del _regions.open[start:]
+    if _regions.open:
+        _regions.open[-1].paused = False
+
+
+def forget_interrupted() -> None:
+    """End regions whose forward a ``KeyboardInterrupt`` left, which skips forward hooks."""
+    if _regions.open:
+        close_region(_regions.open[0], completed=False)
 
 
 @dataclasses.dataclass(eq=False)
@@ -37,133 +69,38 @@ class Hook:
     ledger: Ledger
 
     def __getattr__(self, name: str) -> Any:
-        if name == "__name__":
-            name += (
-                ": TorchScript cannot compile it; call convbn_inductor_pass.turn_off(model) first"
-            )
-        raise AttributeError(f"{type(self).__qualname__} has no {name}")
-
-
-class _Running(NamedTuple):
-    """A module whose forward runs; what it opened, what it paused, and what it runs in."""
-
-    module: weakref.ref[nn.Module]
-    hook: Hook | None = None
-    opened: Region | None = None
-    paused: Region | None = None
-    region: Region | None = None
-
-
-class _Stack(threading.local):
-    """Hooked modules whose forward runs in this thread."""
-
-    def __init__(self) -> None:
-        self.entries: list[_Running] = []
-
-    @property
-    def top(self) -> _Running | None:
-        return self.entries[-1] if self.entries else None
-
-    def pop(self, module: nn.Module, completed: bool) -> None:
-        """Forget ``module`` and what is inside it, if its Enter was called."""
-        for i in range(len(self.entries) - 1, -1, -1):
-            if self.entries[i].module() is module:
-                self.cut(i, completed)
-                return
-
-    def cut(self, start: int, completed: bool = False) -> None:
-        for entry in reversed(self.entries[start:]):
-            if entry.opened is not None:
-                # One that is not the innermost stays, without harm.
-                torch_eager.remove_function_mode(entry.opened)
-                entry.opened.end(completed)
-            if entry.paused is not None:
-                entry.paused.__enter__()
-        del self.entries[start:]
-
-
-_stack = _Stack()
-
-
-def _suspend(module: nn.Module) -> None:
-    region = None if _stack.top is None else _stack.top.region
-    if region is not None and not torch_eager.remove_function_mode(region):
-        region = None
-    _stack.entries.append(_Running(weakref.ref(module), paused=region))
-
-
-def forget_interrupted() -> None:
-    """End regions whose forward a ``KeyboardInterrupt`` left, which skips forward hooks."""
-    _stack.cut(0)
-
-
-def _aside() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+        why = "TorchScript cannot compile it; call convbn_inductor_pass.turn_off(model) first"
+        raise AttributeError(f"{type(self).__qualname__} has no {name}: {why}")
 
 
 class Enter(Hook):
     """Forward pre-hook: opens a region, if none is open under the same saved-tensor hooks."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if _aside():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
-        if _stack.entries and _stack.entries[0].hook is self:
+        if _regions.open and _regions.open[0].module() is module:
             forget_interrupted()  # or it calls itself; then its inner forward has the region
-        outer, opened = _stack.top, None
-        region = None if outer is None else outer.region
-        is_suspended = outer is not None and region is None
-        if not is_suspended and (
-            region is None or region.hooks != torch_eager.saved_tensors_hooks()
-        ):
-            region = opened = Region(self.ledger, module)
-            region.__enter__()
-        entry = _Running(weakref.ref(module), self, opened, None, region)
-        _stack.entries.append(entry)
+        hooks = torch_eager.saved_tensors_hooks()
+        if not _regions.open or _regions.open[-1].hooks != hooks:
+            open_region(Region(self.ledger, module))
 
 
 class Exit(Hook):
-    """Forward hook, called after errors too: undoes what ``Enter`` or ``Suspend`` did."""
+    """Forward hook, called after errors too: ends the region that ``Enter`` opened, if it did."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not _aside():
-            _stack.pop(module, completed=output is not None)  # None after an error
-
-
-class Suspend(Hook):
-    """Forward pre-hook of a compiled part of a model: the region ends where it begins."""
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if not _aside():
-            _suspend(module)
-
-
-@contextlib.contextmanager
-def suspended(module: nn.Module) -> Iterator[None]:
-    """No region is active or opened within, in this thread."""
-    _suspend(module)
-    try:
-        yield
-    finally:
-        _stack.pop(module, completed=True)
-
-
-def _hooked(scope: nn.Module) -> Iterator[nn.Module]:
-    """Modules with a batch norm inside them."""
-    for module in scope.modules():
-        inside = any(isinstance(m, _BatchNorm) for m in module.modules() if m is not module)
-        if inside and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            yield module
+        for region in reversed(_regions.open):
+            if region.module() is module:
+                close_region(region, completed=output is not None)  # None after an error
+                return
 
 
 def add_hooks(scope: nn.Module, ledger: Ledger) -> None:
     """Let what runs in ``scope`` run in regions, with the events in ``ledger``."""
-    for module in _hooked(scope):
-        if torch_eager.is_compiled_module(module):
-            module.register_forward_pre_hook(Suspend(ledger))
-            module.register_forward_hook(Exit(ledger), always_call=True)
-        elif not any(
-            isinstance(h, Enter) and h.ledger is ledger for h in module._forward_pre_hooks.values()
-        ):
+    for module in scope.modules():
+        norms = (m for m in module.modules() if isinstance(m, _BatchNorm) and m is not module)
+        if any(norms) and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             module.register_forward_pre_hook(Enter(ledger))
             # First, so that other hooks see tensors; after errors too.
             module.register_forward_hook(Exit(ledger), prepend=True, always_call=True)

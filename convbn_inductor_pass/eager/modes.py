@@ -1,36 +1,22 @@
 """``turn_on`` and ``turn_off``: the four modes of conv-BN blocks, without ``torch.compile``.
 
-    ======  ====================  =================================  =========================
-    mode    statistics            parameters that are trained        saved for backward
-    ======  ====================  =================================  =========================
-    train   of the batch          conv and batch norm                conv's input and output
-    eval    running               conv and batch norm                conv's input and output
-    tune    running               conv and batch norm                conv's input
-    deploy  merged in, once       the merged conv                    conv's input
-    ======  ====================  =================================  =========================
-
-Tune computes what eval computes, and its gradients, at about the price of deploy. Deploy is for
-inference: training it is unstable, because a weight scaled by k has a gradient scaled by 1/k.
-
 Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.11624.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..codes import Code
 from ..records import Record
 from . import deploy
-from .events import Event, Ledger
+from .events import Ledger
 from .intercept import Hook, add_hooks, forget_interrupted, remove_hooks
 
 __all__ = ["decisions", "turn_off", "turn_on"]
@@ -57,14 +43,11 @@ def turn_on(
     modules: Sequence[str] | None = None,
     example_inputs: tuple[Any, ...] | None = None,
 ) -> nn.Module:
-    """Put the conv-BN blocks of a model in one of four modes, in place.
+    """Put the conv-BN blocks of a model in one of four modes, in place; returns ``model``.
 
-    Blocks are found while the model runs, from what it computes: modules may be nested, wrapped,
-    reused or called as functions. In ``"tune"`` mode outputs are eval mode's, bit for bit, and what
-    is saved for backward is less. A batch norm saves its input where leaving it out cannot be shown
-    to be legal, or does not pay (see :func:`decisions`): the convolution's output is used
-    elsewhere, the batch norm is back in training mode or has no running statistics, ... Parameters,
-    buffers and ``state_dict`` stay as they are.
+    Blocks are found while the model runs: modules may be nested, wrapped, reused or called as
+    functions. In ``"tune"`` mode outputs are eval mode's, bit for bit, and less is saved for
+    backward, where that can be shown to be legal and pays (see :func:`decisions`).
 
     ``model.train()`` puts batch norms in training mode as ever; call ``turn_on`` again after it.
     Under ``torch.compile`` this steps aside, and the compiled pass does the work.
@@ -73,14 +56,12 @@ def turn_on(
         model: the model. Copies and pickles of it keep the mode.
         mode: ``"train"``, ``"eval"``: the batch norms' own modes. ``"tune"``: eval mode that does
             not save the convolutions' outputs. ``"deploy"``: the blocks become plain convolutions
-            with new parameters, each batch norm an empty ``nn.Sequential``.
+            with new parameters, each batch norm an empty ``nn.Sequential``. For inference: training
+            it is unstable, because a weight scaled by k has a gradient scaled by 1/k.
         modules: paths of submodules (``["backbone"]``) to restrict this to.
         example_inputs: for ``"deploy"``, inputs of one forward, under ``no_grad`` and in
             evaluation mode, in which the blocks are found. Without, the inputs of the first forward
             are taken; parameters change after it, so make the optimizer later.
-
-    Returns:
-        ``model``.
 
     Raises:
         ValueError: unknown mode or module path, or no layer and batch norm to pair there;
@@ -92,29 +73,26 @@ def turn_on(
     if example_inputs is not None and mode != "deploy":
         raise ValueError(f"example_inputs are for mode 'deploy', not {mode!r}")
     scopes = _scopes(model, modules)
-    _check_pairs_possible(scopes)
     turn_off(model)
     state = _State(mode, {}, Ledger())
-    norms = {m for scope in scopes.values() for m in scope.modules() if isinstance(m, _BatchNorm)}
+    norms = {m for scope in scopes for m in scope.modules() if isinstance(m, _BatchNorm)}
     for path, module in model.named_modules():
         if module in norms:
             state.training[path] = module.training
             module.train(mode == "train")
     object.__setattr__(model, _ATTRIBUTE, state)
     if mode == "tune":
-        for scope in scopes.values():
+        for scope in scopes:
             add_hooks(scope, state.ledger)
     if mode == "deploy":
-        warnings.warn(
-            "deploy mode is for inference: training merged convolutions is unstable. Use "
-            "mode='tune' to train at the same cost",
-            stacklevel=2,
+        advice = (
+            "training merged convolutions is unstable. Use mode='tune' to train at the same cost"
         )
+        warnings.warn(f"deploy mode is for inference: {advice}", stacklevel=2)
         if example_inputs is not None:
             _merge(model, example_inputs, {})
         else:
-            hook = _MergeAfterForward(state.ledger)
-            model.register_forward_hook(hook, with_kwargs=True)
+            model.register_forward_hook(_MergeAfterForward(state.ledger), with_kwargs=True)
     return model
 
 
@@ -145,67 +123,43 @@ def decisions(model: nn.Module) -> tuple[Record, ...]:
     """What tune mode did with each batch norm in the last forward, or deploy mode once; and why.
 
     One record per call of a batch norm (per batch norm in deploy mode); codes are those of the
-    compiled pass, too. Parts of the model that were turned on by themselves are included. Empty if
-    ``model`` is not turned on, or no forward has run.
+    compiled pass, too. Parts of the model that were turned on by themselves are included.
     """
-    state: _State | None = getattr(model, _ATTRIBUTE, None)
-    if state is None:
-        return ()
     names = deploy.tensor_paths(model)
     made: dict[Any, Record] = {}
-    # Parts that were turned on by themselves count their own.
     for m in model.modules():
-        state = vars(m).get(_ATTRIBUTE)
+        state: _State | None = vars(m).get(_ATTRIBUTE)
         if state is not None:
             made.update({("deploy", r.batch_norm): r for r in state.deployed})
             for events in list(state.ledger.forwards.values()):
-                made.update({k: _record(e, e.code, names) for k, e in events.items() if e.code})
+                made.update({k: e.record(names) for k, e in events.items() if e.code})
     return tuple(made.values())
 
 
-def _record(e: Event, code: Code, names: dict[int, str]) -> Record:
-    layer, norm = (names.get(id(r()), "") if r is not None else "" for r in (e.weight, e.key))
-    size = math.prod(e.shape) * e.dtype.itemsize if e.shape else 0
-    return Record(
-        pass_name="eager",
-        kind="batch norm",
-        code=code,
-        detail=e.detail,
-        layer=layer,
-        batch_norm=norm,
-        output_shape=e.shape,
-        output_bytes=size,
-        bytes_saved=size if code.rewritten else 0,
-    )
-
-
-def _scopes(model: nn.Module, modules: Sequence[str] | None) -> dict[str, nn.Module]:
-    if modules is None:
-        return {"": model}
+def _scopes(model: nn.Module, modules: Sequence[str] | None) -> list[nn.Module]:
+    """The modules to be turned on, in which there is something to pair."""
     if isinstance(modules, str):
         raise ValueError(f"modules must be a list of module paths such as [{modules!r}]")
     paths = dict(model.named_modules(remove_duplicate=False))
-    unknown = [m for m in modules if m not in paths]
-    if unknown or not modules:
+    chosen = [""] if modules is None else modules
+    unknown = [m for m in chosen if m not in paths]
+    if unknown or not chosen:
         children = ", ".join(repr(n) for n, _ in model.named_children())
         raise ValueError(
             f"no module at {', '.join(map(repr, unknown)) or '[]'}; modules are given by path, "
             f"the first parts here are: {children}"
         )
-    return {m: paths[m] for m in modules}
-
-
-def _check_pairs_possible(scopes: dict[str, nn.Module]) -> None:
-    inside = [m for scope in scopes.values() for m in scope.modules()]
-    parameters: list[Tensor] = [p for scope in scopes.values() for p in scope.parameters()]
-    layers = sum(p.ndim >= 2 for p in parameters)
+    scopes = [paths[m] for m in chosen]
+    inside = [m for scope in scopes for m in scope.modules()]
+    layers = sum(p.ndim >= 2 for scope in scopes for p in scope.parameters())
     norms = sum(isinstance(m, (_BatchNorm, deploy.MergedBatchNorm)) for m in inside)
     if not layers or not norms:
-        where = ", ".join(repr(s) for s in scopes if s) or "the model"
+        where = ", ".join(map(repr, modules or ())) or "the model"
         raise ValueError(
             f"nothing to pair in {where}: a convolution or linear layer and a batch norm are "
             f"needed, there are {layers} weights of layers and {norms} batch norms"
         )
+    return scopes
 
 
 class _MergeAfterForward(Hook):
@@ -218,9 +172,5 @@ class _MergeAfterForward(Hook):
 
 def _merge(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     state: _State = getattr(model, _ATTRIBUTE)
-    for key in [k for k, h in model._forward_hooks.items() if isinstance(h, _MergeAfterForward)]:
-        del model._forward_hooks[key]
-        model._forward_hooks_with_kwargs.pop(key, None)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    norms = [modules[path] for path in state.training]
-    state.merged, state.deployed = deploy.merge_pairs(model, args, kwargs, norms)
+    remove_hooks(model, state.ledger)
+    state.merged, state.deployed = deploy.merge_pairs(model, args, kwargs, state.training)

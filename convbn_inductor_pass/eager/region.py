@@ -1,33 +1,29 @@
 """Tune mode for the layers and batch norms of a forward, while it runs.
 
-A region is a ``TorchFunctionMode`` that is active while one forward runs. In it layers run as
-:func:`functional.layer`, which differs from eval mode in nothing but what a batch norm can ask of
-its node; and a batch norm that :func:`functional.layer_before` finds next to such a node runs as
+In it layers run in :func:`functional.layer`, and a batch norm after one runs as
 :func:`functional.batch_norm`, which does not save its input. Every tensor is a true one, computed
-when eval mode computes it: Python control flow, hooks, reused modules, functional calls, writes
-and whoever stores a layer's output meet what they meet in eval mode.
+when eval mode computes it.
 
 Other uses of a layer's output are right, too, but cost a second weight gradient. So a region
 watches outputs: one used before its batch norm is left as written; one used after it, or stored, or
 that met no batch norm, in the forward before, is run as written and watched this once.
 
-No activation is saved for its shape: not by a layer whose weight requires no gradient, nor by a
-batch norm whose weight requires none, after a layer or not, nor by max-pooling. Then a ReLU's
-result may be saved for the ReLU alone, which saves a mask instead where nobody else saved it in the
-forward before, or, before there was one, where the model trains no convolution.
+No activation is saved for its shape (:mod:`functional.saved`). Then a ReLU's result may be
+saved for the ReLU alone, which saves a mask instead where nobody else saved it in the forward
+before, or, before there was one, where the model trains no convolution.
 
 A region steps aside
 
 * under ``torch.compile``, ``torch.export`` and ``torch.jit``: the compiled pass does the work;
 * inside torch.func and forward-mode differentiation: everything runs as written;
-* where the saved-tensor hooks change within it, because ``torch.utils.checkpoint`` counts what
-  is saved and would not find the region again when it recomputes. For the same reason nothing is
-  learned from one forward for the next under such hooks.
+* where the saved-tensor hooks change within it: ``torch.utils.checkpoint`` counts what is saved,
+  and would not find the region when it recomputes. Nor is anything learned under such hooks.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,20 +34,9 @@ from .. import functional
 from .._torch import eager as torch_eager
 from ..codes import Code
 from ..config import get_options
-from .calls import (
-    BATCH_NORMS,
-    LAYERS,
-    MAX_POOLS,
-    RELUS,
-    BatchNormCall,
-    LayerCall,
-    read_max_pool,
-    read_relu,
-    runs_as_written,
-    tensors_read,
-)
-from .decide import decide, why_as_written
-from .events import Event, Ledger
+from . import calls
+from .decide import decide
+from .events import Event, Ledger, nothing
 
 __all__ = ["Region"]
 
@@ -63,32 +48,47 @@ class Region(TorchFunctionMode):
         super().__init__()
         self.hooks = torch_eager.saved_tensors_hooks()
         self.module = weakref.ref(module)
-        self.before, self.events = ledger.begin(module)
+        self.trains_convolutions = any(p.ndim > 2 and p.requires_grad for p in module.parameters())
+        self.paused = False  # while another region is open inside this one
+        self.before: dict[Any, Event] = ledger.forwards.pop(module, {})
+        self.events: dict[Any, Event] = {}
+        ledger.forwards[module] = self.events  # the latest comes last
         self.uses: dict[int, int] = {}
-        self.outputs: dict[int, Event] = {}
-        self._frozen: bool | None = None
+        # By id, the outputs of layers and ReLUs, and rows made of a linear layer's.
+        self.outputs: dict[int, tuple[Callable[[], Any], Event]] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
+        if self.paused or torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        if func in LAYERS:
+        if func in calls.LAYERS:
             return self._layer(func, args, kwargs)
-        if func in BATCH_NORMS:
+        if func is nn.functional.batch_norm:
             return self._batch_norm(func, args, kwargs)
-        if func in MAX_POOLS and not self._aside():
-            read = read_max_pool(func, args, kwargs)
-            if read is not None:
-                if (taken := self._event_of(read[0])) is not None and not taken.relu:
-                    taken.mark_used()
-                return functional.max_pool(*read)
-        self._watch(func, args, kwargs)
-        if func in RELUS:
+        tensors = list(calls.tensors_read(func, args, kwargs))
+        events = [event for t in tensors if (event := self._event_of(t)) is not None]
+        for event in events:
+            # Rows of a linear layer's output may be what a batch norm takes.
+            is_rows = event.linear and func in calls.VIEWS
+            if not is_rows and not (event.relu and func in calls.SAVES_NOTHING):
+                event.mark_used()
+        if func in calls.RELUS:
             return self._relu(func, args, kwargs)
-        return func(*args, **kwargs)
+        # On MPS max-pooling looks for the maxima again.
+        if (
+            func in calls.MAX_POOLS
+            and calls.is_plain(x := tensors[0])
+            and not (x.is_mps or self._aside())
+        ):
+            with functional.saves_shape_only(x):
+                return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in calls.VIEWS and events and events[0].linear:
+            self._note(result, events[0])
+        return result
 
     def _aside(self) -> bool:
-        return runs_as_written() or torch_eager.saved_tensors_hooks() != self.hooks
+        return calls.runs_as_written() or torch_eager.saved_tensors_hooks() != self.hooks
 
     def _count(self, tensor: Any) -> tuple[int, int]:
         """Which call with this tensor this is."""
@@ -96,107 +96,102 @@ class Region(TorchFunctionMode):
         use = self.uses[key] = self.uses.get(key, -1) + 1
         return key, use
 
-    def _event_of(self, value: Any) -> Event | None:
-        """Of the layer whose output ``value`` is."""
-        event = None if value is None else self.outputs.get(id(value))
-        known = event is not None and (event.output() is value or event.base_of_output() is value)
-        return event if known else None
+    def _note(self, value: Any, event: Event) -> None:
+        self.outputs[id(value)] = weakref.ref(value), event
 
-    def _watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See whether a function that is no batch norm takes the output of a layer."""
-        outputs = self.outputs
-        for value in (*args, *kwargs.values()) if kwargs else args:
-            if id(value) in outputs or type(value) in (list, tuple):
-                break
-        else:
-            return
-        for tensor in tensors_read(func, args, kwargs):
-            event = self._event_of(tensor)
-            if event is not None and not event.may_be_read_by(func):
-                event.mark_used()
+    def _event_of(self, value: Any) -> Event | None:
+        """Of the layer or ReLU whose output ``value`` is."""
+        reference, event = self.outputs.get(id(value), (nothing, None))
+        return event if reference() is value else None
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = args[0] if args else kwargs.get("input")
-        taken = self._event_of(x)
-        call = None if self._aside() else LayerCall.read(func, args, kwargs)
-        saves_input = call is None or call.weight.requires_grad or get_options().fuse_frozen_layers
-        if taken is not None and (saves_input or not taken.relu):
-            taken.mark_used()
-        for value in (*args[1:3], *kwargs.values()):
-            if (taken := self._event_of(value)) is not None and value is not x:
+        weight, bias = functional.layer_parameters(*args, **kwargs)
+        x = args[0] if args else kwargs["input"]
+        as_is = self._aside() or not all(t is None or calls.is_plain(t) for t in (x, weight, bias))
+        saves_input = as_is or weight.requires_grad or get_options().fuse_frozen_layers
+        for t in (x, weight, bias):
+            taken = self._event_of(t)
+            if taken is not None and (saves_input or t is not x or not taken.relu):
                 taken.mark_used()
-        if call is None:
+        if as_is:
             return func(*args, **kwargs)
-        x, weight, bias, _ = call
         key = self._count(weight if isinstance(weight, nn.Parameter) else None)
-        event = self.events[key] = Event()
-        learns = saves_input and not self.hooks
-        as_written = why_as_written(self.before.get(key)) if learns else ""
-        needs_grad = torch.is_grad_enabled() and (
-            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-        )
-        if needs_grad and not as_written:
-            c = functional.layer(*call, saves_input)
-        else:
+        before = self.before.get(key) if saves_input and not self.hooks else None
+        as_written = before is not None and (before.used or before.code is None)
+        if as_written:
             c = func(*args, **kwargs)
-        event.of_layer(call, c, as_written)
-        self.outputs[id(c)] = event
-        if c._base is not None:
-            self.outputs[id(c._base)] = event
+        elif saves_input:
+            c = functional.layer(func, *args, **kwargs)
+        else:
+            with functional.saves_shape_only(x):
+                c = func(*args, **kwargs)
+        event = self.events[key] = Event(
+            input=weakref.ref(x),
+            weight=weakref.ref(weight),
+            output=weakref.ref(c),
+            shape=c.shape,
+            dtype=c.dtype,
+            linear=func is nn.functional.linear,
+            as_written=as_written,
+        )
+        self._note(c, event)
         return c
 
     def _batch_norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bn = None if runs_as_written() else BatchNormCall.read(func, args, kwargs)
-        if bn is None:
+        if calls.runs_as_written():
             return func(*args, **kwargs)
+        bn = calls.BatchNormCall(*args, **kwargs)
+        # FSDP hands on views of a unit's inputs.
         taken = self._event_of(bn.input) or self._event_of(bn.input._base)
-        layer = event = None if taken is None or taken.relu else taken
-        if layer is not None and layer.code is not None:  # a second batch norm
-            layer.mark_used()
-            event = None
-        if torch_eager.saved_tensors_hooks() != self.hooks:
-            code, detail = Code.REGION, "if by checkpointing a function: checkpoint a module"
-        else:
-            code, detail = decide(bn, layer)
+        layer = None if taken is None or taken.relu else taken
         identity = bn.weight if bn.running_mean is None else bn.running_mean
-        if event is None:
-            event = self.events[self._count(identity)] = Event()
-        event.code, event.detail = code, detail
-        event.key = None if identity is None else weakref.ref(identity)
-        if not code.rewritten:
+        if layer is not None and layer.code is None:
+            event = layer
+        else:
+            event = Event(shape=bn.input.shape, dtype=bn.input.dtype)
+            self.events[self._count(identity)] = event
+            if layer is not None:  # this is its second batch norm
+                layer.mark_used()
+        if identity is not None:
+            event.norm = weakref.ref(identity)
+        if torch_eager.saved_tensors_hooks() != self.hooks:
+            event.code = Code.REGION
+            event.detail = "if by checkpointing a function: checkpoint a module"
+        else:
+            event.code, event.detail = decide(bn, layer)
+        if not event.code.rewritten:
             if taken is not None and taken.relu:
                 taken.mark_used()
             return func(*args, **kwargs)
-        event.shape, event.dtype = bn.input.shape, bn.input.dtype
-        norm = functional.BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
-        return functional.batch_norm(bn.input, norm)
+        if bn.weight is not None and bn.weight.requires_grad:
+            c, mean, var, weight, bias = bn[:5]
+            return functional.batch_norm(c, mean, var, weight, bias, bn.eps)
+        with functional.saves_shape_only(bn.input):
+            return func(*args, **kwargs)
 
     def _relu(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        read = None if self._aside() else read_relu(func, args, kwargs)
-        if read is None:
+        x = args[0] if args else kwargs["input"]
+        wanted = torch.is_grad_enabled() and calls.is_plain(x) and x.requires_grad
+        if not wanted or self._aside():
             return func(*args, **kwargs)
         key = ("ReLU", self._count(None)[1])
-        event = self.events[key] = Event()
         before = None if self.hooks else self.before.get(key)
-        saves_mask = self._trains_no_convolution() if before is None else not before.used
-        y = functional.relu(*read) if saves_mask else func(*args, **kwargs)
-        event.relu, event.output = True, weakref.ref(y)
-        self.outputs[id(y)] = event
+        saves_mask = not self.trains_convolutions if before is None else not before.used
+        if saves_mask:
+            with functional.saves_mask(x.dtype):
+                y = func(*args, **kwargs)
+        else:
+            y = func(*args, **kwargs)
+        event = self.events[key] = Event(output=weakref.ref(y), relu=True)
+        self._note(y, event)
         return y
-
-    def _trains_no_convolution(self) -> bool:
-        if self._frozen is None:
-            module = self.module()
-            weights = () if module is None else (p for p in module.parameters() if p.ndim > 2)
-            self._frozen = not any(w.requires_grad for w in weights)
-        return self._frozen
 
     def end(self, completed: bool) -> None:
         """Outputs that outlive the forward though no batch norm saves them were stored."""
         if not completed:  # by an error, as when checkpoint has recomputed what it needs
             self.events.clear()
             self.events.update(self.before)
-        for event in self.outputs.values():
+        for _, event in self.outputs.values():
             if (event.relu or event.code is Code.FUSED) and event.output() is not None:
                 event.mark_used()
         self.outputs.clear()

@@ -1,13 +1,11 @@
 """Layers and eval-mode batch norms as differentiable functions that save one activation a pair.
 
 ``conv_bn`` has the two nodes of autograd's graph, ``gradients`` the formulas, ``half`` what float16
-needs besides. ``relu`` saves a mask, ``max_pool`` does not save its input.
+needs besides. ``saved`` makes PyTorch's own functions save less.
 """
 
-from .conv_bn import batch_norm, layer, layer_before
-from .gradients import BatchNorm, Conv, fold_affine
-from .max_pool import max_pool
-from .relu import relu
+from .conv_bn import batch_norm, layer, layer_before, layer_parameters
+from .saved import saves_mask, saves_shape_only
 
-__all__ = ["BatchNorm", "Conv", "batch_norm", "fold_affine", "layer", "layer_before"]
-__all__ += ["max_pool", "relu"]
+__all__ = ["batch_norm", "layer", "layer_before", "layer_parameters"]
+__all__ += ["saves_mask", "saves_shape_only"]

@@ -20,13 +20,12 @@ does not, and it underflows where the gradient is small.
 * First term: ``norm(t * g)`` is in (1/8, 1/4]. By Cauchy-Schwarz ``abs(dW') <= norm(x) / 4``,
   whatever the loss scale: it fits if the root mean square of ``x`` is below 256 at a million
   positions. The largest ``abs(g)`` would not do: it bounds no sum over many positions.
-* Second term: ``abs(A / t) <= 256``, so that the scaled weight fits if ``abs(W) < 255``
-  (and ``abs(A) <= 2 ** 23``). Where this
-  term is the larger one, ``t * g`` is at most 1/128 of the gradient that eval mode rounds to
-  float16 there, and ``dW'`` at most 1/128 of eval mode's dW.
+* Second term: ``abs(A / t) <= 256``, so that the scaled weight fits if ``abs(W) < 255`` (and
+  ``abs(A) <= 2 ** 23``). Where this term is the larger one, ``t * g`` is at most 1/128 of the
+  gradient that eval mode rounds to float16 there, and ``dW'`` at most 1/128 of eval mode's dW.
 * The clamp lets ``t`` fit float16, where multiplying with it is exact down to 2 ** -14.
 
-Declines: nothing. bfloat16 and wider dtypes have the range of float32 and need no ``t``.
+bfloat16 and wider dtypes have the range of float32 and need no ``t``.
 """
 
 from __future__ import annotations
@@ -44,10 +43,7 @@ def gradient_scale(g: Tensor, scale: Tensor) -> Tensor:
     """
     with torch.no_grad():
         positions = [d for d in range(g.ndim) if d != 1]
-        if g.device.type == "cpu":  # where vector_norm is slow in float16
-            norm = g.float().square_().sum(positions).sqrt()
-        else:
-            norm = torch.linalg.vector_norm(g, 2, positions, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(g, 2, positions, dtype=torch.float32)
         by_gradient = -2 - norm.log2().ceil()
         by_scale = scale.abs().log2().ceil() - 8
         exponent = torch.maximum(by_gradient, by_scale).clamp(-24, 15)

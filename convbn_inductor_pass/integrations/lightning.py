@@ -1,12 +1,5 @@
 """Lightning: a callback that trains with batch norms in eval mode, and in tune mode if compiled.
 
-Example::
-
-    from convbn_inductor_pass.integrations.lightning import TuneModeCallback
-
-    trainer = lightning.Trainer(callbacks=[TuneModeCallback(["backbone"])])
-    trainer.fit(torch.compile(module), loader)
-
 For ``lightning`` and ``pytorch_lightning``, 2.2 or later.
 """
 
@@ -27,10 +20,9 @@ class TuneModeCallback(TuneMode, Callback):
     """:class:`.TuneMode` from the start of ``fit``; the arguments are its own."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Before anything is compiled, which the validation before training may cause."""
+        # The validation before training may compile the model already.
         if stage == "fit":
             self.enable()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Once the model is built, wrapped and, with ``sync_batchnorm=True``, converted."""
         self.freeze(pl_module)

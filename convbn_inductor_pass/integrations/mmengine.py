@@ -1,11 +1,5 @@
 """MMEngine: a hook that trains with batch norms in eval mode, and in tune mode if compiled.
 
-Example, in a config::
-
-    custom_imports = dict(imports=["convbn_inductor_pass.integrations.mmengine"])
-    custom_hooks = [dict(type="TuneModeHook", modules=["backbone"])]
-    compile = True
-
 It takes the place of MMEngine's ``efficient_conv_bn_eval`` and of a backbone's ``norm_eval``.
 """
 
@@ -27,7 +21,5 @@ class TuneModeHook(TuneMode, Hook):
     """:class:`.TuneMode` from the start of ``train``; the arguments are its own."""
 
     def before_train(self, runner: Any) -> None:
-        """Once the model is wrapped, and before its first step, which compiles it."""
         self.enable()
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self.freeze(model)
+        self.freeze(runner.model.module if is_model_wrapper(runner.model) else runner.model)

@@ -1,14 +1,4 @@
-"""Transformers: a callback that trains with batch norms in eval mode, and in tune mode if compiled.
-
-Trainer calls ``model.train()`` in each step, after which ``model.eval()`` of one's own is undone.
-
-Example::
-
-    from convbn_inductor_pass.integrations.transformers import TuneModeCallback
-
-    args = TrainingArguments(..., torch_compile=True)
-    Trainer(model, args, callbacks=[TuneModeCallback()], ...).train()
-"""
+"""Transformers: a callback that trains with batch norms in eval mode, in tune mode if compiled."""
 
 from __future__ import annotations
 
@@ -25,6 +15,5 @@ class TuneModeCallback(TuneMode, TrainerCallback):
     """:class:`.TuneMode` from the start of ``train``; the arguments are its own."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Once the model is wrapped, and before its first step, which compiles it."""
         self.enable()
         self.freeze(kwargs["model"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -16,21 +16,17 @@ __all__ = ["TuneMode"]
 class TuneMode:
     """Turns tune mode on, and keeps batch norms in eval mode while a trainer runs and after it.
 
-    Args:
-        modules: which batch norms, as for ``freeze_batch_norms``: paths in the model, or patterns
-            of these. By default all.
-        options: as for ``enable``.
+    ``modules`` are those of ``freeze_batch_norms``, paths or patterns; ``options`` are those of the
+    package's ``enable``. Adapters call :meth:`enable` before anything is compiled, and
+    :meth:`freeze` once the model is built, wrapped and converted.
     """
 
-    def __init__(self, modules: Iterable[str] | None = None, **options: Any) -> None:
+    def __init__(self, modules: Sequence[str] | None = None, **options: Any) -> None:
         super().__init__()
-        self.modules = None if modules is None else list(modules)
-        self.options = options
+        self.modules, self.options = modules, options
 
     def enable(self) -> None:
-        """To be called before anything is compiled."""
         enable(**self.options)
 
     def freeze(self, model: nn.Module) -> None:
-        """To be called once the model is built, wrapped and converted."""
         freeze_batch_norms(model, self.modules)

@@ -84,6 +84,17 @@ def test_deploy_merges_a_pair_that_is_used_often():
     assert isinstance(other.bn, nn.BatchNorm2d)
 
 
+def test_deploy_leaves_a_layer_whose_output_is_returned():
+    def forward(m, x):
+        c = m.conv(x)
+        return c, m.bn(c)
+
+    model, x = Fn(forward), torch.randn(2, 4, 6, 6)
+    expected = model(x)
+    assert all(map(torch.equal, deployed(model, x)(x), expected))
+    assert codes(model) == [Code.LAYER_OUTPUT_USED]
+
+
 def test_deploy_leaves_no_trace_of_its_example():
     model = PaperM().train()
     x = torch.randn(2, 3, 12, 12)
@@ -139,11 +150,11 @@ def output_used(model):
 
 LEFT = {
     weight_norm: (Code.NOT_MERGED, "by a parametrization"),
-    hook_on_the_layer: (Code.NOT_MERGED, "hooks or a parametrization"),
+    hook_on_the_layer: (Code.NOT_MERGED, "has hooks"),
     hook_that_stores: (Code.LAYER_OUTPUT_USED, ""),
     tied_weight: (Code.NOT_MERGED, "tied"),
     subclass: (Code.NOT_MERGED, "not a module of PyTorch's own"),
-    functional_norm: (Code.NOT_MERGED, "functional call"),
+    functional_norm: (Code.NOT_MERGED, "or as functions"),
     called_alone_too: (Code.NOT_MERGED, "without each other"),
     output_used: (Code.LAYER_OUTPUT_USED, ""),
 }

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from common import fuzz
 from hypothesis import strategies as st
 
-from convbn_inductor_pass.functional import BatchNorm, Conv, batch_norm, layer
+from convbn_inductor_pass.functional import batch_norm, layer
 from convbn_inductor_pass.functional.half import gradient_scale
 
 GAMMAS = (0.0, 1e-4, 1e-3, 1.0, 100.0, 6e4)
@@ -56,14 +56,13 @@ def test_not_finite(bad):
 
 
 def arguments(kind):
-    """Tensors, layer and convolution arguments; gamma and variance come later."""
+    """Tensors and layer; gamma and variance come later."""
     torch.manual_seed(0)
     if kind == "linear":
-        x, weight, conv = torch.randn(128, 16), torch.randn(16, 16) / 4, None
+        x, weight = torch.randn(128, 16), torch.randn(16, 16) / 4
         written = F.linear
     else:
         x, weight = torch.randn(4, 16, 20, 20), torch.randn(16, 16, 3, 3) / 12
-        conv = Conv((1, 1), (1, 1), (1, 1), kind == "transposed", (0, 0), 1)
         function = F.conv_transpose2d if kind == "transposed" else F.conv2d
 
         def written(x, weight, bias):
@@ -71,7 +70,7 @@ def arguments(kind):
 
     channels = weight.shape[0]
     tensors = [x, weight, torch.randn(channels) / 8, None, torch.zeros(channels)]
-    return tensors, torch.randn(channels) / 8, written, conv
+    return tensors, torch.randn(channels) / 8, written
 
 
 def gradients(call, tensors, dy):
@@ -83,7 +82,7 @@ def gradients(call, tensors, dy):
 @pytest.mark.parametrize("kind", ["conv", "transposed", "linear"])
 def test_range_and_accuracy(kind, layers):
     """Wherever eval mode's step is finite, so is tune mode's; dgamma is float64's within 1e-3."""
-    given, mean, written, conv = arguments(kind)
+    given, mean, written = arguments(kind)
     dtype = torch.float32 if layers == "autocast" else torch.float16
     finite = 0
     for gamma, variance, loss_scale in itertools.product(GAMMAS, VARIANCES, LOSS_SCALES):
@@ -98,8 +97,7 @@ def test_range_and_accuracy(kind, layers):
             return F.batch_norm(written(x, weight, bias), mean, var, gamma, beta, False, 0.1, 1e-5)
 
         def by_tune(x, weight, bias, gamma, beta, var=var):
-            bn = BatchNorm(gamma, beta, mean, var, 1e-5)
-            return batch_norm(layer(x.half(), weight, bias, conv), bn)
+            return batch_norm(layer(written, x, weight, bias), mean, var, gamma, beta, 1e-5)
 
         with torch.autocast("cpu", torch.float16, enabled=layers == "autocast"):
             y = by_eval(*tensors).detach()
@@ -129,8 +127,7 @@ def test_many_positions_of_one_sign():
     x = torch.full((1 << 20, 1), 16.0, dtype=torch.float16)
     weight = torch.ones(1, 1, dtype=torch.float16, requires_grad=True)
     gamma, zero = torch.zeros(1, requires_grad=True), torch.zeros(1)
-    bn = BatchNorm(gamma, zero, zero, torch.ones(1), 0.0)
-    y = batch_norm(layer(x, weight, None, None), bn)
+    y = batch_norm(layer(F.linear, x, weight), zero, torch.ones(1), gamma, zero, 0.0)
     dgamma, dweight = torch.autograd.grad(y, (gamma, weight), torch.full_like(y, 0.5))
     torch.testing.assert_close(dgamma.item(), 2.0**23)
     assert dweight == 0
@@ -138,14 +135,14 @@ def test_many_positions_of_one_sign():
 
 def test_second_derivatives():
     """They go through ``t * g`` and ``A / t``, whatever ``t`` is."""
-    given, mean, _, conv = arguments("conv")
+    given, mean, written = arguments("conv")
     given[3] = torch.linspace(0.5, 1.5, 16)
 
     def penalty(dtype):
         tensors = [t.detach().to(dtype).requires_grad_() for t in given]
         x, weight, bias, gamma, beta = tensors
-        bn = BatchNorm(gamma, beta, mean.to(dtype), torch.ones(16).to(dtype), 0.0)
-        y = batch_norm(layer(x, weight, bias, conv), bn)
+        var = torch.ones(16, dtype=dtype)
+        y = batch_norm(layer(written, x, weight, bias), mean.to(dtype), var, gamma, beta, 0.0)
         first = torch.autograd.grad(y.double().square().mean(), tensors[1:4], create_graph=True)
         return torch.autograd.grad(sum(g.double().square().sum() for g in first), tensors[:4])
 

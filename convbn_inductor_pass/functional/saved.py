@@ -1,0 +1,55 @@
+"""What autograd saves for backward, and backward does not need, left out by saved-tensor hooks.
+
+A max-pooling's gradient goes where its indices say; a convolution or a batch norm with a frozen
+weight needs its input for the gradient of that weight alone; and a ReLU of its result the signs.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from .._torch import eager as torch_eager
+
+__all__ = ["saves_mask", "saves_shape_only"]
+
+
+class _Empty(functools.partial[Tensor]):
+    """Makes a tensor whose elements nobody reads."""
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t
+
+
+def saves_shape_only(x: Tensor) -> saved_tensors_hooks:
+    """Within, autograd saves of ``x``, and of what it is cast to, shape and strides alone.
+
+    The gradients must not depend on the elements; what else is saved requires no gradient.
+    """
+    outer_pack, outer_unpack = torch_eager.saved_tensors_hooks() or (_itself, _itself)
+    identity = id(x)  # autograd holds these functions, which must not hold ``x``
+
+    def pack(t: Tensor) -> Any:
+        if id(t) != identity and not t.requires_grad:
+            return outer_pack(t)
+        how = (t.shape, t.stride())
+        return _Empty(torch.empty_strided, *how, dtype=t.dtype, device=t.device)
+
+    def unpack(packed: Any) -> Any:
+        return packed() if isinstance(packed, _Empty) else outer_unpack(packed)
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+def saves_mask(dtype: torch.dtype) -> saved_tensors_hooks:
+    """Within, a ReLU saves where its result, of ``dtype``, is positive or NaN: a byte for each."""
+    outer_pack, outer_unpack = torch_eager.saved_tensors_hooks() or (_itself, _itself)
+    return saved_tensors_hooks(
+        lambda y: outer_pack((y <= 0).logical_not_()),
+        lambda packed: outer_unpack(packed).to(dtype),
+    )
