@@ -173,17 +173,17 @@ def check_each(
 
 
 def test_random_gradients() -> None:
-    counts = check_each(check_gradients, 80, trained=True)
+    counts = check_each(check_gradients, 40, trained=True)
     assert counts["rewritten"] >= counts["functions"] // 8  # else the draws test nothing
 
 
 def test_random_chains() -> None:
-    counts = check_each(check_folding, 120)
+    counts = check_each(check_folding, 60)
     assert counts["folded"] > counts["functions"] // 4
 
 
 def test_random_chains_before_relu(monkeypatch) -> None:
     """As with cuDNN: the graph around its operator, which is computed by its parts here."""
     monkeypatch.setattr(inductor, "has_cudnn_epilogues", lambda device: True)
-    counts = check_each(check_folding, 120, relu=True)
+    counts = check_each(check_folding, 60, relu=True)
     assert counts["cudnn"] > counts["functions"] // 8

@@ -1,6 +1,6 @@
 """Random networks of frozen and trained layers, activations and pools.
 
-By default 40, always the same. ``CONVBN_FUZZ_EXAMPLES=3000`` draws that many, and
+By default 12, always the same. ``CONVBN_FUZZ_EXAMPLES=3000`` draws that many, and
 ``CONVBN_FUZZ_SEED=7`` other ones; a failing example prints as source code.
 
 Forward bits are eval mode's. So is every bit of the gradients where no other sum is computed than
@@ -200,7 +200,7 @@ def check(drawn: Drawn, counts: collections.Counter) -> None:
 def test_random_networks() -> None:
     counts: collections.Counter = collections.Counter()
 
-    @fuzz(40)
+    @fuzz(12)
     @hypothesis.given(st.integers(0, (1 << 32) - 1).map(draw_network))
     def run(drawn: Drawn | None) -> None:
         hypothesis.assume(drawn is not None)
