@@ -42,11 +42,16 @@ def test_saved_as_without_gradients_of_the_scales(dynamic):
 
 
 MODELS = {
-    "torchvision": ("torchvision.models", lambda m: m.convnext_tiny(), 18, (2, 3, 64, 64)),
+    "torchvision": (
+        "torchvision.models.convnext",
+        lambda m: m.ConvNeXt([m.CNBlockConfig(32, 64, 1), m.CNBlockConfig(64, None, 2)]),
+        3,
+        (2, 3, 64, 64),
+    ),
     "timm, convolutions": (
         "timm",
-        lambda m: m.create_model("convnext_atto", drop_path_rate=0.0),
-        12,
+        lambda m: m.create_model("convnext_atto", depths=(1, 1, 2, 1), drop_path_rate=0.0),
+        5,
         (2, 3, 64, 64),
     ),
     "timm, linear layers": (
