@@ -148,10 +148,11 @@ class Region(TorchFunctionMode):
         if layer is not None and layer.code is None:
             event = layer
         else:
-            event = Event(shape=bn.input.shape, dtype=bn.input.dtype)
+            event = Event(dtype=bn.input.dtype)
             self.events[self._count(identity)] = event
             if layer is not None:  # this is its second batch norm
                 layer.mark_used()
+        event.shape = bn.input.shape
         if identity is not None:
             event.norm = weakref.ref(identity)
         if torch_eager.saved_tensors_hooks() != self.hooks:
