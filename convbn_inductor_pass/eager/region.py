@@ -105,8 +105,7 @@ class Region(TorchFunctionMode):
         return event if reference() is value else None
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        weight, bias = functional.layer_parameters(*args, **kwargs)
-        x = args[0] if args else kwargs["input"]
+        x, weight, bias = functional.layer_tensors(*args, **kwargs)
         as_is = self._aside() or not all(t is None or calls.is_plain(t) for t in (x, weight, bias))
         saves_input = as_is or weight.requires_grad or get_options().fuse_frozen_layers
         for t in (x, weight, bias):
