@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 
 __all__ = ["backward_pass", "call_below", "in_compiled_autograd", "in_functional_transform"]
-__all__ += ["remove_function_mode", "saved_tensors_hooks", "storage_key"]
+__all__ += ["remove_function_mode", "saved_tensors_hooks", "saved_tensors_hooks_disabled"]
+__all__ += ["storage_key"]
 
 
 def storage_key(value: Any) -> int | None:
@@ -38,6 +39,11 @@ def in_functional_transform() -> bool:
 def saved_tensors_hooks() -> tuple[Any, Any] | None:
     """The innermost ``torch.autograd.graph.saved_tensors_hooks``; checkpoint uses them, too."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def saved_tensors_hooks_disabled() -> bool:
+    """Whether adding hooks is an error here."""
+    return torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None
 
 
 def backward_pass() -> int:

@@ -77,7 +77,7 @@ class Region(TorchFunctionMode):
         # On MPS max-pooling looks for the maxima again.
         if (
             func in calls.MAX_POOLS
-            and calls.is_plain(x := tensors[0])
+            and calls.is_plain(x := args[0] if args else kwargs["input"])
             and not (x.is_mps or self._aside())
         ):
             with functional.saves_shape_only(x):
@@ -137,9 +137,9 @@ class Region(TorchFunctionMode):
         return c
 
     def _batch_norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if calls.runs_as_written():
-            return func(*args, **kwargs)
         bn = calls.BatchNormCall(*args, **kwargs)
+        if calls.runs_as_written() or not isinstance(bn.input, torch.Tensor):
+            return func(*args, **kwargs)
         # FSDP hands on views of a unit's inputs.
         taken = self._event_of(bn.input) or self._event_of(bn.input._base)
         layer = None if taken is None or taken.relu else taken

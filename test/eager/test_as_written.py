@@ -171,6 +171,16 @@ def test_writes_to_what_gradients_need_though_all_is_frozen(written):
         turn_on(model)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_where_hooks_are_not_allowed(frozen):
+    model = Fn(lambda m, x: F.max_pool2d(F.relu(m.bn(m.conv(x))), 2)).requires_grad_(not frozen)
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+    expected = run(model, x)
+    turn_on(model)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        torch.testing.assert_close(run(model, x), expected)
+
+
 def test_errors_are_evals():
     model, x = turn_on(Fn(lambda m, x: m.bn(m.conv(x)))), torch.randn(2, 4, 6, 6)
     out = model(x)
