@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 
 __all__ = ["backward_pass", "call_below", "in_compiled_autograd", "in_functional_transform"]
 __all__ += ["remove_function_mode", "saved_tensors_hooks", "saved_tensors_hooks_disabled"]
-__all__ += ["storage_key"]
+__all__ += ["storage_key", "will_run"]
 
 
 def storage_key(value: Any) -> int | None:
@@ -49,6 +49,11 @@ def saved_tensors_hooks_disabled() -> bool:
 def backward_pass() -> int:
     """Number of the backward pass that runs in this thread; -1 if none does."""
     return torch._C._current_graph_task_id()
+
+
+def will_run(node: Any) -> bool:
+    """Whether the backward pass that runs in this thread, if one does, comes to ``node``."""
+    return backward_pass() >= 0 and torch._C._will_engine_execute_node(node)
 
 
 def in_compiled_autograd() -> bool:

@@ -213,11 +213,13 @@ def _norm_backward(ctx: Any, g: Tensor, saved: Any, of_layer: Any) -> tuple[Tens
     if of_layer is None:
         return dc, None, sum_positions(g).to(ctx.bias_dtype) if need_dbeta else None
     x, _, bias = of_layer
-    needs = node.needs_input_grad[:3]
+    # What is left at a node that does not run would stay there.
+    layer_runs = torch_eager.will_run(node)
+    needs = node.needs_input_grad[:3] if layer_runs else (False,) * 3
     *gradients, inner, sum_g = pair_backward(g, scale, (*of_layer, node.conv), needs)
     # Subtracted before anything else is done, because the two may be large and nearly equal.
     centre = (0 if bias is None else bias.to(x.dtype).to(acc)) - mean.to(acc)
     dgamma = (invstd * torch.addcmul(inner, centre, sum_g)).to(gamma.dtype)
-    if dc is not None:
+    if dc is not None and layer_runs:
         node.handed_over = _HandedOver(dc, gradients, of_layer)
     return dc, dgamma, sum_g.to(ctx.bias_dtype) if need_dbeta else None
