@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 
 __all__ = ["backward_pass", "call_below", "in_compiled_autograd", "in_functional_transform"]
-__all__ += ["remove_function_mode", "saved_tensors_hooks", "storage_key"]
+__all__ += ["remove_function_mode", "saved_tensors_hooks", "saved_tensors_hooks_disabled"]
+__all__ += ["storage_key", "will_run"]
 
 
 def storage_key(value: Any) -> int | None:
@@ -40,9 +41,19 @@ def saved_tensors_hooks() -> tuple[Any, Any] | None:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
+def saved_tensors_hooks_disabled() -> bool:
+    """Whether adding hooks is an error here."""
+    return torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None
+
+
 def backward_pass() -> int:
     """Number of the backward pass that runs in this thread; -1 if none does."""
     return torch._C._current_graph_task_id()
+
+
+def will_run(node: Any) -> bool:
+    """Whether the backward pass that runs in this thread, if one does, comes to ``node``."""
+    return backward_pass() >= 0 and torch._C._will_engine_execute_node(node)
 
 
 def in_compiled_autograd() -> bool:

@@ -79,5 +79,5 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 def runs_as_written() -> bool:
     """Whether what goes on around a call has no use for functions of our own, or no place."""
-    in_transform = torch_eager.in_functional_transform()
-    return in_transform or torch.is_inference_mode_enabled() or torch.jit.is_tracing()
+    no_hooks = torch_eager.in_functional_transform() or torch_eager.saved_tensors_hooks_disabled()
+    return no_hooks or torch.is_inference_mode_enabled() or torch.jit.is_tracing()

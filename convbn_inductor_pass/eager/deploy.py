@@ -122,7 +122,16 @@ def _decide(uses: list[Event], not_merged: str) -> tuple[Code, str]:
         return Code.NOT_AFTER_LAYER, ""
     if any(e.used for e in uses):
         return Code.LAYER_OUTPUT_USED, ""
-    return (Code.NOT_MERGED, not_merged) if not_merged else (Code.MERGED, "")
+    if not_merged:
+        return Code.NOT_MERGED, not_merged
+    channels = all(_takes_channels(e) for e in uses)
+    return (Code.MERGED if channels else Code.UNBATCHED), ""
+
+
+def _takes_channels(event: Event) -> bool:
+    """Whether dimension 1 of the batch norm's input is the layer's channels."""
+    shape, weight = event.shape, event.weight()
+    return len(shape) == weight.ndim and not (event.linear and shape[1] != len(weight))
 
 
 def _why_not(model: nn.Module, layer: Any, norm: Any, together: bool) -> str:

@@ -24,6 +24,7 @@ def nothing() -> None:
 class Event:
     """One call of a layer or batch norm, or of both one after the other; or of a ReLU.
 
+    ``shape`` is the batch norm's where there is one.
     ``used``: whether something takes the layer's output besides the batch norm, or saves the ReLU's
     besides it. ``as_written``: whether the layer is only watched.
     """

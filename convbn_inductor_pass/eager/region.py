@@ -77,7 +77,7 @@ class Region(TorchFunctionMode):
         # On MPS max-pooling looks for the maxima again.
         if (
             func in calls.MAX_POOLS
-            and calls.is_plain(x := tensors[0])
+            and calls.is_plain(x := args[0] if args else kwargs["input"])
             and not (x.is_mps or self._aside())
         ):
             with functional.saves_shape_only(x):
@@ -105,8 +105,7 @@ class Region(TorchFunctionMode):
         return event if reference() is value else None
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        weight, bias = functional.layer_parameters(*args, **kwargs)
-        x = args[0] if args else kwargs["input"]
+        x, weight, bias = functional.layer_tensors(*args, **kwargs)
         as_is = self._aside() or not all(t is None or calls.is_plain(t) for t in (x, weight, bias))
         saves_input = as_is or weight.requires_grad or get_options().fuse_frozen_layers
         for t in (x, weight, bias):
@@ -138,9 +137,9 @@ class Region(TorchFunctionMode):
         return c
 
     def _batch_norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if calls.runs_as_written():
-            return func(*args, **kwargs)
         bn = calls.BatchNormCall(*args, **kwargs)
+        if calls.runs_as_written() or not isinstance(bn.input, torch.Tensor):
+            return func(*args, **kwargs)
         # FSDP hands on views of a unit's inputs.
         taken = self._event_of(bn.input) or self._event_of(bn.input._base)
         layer = None if taken is None or taken.relu else taken
@@ -148,10 +147,11 @@ class Region(TorchFunctionMode):
         if layer is not None and layer.code is None:
             event = layer
         else:
-            event = Event(shape=bn.input.shape, dtype=bn.input.dtype)
+            event = Event(dtype=bn.input.dtype)
             self.events[self._count(identity)] = event
             if layer is not None:  # this is its second batch norm
                 layer.mark_used()
+        event.shape = bn.input.shape
         if identity is not None:
             event.norm = weakref.ref(identity)
         if torch_eager.saved_tensors_hooks() != self.hooks:

@@ -35,12 +35,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from .._torch import eager as torch_eager
 from .gradients import Conv, layer_backward, pair_backward, per_channel, sum_positions
+from .saved import saves_as_autograd
 
-__all__ = ["batch_norm", "layer", "layer_before", "layer_parameters"]
+__all__ = ["batch_norm", "layer", "layer_before", "layer_tensors"]
 
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 _INPUT_OF_LINEAR = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
@@ -50,27 +50,30 @@ def layer(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """The output of a convolution or linear layer as written, with a node of our own.
 
     What it computed with, after autocast and padding, is read off autograd's node. One without a
-    node, or with one that is not known (an unbatched convolution's, a frozen linear layer's), is
-    returned as it is. Twice differentiable.
+    node, or with one that is not known (a frozen linear layer's), is returned as it is, as is one
+    without a batch or with a bias that differs by row. Twice differentiable.
     """
+    x, weight, bias = layer_tensors(*args, **kwargs)
+    if x.ndim < weight.ndim or (bias is not None and bias.ndim != 1):
+        return function(*args, **kwargs)
     # Autograd's node does not outlive this call: what it saves is nothing to others' hooks.
-    with saved_tensors_hooks(lambda t: t, lambda t: t):
+    with saves_as_autograd():
         c = function(*args, **kwargs)
-    x, conv = _read(c)
-    if x is None:
+    used, conv = _read(c)
+    if used is None:
         return c
-    weight, bias = layer_parameters(*args, **kwargs)
     rows = c if conv else c.view(-1, c.shape[-1])
     # In a list: an output that is an input, too, would be a view, which must not be written to.
-    y: Tensor = _Layer.apply(x, weight, bias, conv, [rows.detach()])
+    # ``data`` counts writes to it from here on.
+    y: Tensor = _Layer.apply(used, weight, bias, conv, [rows.data])
     return y if y.ndim == c.ndim else y.view(c.shape)
 
 
-def layer_parameters(
+def layer_tensors(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias, of the arguments of any convolution or linear layer."""
-    return weight, bias
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, weight and bias, of the arguments of any convolution or linear layer."""
+    return input, weight, bias
 
 
 def _read(c: Tensor) -> tuple[Tensor | None, Conv | None]:
@@ -78,6 +81,8 @@ def _read(c: Tensor) -> tuple[Tensor | None, Conv | None]:
     node: Any = c.grad_fn
     if type(node).__name__ == "ConvolutionBackward0":
         return node._saved_input, Conv(*(getattr(node, f"_saved_{name}") for name in Conv._fields))
+    if type(node).__name__ == "AddBackward0":  # a bias, where the input is not contiguous
+        node = node.next_functions[0][0]
     node = _below_views(node)
     return getattr(node, _INPUT_OF_LINEAR.get(type(node).__name__, ""), None), None
 
@@ -208,11 +213,13 @@ def _norm_backward(ctx: Any, g: Tensor, saved: Any, of_layer: Any) -> tuple[Tens
     if of_layer is None:
         return dc, None, sum_positions(g).to(ctx.bias_dtype) if need_dbeta else None
     x, _, bias = of_layer
-    needs = node.needs_input_grad[:3]
+    # What is left at a node that does not run would stay there.
+    layer_runs = torch_eager.will_run(node)
+    needs = node.needs_input_grad[:3] if layer_runs else (False,) * 3
     *gradients, inner, sum_g = pair_backward(g, scale, (*of_layer, node.conv), needs)
     # Subtracted before anything else is done, because the two may be large and nearly equal.
     centre = (0 if bias is None else bias.to(x.dtype).to(acc)) - mean.to(acc)
     dgamma = (invstd * torch.addcmul(inner, centre, sum_g)).to(gamma.dtype)
-    if dc is not None:
+    if dc is not None and layer_runs:
         node.handed_over = _HandedOver(dc, gradients, of_layer)
     return dc, dgamma, sum_g.to(ctx.bias_dtype) if need_dbeta else None

@@ -15,15 +15,35 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .._torch import eager as torch_eager
 
-__all__ = ["saves_mask", "saves_shape_only"]
+__all__ = ["saves_as_autograd", "saves_mask", "saves_shape_only"]
 
 
 class _Empty(functools.partial[Tensor]):
     """Makes a tensor whose elements nobody reads."""
 
 
-def _itself(t: Tensor) -> Tensor:
+def _with_version(t: Tensor) -> tuple[Tensor, int]:
+    return t, t._version
+
+
+def _unwritten(packed: tuple[Tensor, int]) -> Tensor:
+    t, version = packed
+    if t._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: {list(t.shape)} is at version {t._version}; expected version {version}"
+        )
     return t
+
+
+def _hooks_around() -> tuple[Any, Any]:
+    """Those that are active; or what autograd does without, which under hooks checks no version."""
+    return torch_eager.saved_tensors_hooks() or (_with_version, _unwritten)
+
+
+def saves_as_autograd() -> saved_tensors_hooks:
+    """Within, no other hooks see what is saved."""
+    return saved_tensors_hooks(_with_version, _unwritten)
 
 
 def saves_shape_only(x: Tensor) -> saved_tensors_hooks:
@@ -31,7 +51,7 @@ def saves_shape_only(x: Tensor) -> saved_tensors_hooks:
 
     The gradients must not depend on the elements; what else is saved requires no gradient.
     """
-    outer_pack, outer_unpack = torch_eager.saved_tensors_hooks() or (_itself, _itself)
+    outer_pack, outer_unpack = _hooks_around()
     identity = id(x)  # autograd holds these functions, which must not hold ``x``
 
     def pack(t: Tensor) -> Any:
@@ -48,7 +68,7 @@ def saves_shape_only(x: Tensor) -> saved_tensors_hooks:
 
 def saves_mask(dtype: torch.dtype) -> saved_tensors_hooks:
     """Within, a ReLU saves where its result, of ``dtype``, is positive or NaN: a byte for each."""
-    outer_pack, outer_unpack = torch_eager.saved_tensors_hooks() or (_itself, _itself)
+    outer_pack, outer_unpack = _hooks_around()
     return saved_tensors_hooks(
         lambda y: outer_pack((y <= 0).logical_not_()),
         lambda packed: outer_unpack(packed).to(dtype),

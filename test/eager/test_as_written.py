@@ -149,6 +149,38 @@ def test_writes_are_errors_where_eval_has_them(forward):
         turn_on(model)
 
 
+def unbatched_write(m, x):
+    c = m.conv(x[0])
+    with torch.no_grad():
+        m.conv.weight.mul_(2)
+    return c
+
+
+@pytest.mark.parametrize("written", ["conv.weight", "bn.weight", "bn.running_var", "unbatched"])
+def test_writes_to_what_gradients_need_though_all_is_frozen(written):
+    """Saved-tensor hooks, which leave the input out, must not leave out autograd's check."""
+    model = Fn(unbatched_write if written == "unbatched" else lambda m, x: m.bn(m.conv(x)))
+    model.requires_grad_(written == "unbatched")
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+    for _ in range(3):
+        y = model(x)
+        if written != "unbatched":
+            model.state_dict()[written].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+        turn_on(model)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_where_hooks_are_not_allowed(frozen):
+    model = Fn(lambda m, x: F.max_pool2d(F.relu(m.bn(m.conv(x))), 2)).requires_grad_(not frozen)
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+    expected = run(model, x)
+    turn_on(model)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        torch.testing.assert_close(run(model, x), expected)
+
+
 def test_errors_are_evals():
     model, x = turn_on(Fn(lambda m, x: m.bn(m.conv(x)))), torch.randn(2, 4, 6, 6)
     out = model(x)

@@ -95,6 +95,20 @@ def test_deploy_leaves_a_layer_whose_output_is_returned():
     assert codes(model) == [Code.LAYER_OUTPUT_USED]
 
 
+@pytest.mark.parametrize("view", [(3, 4, 4), (1, 12, 4), (-1, 2, 2), (-1, 2), "unbatched"])
+def test_deploy_leaves_norms_of_another_dimension(view):
+    """Which may have as many elements as there are channels."""
+    if view == "unbatched":
+        layer, norm = nn.Conv1d(4, 4, 3, padding=1), nn.BatchNorm1d(4)
+        model, x = Fn(lambda m, x: m.bn(m.conv(x)), layer, norm), torch.randn(4, 4)
+    else:
+        layer, norm = nn.Linear(4, 4), nn.BatchNorm1d(view[1])
+        model, x = Fn(lambda m, x: m.bn(m.conv(x).view(view)), layer, norm), torch.randn(3, 4, 4)
+    expected = model(x)
+    assert torch.equal(deployed(model, x)(x), expected)
+    assert codes(model) == [Code.UNBATCHED]
+
+
 def test_deploy_leaves_no_trace_of_its_example():
     model = PaperM().train()
     x = torch.randn(2, 3, 12, 12)

@@ -1,7 +1,10 @@
 """A layer's output is a true tensor: whoever stores, watches or changes it or its gradient."""
 
+import weakref
+
 import pytest
 import torch
+import torch.nn.functional as F
 from common import spread_statistics
 from eager_helpers import Fn, codes, run
 from torch import nn
@@ -155,6 +158,17 @@ def test_retained_graphs_and_partial_backwards():
     turn_on(model)
     for _ in range(2):
         torch.testing.assert_close(gradients(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_partial_backwards_leave_nothing_behind():
+    """Left at a node that does not run, a gradient with a graph would hold that graph."""
+    model = turn_on(Fn(lambda m, x: F.relu(m.bn(m.conv(x)))))
+    y = model(torch.randn(2, 4, 6, 6, requires_grad=True))
+    alive = y.grad_fn.metadata["alive"] = torch.empty(0)
+    alive = weakref.ref(alive)
+    torch.autograd.grad(y.square().sum(), model.bn.weight, create_graph=True)
+    del y
+    assert alive() is None
 
 
 @pytest.mark.parametrize("how", ["module", "global", "backward"])

@@ -125,6 +125,23 @@ def test_linear_layer_of_more_rows():
     assert codes(model) == [Code.UNBATCHED]
 
 
+@pytest.mark.parametrize("bias_shape", [(6, 5), (1, 5), (6, 1), (1,)])
+def test_bias_of_a_linear_layer_that_broadcasts(bias_shape):
+    def forward(m, x):
+        return m.bn(F.linear(x, m.conv.weight, m.conv.rows))
+
+    model = Fn(forward, conv=nn.Linear(4, 5, bias=False), bn=nn.BatchNorm1d(5))
+    model.conv.rows = nn.Parameter(torch.randn(bias_shape))
+    assert_like_eval(model, torch.randn(6, 4), fused=len(bias_shape) == 1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_layer_of_an_input_that_is_not_contiguous(bias):
+    linear = nn.Linear(4, 5, bias=bias)
+    model = Fn(lambda m, x: m.bn(m.conv(x.mT).flatten(0, 1)), conv=linear, bn=nn.BatchNorm1d(5))
+    assert_like_eval(model, torch.randn(2, 4, 3, requires_grad=True), fused=1)
+
+
 def test_empty_batch():
     model = turn_on(Residual())
     y = model(torch.randn(0, 3, 8, 8))

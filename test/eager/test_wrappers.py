@@ -6,8 +6,9 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from common import Residual, spread_statistics
-from eager_helpers import codes, run
+from eager_helpers import Fn, codes, run
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -135,6 +136,19 @@ def test_torchscript_says_what_to_do(part):
     turn_off(model)
     output = torch.jit.script(scripted)(x)
     assert output.shape == (expected if part != "submodule" else output).shape
+
+
+def test_symbolic_trace():
+    """Functions may get proxies in place of tensors."""
+
+    def forward(m, x):
+        c = F.conv2d(x, m.conv.weight)
+        bn = m.bn
+        return F.max_pool2d(F.batch_norm(c, bn.running_mean, bn.running_var, bn.weight), 2)
+
+    model, x = nn.Sequential(Fn(forward)), torch.randn(2, 4, 8, 8)
+    expected = model(x)
+    assert torch.equal(torch.fx.symbolic_trace(turn_on(model))(x), expected)
 
 
 def test_traced_by_torchscript():
