@@ -37,19 +37,13 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True)
 class AffineChain:
-    """A layer and the longest affine chain that follows it.
-
-    Attributes:
-        layer: the layer.
-        steps: what happens to its output, in order; may be empty.
-    """
+    """A layer, and what happens to its output, in order."""
 
     layer: Layer
     steps: tuple[Step, ...]
 
     @property
     def last(self) -> fx.Node:
-        """The node whose result the chain gives."""
         return self.steps[-1].node if self.steps else self.layer.node
 
     @property
@@ -60,12 +54,11 @@ class AffineChain:
 
     @property
     def shifts(self) -> bool:
-        """Whether a shift is added."""
         return any(s.kind == "shift" for s in self.steps)
 
 
 def find_chains(graph: fx.Graph) -> Iterator[AffineChain]:
-    """Every layer of ``graph`` in order, with the affine chain that follows it.
+    """Every layer of ``graph`` in order, with the longest affine chain that follows it.
 
     No call is a step of two chains. Where two layers' outputs are added that are one number per
     channel, as for a batch of one, the addition could be: each output is an operand of the other.
