@@ -118,7 +118,7 @@ def _sums(
     """
     found: list[tuple[fx.Node, bool]] = []
     for user in node.users:
-        left = list(axes)
+        left, further = list(axes), None
         if layers.is_cast(user):
             further = _sums(user, left, dim, shape)
         elif user.target is aten.sum.default:
@@ -136,8 +136,6 @@ def _sums(
                 further = [(user, dim not in left)]
             else:
                 further = _sums(user, left, dim, shape)
-        else:
-            further = None
         if further is None:
             return None
         found += further
