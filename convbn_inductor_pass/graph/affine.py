@@ -2,11 +2,10 @@
 
     out = layer(x, W, b);  y = chain(out)   =>   y = layer(x, s * W, chain(b))
 
-A batch norm in eval mode, a frozen batch norm in any spelling, a layer scale, a bias added by
-hand, and any sequence of them, is a chain of steps ``v * o``, ``v / o`` and ``v + o`` whose
-operands vary along the channels at most. Composing them needs no algebra: the shift is what the
-chain makes of the bias, the scale is what its multiplications make of one. Both are computed from
-the live operands in each call, in float32 or wider.
+A chain has steps ``v * o``, ``v / o`` and ``v + o`` whose operands vary along the channels at most.
+Composing them needs no algebra: the shift is what the chain makes of the bias, the scale is what
+its multiplications make of one. Both are computed from the live operands in each call, in float32
+or wider.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ After, with a dimension that is a multiple of 8 split in two, one of them of siz
     backward  mask[j] = bits & 2**j != 0
 
 Runs after the partitioner, on both graphs, so that it sees which masks are saved. All of it is
-plain aten, which Inductor generates code for together with what makes the mask, and what uses it.
-The sum is one of floats, which are exact and which Inductor's C++ vectorizes.
+plain aten, which Inductor fuses with what makes the mask, and what uses it. The sum is one of
+floats, which are exact and which Inductor's C++ vectorizes.
 
 Which dimension: the channels, neighbours in a channels-last tensor, so that on a GPU the kernel
 that makes the mask packs it as well. On a CPU the images first, with eight of them in a byte that
