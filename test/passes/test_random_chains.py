@@ -188,3 +188,10 @@ def test_random_chains_before_relu() -> None:
     """Residuals and ReLUs after convolutions of images."""
     counts = check_each(check_folding, 120, relu=True)
     assert counts["onednn"]
+
+
+def test_random_chains_on_cudnn(monkeypatch) -> None:
+    """The same around cuDNN's operator, which is computed by its parts here."""
+    monkeypatch.setattr(inductor, "has_cudnn_epilogues", lambda device: True)
+    counts = check_each(check_folding, 120, relu=True)
+    assert counts["cudnn"] > counts["functions"] // 8

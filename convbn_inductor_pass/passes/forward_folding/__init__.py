@@ -1,11 +1,12 @@
 """Forward folding: a layer, the affine map after it and its epilogue become one layer.
 
-Before:  y = act(A * conv(x, W, b) + B)
-After:   y = conv(x, A * W, A * b + B), with the activation in the same kernel
+Before:  y = act(A * conv(x, W, b) + B)           or  y = relu(A * conv(x, W, b) + B + other)
+After:   y = conv(x, A * W, A * b + B), with the activation or the addition in the same kernel
 
 A and B, one value per channel, are recomputed each call from the live parameters, so that nothing
 goes stale after an optimizer step, unlike with ``freezing=True``. On CPU a convolution becomes
-oneDNN's, elsewhere the layer stays its own operator. Outputs differ from eval mode's by rounding.
+oneDNN's, on NVIDIA's GPUs cuDNN's where a ReLU follows, elsewhere the layer stays its own operator.
+Outputs differ from eval mode's by rounding.
 
 Declines where folding is not legal, and with ``forward="auto"`` where it moves more bytes: the
 tables of :mod:`decide`. Phases: :mod:`find`, :mod:`decide`, :mod:`rewrite`.

@@ -30,17 +30,14 @@ class Epilogue:
     """What a layer's kernel computes after the affine map; ``last`` is the result.
 
     An activation, whose ``name``, ``scalars`` and ``algorithm`` are as oneDNN's convolution takes
-    them; or the addition of a residual, "add", or "add+relu" if a ReLU comes after it.
+    them; or the addition of ``other``, a residual: "add", or "add+relu" if a ReLU comes after it.
     """
 
     name: str
     last: fx.Node
     scalars: tuple[float, ...] = ()
     algorithm: str = ""
-
-    @property
-    def is_residual(self) -> bool:
-        return self.name in ("add", "add+relu")
+    other: fx.Node | None = None
 
 
 def activation_after(node: fx.Node, dtype: torch.dtype) -> Epilogue | None:
@@ -77,14 +74,14 @@ def residual_after(node: fx.Node) -> Epilogue | None:
     add = _only_user(node)
     if add is None or add.target is not aten.add.Tensor or add.kwargs.get("alpha", 1) != 1:
         return None
-    others = [a for a in add.args if a is not node]
-    mine, other = value_of(node), tensor_of(others[0] if others else None)
-    if other is None or mine.dtype != other.dtype or not same_sizes(mine.shape, other.shape):
+    other = next((a for a in add.all_input_nodes if a is not node), None)
+    mine, added = value_of(node), tensor_of(other)
+    if added is None or mine.dtype != added.dtype or not same_sizes(mine.shape, added.shape):
         return None
     relu = _only_user(add)
     if relu is None or relu.target is not aten.relu.default:
-        return Epilogue("add", add)
-    return Epilogue("add+relu", relu)
+        return Epilogue("add", add, other=other)
+    return Epilogue("add+relu", relu, other=other)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -22,8 +22,8 @@ __all__ = ["FoldCandidate", "find_candidates"]
 class FoldCandidate:
     """A layer, what can be folded into it, and the kernel that would compute the result.
 
-    ``kernel`` is "onednn", whose convolution computes the ``epilogue``, too, or "aten", the layer's
-    own operator with a scaled weight and a shifted bias.
+    ``kernel`` is "cudnn" or "onednn", whose convolution computes the ``epilogue``, too, or "aten",
+    the layer's own operator with a scaled weight and a shifted bias.
     """
 
     chain: AffineChain
@@ -36,9 +36,9 @@ class FoldCandidate:
 
     @property
     def end(self) -> fx.Node:
-        """What the new call gives: a residual is added by Inductor, in place where it may be."""
-        is_inside = self.epilogue is not None and not self.epilogue.is_residual
-        return self.last if is_inside else self.chain.last
+        """What the new call gives: after oneDNN's, Inductor adds a residual, in place if it may."""
+        adds_apart = self.kernel == "onednn" and self.epilogue and self.epilogue.other
+        return self.chain.last if adds_apart else self.last
 
     @property
     def last(self) -> fx.Node:
@@ -48,17 +48,45 @@ class FoldCandidate:
 
 def find_candidates(graph: fx.Graph) -> Iterator[FoldCandidate]:
     """Every layer of ``graph``, unless it is a backward, that something foldable follows."""
-    for chain in [] if inductor.is_backward(graph) else affine.find_chains(graph):
+    if inductor.is_backward(graph):
+        return
+    taken: set[fx.Node] = set()  # an addition of two layers' outputs goes into one of them only
+    is_channels_last = inductor.makes_channels_last(graph)
+    for chain in affine.find_chains(graph):
+        if is_channels_last and _is_cudnn_layer(chain.layer):
+            cut, found = _cut_at_activation(chain)
+            found = found or _residual(chain, taken)
+            if found is not None and found.name in ("relu", "add+relu"):
+                taken.update(chain.last.users)
+                yield FoldCandidate(cut, "cudnn", found)
+                continue
         if _is_onednn_layer(chain.layer):
             cut, activation = _cut_at_activation(chain)
             if activation is not None:
                 yield FoldCandidate(cut, "onednn", activation)
                 continue
             if chain.steps and not _may_add_and_raise(chain):
-                yield FoldCandidate(chain, "onednn", _residual(chain))
+                yield FoldCandidate(chain, "onednn", _residual(chain, taken))
                 continue
         if chain.steps:
             yield FoldCandidate(chain, "aten")
+
+
+def _is_cudnn_layer(layer: Layer) -> bool:
+    """Whether cuDNN may have a convolution with an epilogue for this layer."""
+    nodes = (layer.node, layer.input, layer.weight)
+    sizes = [size for node in nodes for size in value_of(node).shape]
+    return (
+        layer.is_conv
+        and not layer.layout.transposed
+        and layer.layout.groups == 1  # of others, it has few
+        and layer.out.ndim == 4  # of others, Inductor makes nothing channels-last on GPUs
+        and layer.out.dtype in (torch.float32, torch.bfloat16)
+        # There may be none for another size. Nothing to compute, nothing to gain.
+        and all(isinstance(size, int) and size > 0 for size in sizes)
+        and inductor.has_cudnn_epilogues(layer.out.device)
+        and inductor.for_python()
+    )
 
 
 def _is_onednn_layer(layer: Layer) -> bool:
@@ -111,9 +139,11 @@ def _cut_at_activation(chain: AffineChain) -> tuple[AffineChain, Epilogue | None
     return best
 
 
-def _residual(chain: AffineChain) -> Epilogue | None:
+def _residual(chain: AffineChain, taken: set[fx.Node]) -> Epilogue | None:
     """The residual added to a chain, where it can as well be added to the layer's own elements."""
     is_moved = any(s.kind == "move" for s in chain.steps)
     if is_moved or value_of(chain.last).dtype != chain.layer.out.dtype:
+        return None
+    if not taken.isdisjoint(chain.last.users):
         return None
     return epilogue.residual_after(chain.last)

@@ -15,6 +15,7 @@ from ...graph import affine, layers
 from ...graph.builder import Builder, erase_unused
 from ...graph.layers import Layer, value_of
 from ...graph.strides import views_of
+from . import operators
 from .find import FoldCandidate
 
 __all__ = ["rewrite"]
@@ -70,7 +71,7 @@ def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
 
 
 def _call(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builder) -> fx.Node:
-    """The candidate's kernel, with an activation inside."""
+    """The candidate's kernel, with the epilogue that is its own."""
     layer, args = c.layer, c.layer.node.args
     if c.kernel == "aten" and layer.is_conv:
         return build.call(aten.convolution.default, layer.input, weight, bias, *args[3:])
@@ -79,8 +80,16 @@ def _call(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builde
             return build.call(aten.mm.default, layer.input, weight)
         return build.call(aten.addmm.default, bias, layer.input, weight)
     stride, padding, dilation = args[3:6]
+    if c.kernel == "cudnn":
+        other = c.epilogue and c.epilogue.other
+        return build.call(
+            operators.convolution_relu,
+            *(_channels_last(build.current(layer.input), build), _channels_last(weight, build)),
+            *(bias and _dense(bias, build), other and _channels_last(other, build)),
+            *(stride, padding, dilation, layer.layout.groups),
+        )
     epilogue: tuple[object, ...] = ("none", [], "")
-    if c.epilogue is not None and not c.epilogue.is_residual:
+    if c.epilogue is not None and c.epilogue.other is None:
         epilogue = c.epilogue.name, list(c.epilogue.scalars), c.epilogue.algorithm
     return build.call(
         torch.ops.mkldnn._convolution_pointwise.default,

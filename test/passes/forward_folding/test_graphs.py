@@ -76,3 +76,20 @@ v2 = reshape(v0)
 v3 = mul(v1, v2)
 v4 = _convolution_pointwise(arg0_1, v3)""",
         )
+
+    def test_cudnn(self):
+        before = inductor.has_cudnn_epilogues
+        inductor.has_cudnn_epilogues = lambda device: True
+        try:
+            self.assertExpectedInline(
+                self.graph(torch.float32),
+                """\
+v0 = reshape(arg2_1)
+v1 = inductor_force_stride_order(arg1_1)
+v2 = reshape(v0)
+v3 = mul(v1, v2)
+v4 = inductor_force_stride_order(arg0_1)
+v5 = convolution_relu(v4, v3)""",
+            )
+        finally:
+            inductor.has_cudnn_epilogues = before
