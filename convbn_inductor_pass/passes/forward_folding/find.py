@@ -50,9 +50,11 @@ def find_candidates(graph: fx.Graph) -> Iterator[FoldCandidate]:
     """Every layer of ``graph``, unless it is a backward, that something foldable follows."""
     if inductor.is_backward(graph):
         return
-    taken: set[fx.Node] = set()  # an addition of two layers' outputs goes into one of them only
+    chains = list(affine.find_chains(graph))
+    # An addition of two layers' outputs goes into one of them only.
+    taken = {step.node for chain in chains for step in chain.steps}
     is_channels_last = inductor.makes_channels_last(graph)
-    for chain in affine.find_chains(graph):
+    for chain in chains:
         if is_channels_last and _is_cudnn_layer(chain.layer):
             cut, found = _cut_at_activation(chain)
             found = found or _residual(chain, taken)
