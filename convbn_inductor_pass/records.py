@@ -62,8 +62,8 @@ class Record:
             While compiling, the size of the layer's output, whatever the partitioner saves
             instead; from ``explain``, what the partitioner really saves less.
         epilogue: forward folding: what the layer's kernel also computes, as "relu" or "add+relu".
-        kernel: forward folding: what computes the layer if it is folded, by its name in
-            ``passes.forward_folding.kernels``.
+        kernel: forward folding: what computes the layer if it is folded, "cudnn", "onednn" or
+            "aten".
         bytes_exact, bytes_folded: forward folding: bytes moved as written and folded, besides the
             layer's own input and output, by estimate.
     """

@@ -2,11 +2,10 @@
 
     out = layer(x, W, b);  y = chain(out)   =>   y = layer(x, s * W, chain(b))
 
-A batch norm in eval mode, a frozen batch norm in any spelling, a layer scale, a bias added by
-hand, and any sequence of them, is a chain of steps ``v * o``, ``v / o`` and ``v + o`` whose
-operands vary along the channels at most. Composing them needs no algebra: the shift is what the
-chain makes of the bias, the scale is what its multiplications make of one. Both are computed from
-the live operands in each call, in float32 or wider.
+A chain has steps ``v * o``, ``v / o`` and ``v + o`` whose operands vary along the channels at most.
+Composing them needs no algebra: the shift is what the chain makes of the bias, the scale is what
+its multiplications make of one. Both are computed from the live operands in each call, in float32
+or wider.
 """
 
 from __future__ import annotations
@@ -37,19 +36,13 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True)
 class AffineChain:
-    """A layer and the longest affine chain that follows it.
-
-    Attributes:
-        layer: the layer.
-        steps: what happens to its output, in order; may be empty.
-    """
+    """A layer, and what happens to its output, in order."""
 
     layer: Layer
     steps: tuple[Step, ...]
 
     @property
     def last(self) -> fx.Node:
-        """The node whose result the chain gives."""
         return self.steps[-1].node if self.steps else self.layer.node
 
     @property
@@ -60,12 +53,11 @@ class AffineChain:
 
     @property
     def shifts(self) -> bool:
-        """Whether a shift is added."""
         return any(s.kind == "shift" for s in self.steps)
 
 
 def find_chains(graph: fx.Graph) -> Iterator[AffineChain]:
-    """Every layer of ``graph`` in order, with the affine chain that follows it.
+    """Every layer of ``graph`` in order, with the longest affine chain that follows it.
 
     No call is a step of two chains. Where two layers' outputs are added that are one number per
     channel, as for a batch of one, the addition could be: each output is an operand of the other.

@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from .._torch import compat
-from .layers import tensor_of
+from .layers import tensor_of, value_of
 
 __all__ = ["Builder", "erase_unused"]
 
@@ -20,42 +20,38 @@ class Builder:
     """Adds calls to a graph, with metadata, and each computation once.
 
     Calls go to the graph's insertion point, which may only move forwards: a call that was
-    made before with the same inputs is used again.
-
-    Args:
-        graph: the graph.
-        share: False for graphs that write to tensors midway, where no call is used again.
-        structural: inputs also count as the same if they were computed in the same way. The joint
-            graph does not need it: the partitioner begins by merging such nodes.
-
-    Call :meth:`finish` at the end.
+    made before with inputs that are computed in the same way is used again, unless ``share`` is
+    False, as for graphs that write to tensors midway. Call :meth:`finish` at the end.
     """
 
-    def __init__(self, graph: fx.Graph, *, share: bool = True, structural: bool = True) -> None:
-        self.graph, self.share, self.structural = graph, share, structural
+    def __init__(self, graph: fx.Graph, *, share: bool = True) -> None:
+        self.graph, self.share = graph, share
         self.meta: dict[str, Any] = {}  # metadata of the calls to come, beside "val"
         self.replaced: dict[fx.Node, fx.Node] = {}
-        self._made: dict[Any, fx.Node] = {}
-        self._numbers: dict[fx.Node, Any] = {}
-        self._interned: dict[Any, int] = {}
+        self._numbers: dict[fx.Node, int] = {}  # equal for what is computed in the same way
+        self._interned: dict[str, int] = {}
+        self._made: dict[int, fx.Node] = {}
         self._sizes: dict[Any, fx.Node] = {}
         self._values: dict[Any, Any] = {}
-        for node in graph.nodes if share and structural else ():
-            self._numbers[node] = self._number(node)
+        for node in graph.nodes if share else ():
+            if node.op == "call_function" and compat.is_pure(node.target):
+                self._numbers[node] = self._number(node.target, node.args, node.kwargs)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Call ``target`` at the insertion point, unless that was done."""
         args, kwargs = map_aggregate((args, kwargs), self._as_argument)
-        key = self._key(target, args, kwargs)
-        if key in self._made:
-            return self._made[key]
+        number = self._number(target, args, kwargs)
+        if self.share and number in self._made:
+            return self._made[number]
         node = self.graph.call_function(target, args, kwargs)
         node.meta = {**self.meta, "val": self._value(target, args, kwargs)}
-        if self.share:
-            self._made[key] = node
-            if self.structural:
-                self._numbers[node] = self._number(node)
+        self._made[number], self._numbers[node] = node, number
         return node
+
+    def _number(self, target: Any, args: Any, kwargs: Any) -> int:
+        # Not the bare number, which a constant might equal.
+        inputs = fx.map_arg((args, kwargs), lambda n: f"%{self._numbers.get(n, n)}")
+        return self._interned.setdefault(f"{target} {inputs}", len(self._interned))
 
     def current(self, node: fx.Node) -> fx.Node:
         """``node``, or what has replaced it."""
@@ -74,10 +70,10 @@ class Builder:
 
     def _value(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The fake result of a call. Of calls that are alike, all but the first are made up."""
-        like = compat.metadata_key((target, fx.map_arg((args, kwargs), lambda n: n.meta["val"])))
+        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        like = compat.metadata_key((target, values))
         if like is not None and like in self._values:
             return compat.fake_copy(self._values[like])
-        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         value = target(*values[0], **values[1])
         if like is not None:
             self._values[like] = value
@@ -85,10 +81,16 @@ class Builder:
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """``node`` in ``dtype``."""
-        tensor = tensor_of(node)
-        if tensor is not None and tensor.dtype == dtype:
+        if value_of(node).dtype == dtype:
             return node
         return self.call(torch.ops.prims.convert_element_type.default, node, dtype)
+
+    def sizes(self, node: fx.Node) -> list[Any]:
+        """The shape of ``node``, with a call for each size that is symbolic."""
+        sizes = enumerate(value_of(node).shape)
+        return [
+            s if isinstance(s, int) else self.call(aten.sym_size.int, node, d) for d, s in sizes
+        ]
 
     def _as_argument(self, value: Any) -> Any:
         """A node as what has replaced it, a symbolic size as the node that gives it."""
@@ -96,13 +98,13 @@ class Builder:
             return self.current(value)
         if not isinstance(value, torch.SymInt):
             return value
-        if not self._sizes:
-            for node in self.graph.nodes:
-                if isinstance(node.meta.get("val"), torch.SymInt):
-                    self._sizes.setdefault(node.meta["val"].node.expr, node)
-        if value.node.expr not in self._sizes:
-            self._sizes[value.node.expr] = self._size_of_input(value)
-        return self._sizes[value.node.expr]
+        sizes, expr = self._sizes, value.node.expr
+        for node in self.graph.nodes if not sizes else ():
+            if isinstance(node.meta.get("val"), torch.SymInt):
+                sizes.setdefault(node.meta["val"].node.expr, node)
+        if expr not in sizes:
+            sizes[expr] = self._size_of_input(value)
+        return sizes[expr]
 
     def _size_of_input(self, value: torch.SymInt) -> fx.Node:
         inputs = self.graph.find_nodes(op="placeholder")
@@ -115,28 +117,6 @@ class Builder:
                     new.meta = {"val": size}
                     return new
         raise NotImplementedError(f"no node gives the size {value}")
-
-    def _key(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if not self.share:
-            return object()
-        if not self.structural:
-            return (target, *map(hashable, args), *sorted(kwargs.items()))
-        # Not the bare number, which a constant might equal.
-        parts = fx.map_arg((args, kwargs), lambda n: f"%{self._numbers.get(n, n)}")
-        return (target, repr(parts))
-
-    def _number(self, node: fx.Node) -> Any:
-        """Equal for two nodes that are the same pure function of the same inputs."""
-        pure = node.op == "call_function" and compat.is_pure(node.target)
-        key = self._key(node.target, node.args, node.kwargs) if pure else node
-        return self._interned.setdefault(key, len(self._interned))
-
-
-def hashable(value: Any) -> Any:
-    """``value`` with lists, however deep, as tuples; numbers of different types differ."""
-    if isinstance(value, (list, tuple)):
-        return tuple(map(hashable, value))
-    return value if isinstance(value, fx.Node) else (type(value), value)
 
 
 def erase_unused(node: fx.Node) -> None:

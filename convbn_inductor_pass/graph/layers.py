@@ -1,8 +1,7 @@
 """What the passes know of aten IR: layers, per-channel operands, and steps of an affine map.
 
-Graphs are functional and decomposed, with ``meta["val"]`` on every node. Everything here reads;
-nothing is judged or changed. To add an operator that is affine per channel, add a branch to
-:func:`read_step`.
+Everything here reads; nothing is judged or changed. To add an operator that is affine per channel,
+add a branch to :func:`read_step`.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from .._torch import compat
 from .layout import Layout
 
 __all__ = [
+    "DTYPES_TOGETHER",
     "Layer",
     "Operand",
     "Step",
@@ -26,6 +26,7 @@ __all__ = [
     "is_reshape",
     "known_equal",
     "layer_of",
+    "numel_of",
     "operand_per_channel",
     "read_step",
     "same_sizes",
@@ -38,7 +39,7 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 _CASTS = (prims.convert_element_type.default, aten._to_copy.default)
-# Calls that place the numbers of a tensor in other dimensions and leave their order.
+# The same elements in the same order, in other dimensions.
 _RESHAPES = (
     aten.view.default,
     aten._unsafe_view.default,
@@ -55,6 +56,14 @@ _ADDITIONS = (aten.add.Tensor, aten.add.Scalar)
 _SUMS = (*_ADDITIONS, aten.sub.Tensor, aten.sub.Scalar)
 Number = int | float
 
+# What a layer of each dtype may meet: in half precision, values per channel are float32 at most.
+DTYPES_TOGETHER = {
+    torch.float16: {torch.float16, torch.float32},
+    torch.bfloat16: {torch.bfloat16, torch.float32},
+    torch.float32: {torch.float32},
+    torch.float64: {torch.float64},
+}
+
 
 def tensor_of(node: Any) -> Tensor | None:
     """The fake tensor that a node stands for, if it stands for one."""
@@ -63,21 +72,23 @@ def tensor_of(node: Any) -> Tensor | None:
 
 
 def value_of(node: Any) -> Tensor:
-    """The fake tensor that a node stands for.
-
-    Raises:
-        ValueError: it stands for none, or has no metadata.
-    """
+    """The fake tensor that a node stands for; a ValueError if it stands for none."""
     tensor = tensor_of(node)
     if tensor is None:
         raise ValueError(f"{node} has no metadata")
     return tensor
 
 
+def numel_of(node: Any) -> int:
+    """The number of elements of a tensor, with hints for symbolic sizes; 0 if there is none."""
+    tensor = tensor_of(node)
+    return 0 if tensor is None else compat.size_hint(tensor.numel())
+
+
 def bytes_of(node: Any) -> int:
     """The size of a tensor in bytes, with hints for symbolic sizes; 0 if there is none."""
     tensor = tensor_of(node)
-    return 0 if tensor is None else compat.size_hint(tensor.numel()) * tensor.element_size()
+    return 0 if tensor is None else numel_of(node) * tensor.element_size()
 
 
 def known_equal(a: Any, b: Any) -> bool:
@@ -88,24 +99,16 @@ def known_equal(a: Any, b: Any) -> bool:
 
 
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two shapes are equal for every input.
-
-    Comparing them with ``==`` would make a guard of symbolic sizes, with which Dynamo compiles
-    anew, and raises where a size depends on data.
-    """
+    """Whether two shapes are equal for every input; ``==`` would make a guard, or raise."""
     return len(a) == len(b) and all(map(known_equal, a, b))
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A convolution or matrix product: ``out = x * W (+ bias)``.
+    """A convolution or matrix product ``node``: ``out = x * W (+ bias)``.
 
-    Attributes:
-        node: the call.
-        input, weight, bias: its tensors. A matrix product's weight is the right-hand matrix
-            [C_in, C_out], whatever made it.
-        layout: where the output channels lie in ``weight``.
-        dim: the dimension of the output that they are.
+    A product's weight is the right-hand matrix [C_in, C_out], whatever made it. The output channels
+    lie in the weight as ``layout`` says, and are dimension ``dim`` of the output.
     """
 
     node: fx.Node
@@ -121,7 +124,6 @@ class Layer:
 
     @property
     def out(self) -> Tensor:
-        """The layer's output."""
         return value_of(self.node)
 
 
@@ -150,11 +152,7 @@ def layer_of(node: fx.Node) -> Layer | None:
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """What a step adds or multiplies: a number, or one number (or one per channel) in a tensor.
-
-    ``node`` is the tensor, of ``numel`` 1 or C numbers in order, in any shape; else ``number``
-    holds.
-    """
+    """What a step adds or multiplies: a tensor of 1 or C elements, in any shape; or a number."""
 
     node: fx.Node | None = None
     number: Number = 0
@@ -192,27 +190,27 @@ def operand_per_channel(value: Any, shape: Sequence[Any], dim: int) -> Operand |
 
 def without_casts(node: fx.Node) -> fx.Node:
     """The widest tensor that ``node`` was cast down from, as autocast does with parameters."""
-    while node.target in _CASTS:
-        before, after = tensor_of(node.args[0]), tensor_of(node)
-        if before is None or after is None or not before.dtype.is_floating_point:
+    while is_cast(node):
+        source = node.all_input_nodes[0]
+        before, after = value_of(source).dtype, value_of(node).dtype
+        is_down = before.is_floating_point and before.itemsize >= after.itemsize
+        if not is_down or before == torch.float64:
             break
-        if before.dtype == torch.float64 or before.dtype.itemsize < after.dtype.itemsize:
-            break
-        node = node.args[0]  # type: ignore[assignment]
+        node = source
     return node
 
 
 def is_cast(node: fx.Node) -> bool:
-    """Whether ``node`` gives the numbers of another tensor in another floating-point dtype."""
+    """Whether ``node`` gives the elements of another tensor in a floating-point dtype."""
     if node.target is aten._to_copy.default and set(node.kwargs) - {"dtype"}:
         return False
     tensor = tensor_of(node)
     return node.target in _CASTS and tensor is not None and tensor.dtype.is_floating_point
 
 
-def is_reshape(node: Any) -> bool:
+def is_reshape(node: fx.Node) -> bool:
     """Whether ``node`` has the elements of its input, in the same order, in other dimensions."""
-    return isinstance(node, fx.Node) and node.target in _RESHAPES
+    return node.target in _RESHAPES
 
 
 Kind = Literal["scale", "divide", "shift", "cast", "move"]
@@ -220,15 +218,10 @@ Kind = Literal["scale", "divide", "shift", "cast", "move"]
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One operation of a chain ``y = step(x)`` that is affine per channel.
+    """One operation ``y = step(x)`` that is affine per channel: the call ``node``, or a part of it.
 
-    Attributes:
-        node: the call, of which this may be a part.
-        kind: ``x * o``, ``x / o``, ``x + factor * o``, a cast, or a call that moves channels
-            elsewhere and leaves the numbers.
-        dim: the dimension of ``y`` that is the channels.
-        operand: ``o``.
-        factor: a constant, see above.
+    ``kind`` is ``x * o``, ``x / o``, ``x + factor * o`` with the ``operand`` o, a cast, or a call
+    that moves the elements. Channels are the dimension ``dim`` of y.
     """
 
     node: fx.Node
@@ -239,7 +232,6 @@ class Step:
 
     @property
     def reads_a_tensor(self) -> bool:
-        """Whether the operand is more than a number."""
         return self.operand is not None and self.operand.node is not None
 
 

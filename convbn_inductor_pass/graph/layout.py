@@ -1,16 +1,12 @@
 """Where the output channels of a weight are, and two operations along them.
 
-A per-channel scale ``s`` commutes with a convolution if it is laid out on the
-weight's output-channel axis, and that axis differs by kind of layer:
-
     linear                weight [C_out, C_in]
     convolution           weight [C_out, C_in / groups, *kernel]
     transposed conv       weight [C_in, C_out / groups, *kernel]
 
 In the transposed case with groups, output channel ``o`` of group ``q`` is column
-``o - q * C_out / groups`` of the rows that belong to ``q``, so that the scale is a
-matrix rather than a column. Everything that needs to know this is in this file;
-nothing here knows of FX or autograd.
+``o - q * C_out / groups`` of the rows that belong to ``q``, so that the scale is a matrix rather
+than a column. Nothing here knows of FX or autograd.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from torch import fx
 
 from .._torch import compat, inductor
 from . import layers
-from .layers import tensor_of
+from .layers import tensor_of, value_of
 
 __all__ = ["has_returned_view", "is_observed", "views_of"]
 
@@ -15,15 +15,11 @@ def has_returned_view(node: fx.Node, parts_of_subclasses: set[fx.Node]) -> bool:
     """Whether the graph returns a view of a part of ``node``, or of what is generated from it.
 
     Inductor restores the strides of an output that is dense. A slice gets those of the memory that
-    it is cut from, which a library's kernel may choose otherwise than a generated one; and
-    generated code lays its results out as its inputs are.
-
-    Nor does Inductor restore the strides of each tensor inside of a subclass, given in
-    ``parts_of_subclasses``. With another rank they do not depend on how images are laid out.
+    it is cut from, and generated code lays its results out as its inputs are. Nor does Inductor
+    restore the strides of each of ``parts_of_subclasses``. With another rank they do not depend on
+    how images are laid out.
     """
-    pending, seen = [node], {node}
-    result = tensor_of(node)
-    rank = None if result is None else result.ndim
+    pending, seen, rank = [node], {node}, value_of(node).ndim
     while pending:
         node = pending.pop()
         whole, views = tensor_of(node), views_of(node)

@@ -45,9 +45,9 @@ def is_move(node: fx.Node) -> bool:
     return compat.is_view(node.target) or node.target is torch.ops.aten.clone.default
 
 
-def source_of(node: fx.Node) -> fx.Node:
-    """What ``node`` is a view or copy of, however deep; itself if it is none."""
-    while is_move(node):
+def source_of(node: fx.Node, *, casts: bool = False) -> fx.Node:
+    """What ``node`` is a view or copy of (or a cast), however deep; itself if it is none."""
+    while is_move(node) or (casts and layers.is_cast(node)):
         node = node.all_input_nodes[0]
     return node
 
@@ -69,19 +69,17 @@ def read_in_backward(
     Masks do not count, and calls in ``besides`` neither.
     """
     for user in node.users:
-        if user in forward or user in besides or user.op != "call_function":
+        if user in besides or user.op != "call_function":
             continue
-        if is_move(user) or layers.is_cast(user):
+        if is_move(user) or layers.is_cast(user):  # in the forward, too: it may be read after that
             if read_in_backward(user, forward, besides):
                 return True
-            continue
-        result = user.meta.get("val")
-        is_mask = isinstance(result, Tensor) and result.dtype == torch.bool
-        if not is_mask and not isinstance(result, (int, torch.SymInt)):  # which is a size
-            return True
-    # What the forward only moves or casts may be read after that.
-    moved = (u for u in node.users if u in forward and (is_move(u) or layers.is_cast(u)))
-    return any(read_in_backward(u, forward, besides) for u in moved)
+        elif user not in forward:
+            result = user.meta.get("val")
+            is_mask = isinstance(result, Tensor) and result.dtype == torch.bool
+            if not is_mask and not isinstance(result, (int, torch.SymInt)):  # which is a size
+                return True
+    return False
 
 
 def is_recomputed(node: fx.Node) -> bool:
@@ -117,9 +115,7 @@ def is_saved(node: fx.Node, backward: Collection[fx.Node]) -> bool:
 
     The partitioner recomputes pointwise calls.
     """
-    while is_move(node) and node not in backward:
-        node = node.all_input_nodes[0]
     return any(
         user.op == "output" or (user in backward and not compat.is_pointwise(user.target))
-        for user in users_of(node)
+        for user in users_of(source_of(node))
     )

@@ -34,10 +34,9 @@ class Outcome:
 class Pass(registry.CustomGraphPass):
     """A graph pass of this package; does nothing while PyTorch's flag is False.
 
-    A subclass has a ``name``, the ``hook`` of Inductor's that calls it, and ``run``. To add a
-    pass: a folder or file here, its class in ``passes.PASSES``. Rewrites are counted in
-    ``torch._dynamo.utils.counters["inductor"]``, under ``convbn_inductor_pass_{name}`` and under
-    ``also_counted``.
+    A subclass has a ``name``, the ``hook`` of Inductor's that calls it, and ``run``. Rewrites are
+    counted in ``torch._dynamo.utils.counters["inductor"]``, under ``convbn_inductor_pass_{name}``
+    and under ``also_counted``.
     """
 
     name: ClassVar[str]
@@ -45,8 +44,8 @@ class Pass(registry.CustomGraphPass):
     also_counted: ClassVar[tuple[str, ...]] = ()
     KEY: ClassVar[str] = "convbn_inductor_pass.records"  # in a node's metadata
 
-    # Rewrites a graph in place (the partitioner's pass two: forward and backward). If it raises,
-    # what is done so far has to be right.
+    # Rewrites a graph in place (mask_bits two: forward and backward). If it raises, what is done
+    # so far has to be right.
     run: Callable[..., Outcome]
 
     def __call__(self, graph: fx.Graph, *others: fx.Graph) -> None:
@@ -70,34 +69,24 @@ class Pass(registry.CustomGraphPass):
         if debug and outcome.rewritten:
             log.debug("before %s\n%s", self.name, before)
             log.debug("after %s\n%s", self.name, _code(graph))
-        self.attach(outcome, graph)
-        self.report(outcome)
-
-    def attach(self, outcome: Outcome, graph: fx.Graph) -> None:
-        """Leave the records on all calls of the graph, for :mod:`decision_log`."""
-        made: dict[int, tuple[Record, ...]] = {}  # one for all: there may be many of both
         for node in graph.nodes if outcome.records else ():
-            if node.op == "call_function":
-                before = node.meta.get(self.KEY, ())
-                if id(before) not in made:
-                    made[id(before)] = (*before, *outcome.records)
-                node.meta[self.KEY] = made[id(before)]
+            if node.op == "call_function":  # for decision_log
+                node.meta[self.KEY] = (*node.meta.get(self.KEY, ()), outcome.records)
+        self._report(outcome)
 
-    def report(self, outcome: Outcome) -> None:
+    def _report(self, outcome: Outcome) -> None:
         """Count, publish the records, and add them to the structured trace (``TORCH_TRACE``)."""
         from torch._dynamo.utils import counters
 
+        name = f"convbn_inductor_pass_{self.name}"
         if outcome.rewritten:
-            for name in (f"convbn_inductor_pass_{self.name}", *self.also_counted):
-                counters["inductor"][name] += outcome.rewritten
+            for counter in (name, *self.also_counted):
+                counters["inductor"][counter] += outcome.rewritten
         if outcome.records:
             publish(outcome.records)
             trace_structured(
                 "artifact",
-                metadata_fn=lambda: {
-                    "name": f"convbn_inductor_pass_{self.name}",
-                    "encoding": "json",
-                },
+                metadata_fn=lambda: {"name": name, "encoding": "json"},
                 payload_fn=lambda: json.dumps([r.to_dict() for r in outcome.records], indent=1),
             )
 

@@ -1,7 +1,6 @@
 """Keeps decisions beside the compiled code, for :func:`records` after a warm cache hit.
 
-Each pass leaves its records on the calls of its graph, whose metadata the partitioner copies. What
-is found in the graph that code is generated for is stored (``_torch.store``).
+Each pass leaves its records on the calls of its graph, whose metadata the partitioner copies.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class DecisionLogPass(Pass):
     def run(self, graph: fx.Graph) -> Outcome:
         from .._torch import inductor, store
 
-        found = {id(r): r for node in graph.nodes for r in node.meta.get(self.KEY, ())}
+        found = {id(made): made for node in graph.nodes for made in node.meta.get(self.KEY, ())}
         if found and not inductor.is_backward(graph):
-            store.put(json.dumps([r.to_dict() for r in found.values()]))
+            store.put(json.dumps([r.to_dict() for made in found.values() for r in made]))
         return Outcome(0)

@@ -19,7 +19,6 @@ import torch
 
 from .._torch import inductor
 from ..graph import layers
-from ..graph.layers import tensor_of
 
 __all__ = ["fold_what_is_right", "why_wrong"]
 
@@ -58,9 +57,9 @@ def why_wrong(binary: torch.fx.Node) -> str:
     node: Any = result
     if isinstance(node, torch.fx.Node) and node.target is aten.reshape.default:
         node = node.args[0]
-    shaped = tensor_of(result)
     if not isinstance(node, torch.fx.Node) or node.target not in _LAYERS:
         return ""
+    shaped = layers.tensor_of(result)
     if shaped is None:
         return "no metadata"
     if binary.kwargs:
@@ -68,22 +67,19 @@ def why_wrong(binary: torch.fx.Node) -> str:
     is_conv = node.target is aten.convolution.default
     if is_conv and node.args[6]:
         return "a transposed convolution's output channels are not its weight's first dimension"
-    dim = 1 if is_conv else shaped.ndim - 1
     if isinstance(other, torch.fx.Node):
         # None, too, where the operand is what gives the result its shape.
+        dim = 1 if is_conv else shaped.ndim - 1
         if layers.operand_per_channel(other, shaped.shape, dim) is None:
             return "the operand does not vary along the channels alone"
         return ""
-    weight = tensor_of(node.args[2 if node.target is aten.addmm.default else 1])
-    if weight is not None and isinstance(other, float) and _rounds(other, weight.dtype):
+    weight = layers.tensor_of(node.args[2 if node.target is aten.addmm.default else 1])
+    dtype = torch.float32 if weight is None else weight.dtype
+    is_narrow = dtype.itemsize < 4 and isinstance(other, float)
+    if is_narrow and torch.tensor(other, dtype=dtype).item() != other:
         return "the constant does not fit the weight's dtype"
     # Every constant is stored under this one name: a second overwrites the first, which is gone
     # after the next round of constant folding; then it is the second's turn.
     if any(n.op == "get_attr" and n.target == "other_tensor" for n in binary.graph.nodes):
         return "another constant is being folded"
     return ""
-
-
-def _rounds(constant: float, dtype: torch.dtype) -> bool:
-    """Whether a constant loses more than float32's rounding in ``dtype``."""
-    return dtype.itemsize < 4 and torch.tensor(constant, dtype=dtype).item() != constant

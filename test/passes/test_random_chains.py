@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
+import pytest
 import torch
 from common import fuzz
 from passes.random_chains import random_chains
@@ -182,8 +183,15 @@ def test_random_chains() -> None:
     assert counts["folded"] > counts["functions"] // 4
 
 
-def test_random_chains_before_relu(monkeypatch) -> None:
-    """As with cuDNN: the graph around its operator, which is computed by its parts here."""
+@pytest.mark.skipif(not inductor.has_onednn_epilogues(torch.float32), reason="needs oneDNN")
+def test_random_chains_before_relu() -> None:
+    """Residuals and ReLUs after convolutions of images."""
+    counts = check_each(check_folding, 120, relu=True)
+    assert counts["onednn"]
+
+
+def test_random_chains_on_cudnn(monkeypatch) -> None:
+    """The same around cuDNN's operator, which is computed by its parts here."""
     monkeypatch.setattr(inductor, "has_cudnn_epilogues", lambda device: True)
     counts = check_each(check_folding, 60, relu=True)
     assert counts["cudnn"] > counts["functions"] // 8

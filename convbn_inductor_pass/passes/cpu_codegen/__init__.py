@@ -1,9 +1,4 @@
-"""Workarounds for slow C++ code of Inductor's on CPU.
-
-Outputs, and what is saved for backward, stay the same bit for bit. Each file says which upstream
-behavior it works around, and when it can go: :mod:`invariants` (values per channel are computed
-again for each element).
-"""
+"""Work around slow C++ code of Inductor's on CPU: :mod:`invariants`. No bit changes."""
 
 from __future__ import annotations
 

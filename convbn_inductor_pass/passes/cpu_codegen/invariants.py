@@ -4,9 +4,9 @@ Before:  y = (x - mean) * (1 / sqrt(var + eps)) * gamma + beta        all in one
 After:   r = stored(1 / sqrt(var + eps));  y = (x - mean) * r * gamma + beta
 
 Works around: Inductor inlines into a pointwise loop what it is computed from, however small and
-however slow (torch 2.11 to 2.15): a batch norm's square root and division are computed again for
-each pixel, and take as long as all the rest; so are the gates of squeeze-and-excitation, one value
-per image and channel. ``python -m bench run --suite forward`` measures it: ``ours``, ``eval``.
+slow (torch 2.11 to 2.15): a batch norm's square root and division are computed again for each
+pixel, and take as long as all the rest; so are the gates of squeeze-and-excitation.
+``python -m bench run --suite forward`` measures it: ``ours``, ``eval``.
 
 Can go: once Inductor realizes (stores) small expensive buffers that large loops read.
 
@@ -21,10 +21,10 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ..._torch import compat, inductor
-from ...graph.layers import tensor_of, value_of
+from ...graph.layers import numel_of, tensor_of, value_of
 
 __all__ = ["store_invariants"]
 
@@ -40,46 +40,39 @@ _LEAST_REUSE = 16
 
 
 def store_invariants(graph: fx.Graph) -> int:
-    """Have small values that large ones are computed from stored, if they are slow to compute.
-
-    ``graph`` is in aten IR. Returns how many are.
-    """
+    """Have small values that large ones are computed from stored if they are slow; how many."""
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        if node.op != "call_function" or not compat.is_pointwise(node.target):
-            continue
-        value = tensor_of(node)
-        if value is None or value.device.type != "cpu":
-            continue
-        size = compat.size_hint(value.numel())
-        if size < _LEAST_ELEMENTS:
+        size = numel_of(node)
+        if size < _LEAST_ELEMENTS or not _is_in_a_loop(node):
             continue
         for source in map(_behind_views, node.all_input_nodes):
-            small = tensor_of(source)
-            if small is None or size < _LEAST_REUSE * compat.size_hint(small.numel()):
-                continue
-            if source not in found and _can_be_stored(source, small) and _is_slow(source, found):
+            is_small = size >= _LEAST_REUSE * numel_of(source)
+            if is_small and _can_be_stored(source) and _is_slow(source, found):
                 found[source] = None
     for node in found:
-        _store(graph, node)
+        _store(node)
     return len(found)
 
 
+def _is_in_a_loop(node: fx.Node) -> bool:
+    """Whether C++ code is generated that computes ``node`` element by element."""
+    value = tensor_of(node) if compat.is_pointwise(node.target) else None
+    return value is not None and value.device.type == "cpu"
+
+
 def _behind_views(node: fx.Node) -> fx.Node:
-    while compat.is_view(node.target) and node.all_input_nodes:
+    while compat.is_view(node.target):
         node = node.all_input_nodes[0]
     return node
 
 
-def _can_be_stored(node: fx.Node, value: Tensor) -> bool:
-    return (
-        node.op == "call_function"
-        and compat.is_pointwise(node.target)
-        and value.device.type == "cpu"
-        and value.dtype in (torch.float32, torch.float64)
-        and value.ndim > 0
-        and all(isinstance(stride, int) and stride > 0 for stride in value.stride())
-    )
+def _can_be_stored(node: fx.Node) -> bool:
+    if not _is_in_a_loop(node):
+        return False
+    value = value_of(node)
+    is_dense = value.ndim > 0 and all(isinstance(s, int) and s > 0 for s in value.stride())
+    return is_dense and value.dtype in (torch.float32, torch.float64)
 
 
 def _is_slow(node: fx.Node, stored: dict[fx.Node, None]) -> bool:
@@ -108,11 +101,9 @@ def _is_reduction(node: fx.Node) -> bool:
     return inductor.is_generated(node.target)
 
 
-def _store(graph: fx.Graph, node: fx.Node) -> None:
-    value = value_of(node)
-    users = list(node.users)
-    with graph.inserting_after(node):
-        stored = graph.call_function(inductor.force_stride_order, (node, list(value.stride())))
+def _store(node: fx.Node) -> None:
+    strides = list(value_of(node).stride())
+    with node.graph.inserting_after(node):
+        stored = node.graph.call_function(inductor.force_stride_order, (node, strides))
     stored.meta = dict(node.meta)
-    for user in users:
-        user.replace_input_with(node, stored)
+    node.replace_all_uses_with(stored, delete_user_cb=lambda user: user is not stored)

@@ -4,9 +4,9 @@ Before:  y = act(A * conv(x, W, b) + B)           or  y = relu(A * conv(x, W, b)
 After:   y = conv(x, A * W, A * b + B), with the activation or the addition in the same kernel
 
 A and B, one value per channel, are recomputed each call from the live parameters, so that nothing
-goes stale after an optimizer step, unlike with ``freezing=True``. On CPU the layer becomes oneDNN's
-convolution, on NVIDIA's GPUs cuDNN's where a ReLU follows, elsewhere it stays the layer's own
-operator. Outputs differ from eval mode's by rounding.
+goes stale after an optimizer step, unlike with ``freezing=True``. On CPU a convolution becomes
+oneDNN's, on NVIDIA's GPUs cuDNN's where a ReLU follows, elsewhere the layer stays its own operator.
+Outputs differ from eval mode's by rounding.
 
 Declines where folding is not legal, and with ``forward="auto"`` where it moves more bytes: the
 tables of :mod:`decide`. Phases: :mod:`find`, :mod:`decide`, :mod:`rewrite`.
@@ -14,16 +14,13 @@ tables of :mod:`decide`. Phases: :mod:`find`, :mod:`decide`, :mod:`rewrite`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from ...config import Options, get_options
 from ...records import Record
 from ..base import Outcome, Pass
-
-if TYPE_CHECKING:
-    from .decide import Decision
 
 __all__ = ["ForwardFoldingPass", "make_records"]
 
@@ -38,34 +35,26 @@ class ForwardFoldingPass(Pass):
         options = get_options()
         if options.forward == "exact":
             return Outcome(0)
-        from .records import records_of
+        # Here, because registering must not load a compiler.
+        from .decide import decide_all
         from .rewrite import rewrite
 
-        decisions = _decide(graph, options)
-        records = records_of(decisions)
-        folded = [d.candidate for d in decisions if d.code.rewritten]
+        decided = decide_all(graph, options)
+        folded = [candidate for candidate, record in decided if record.code.rewritten]
         if folded:
             rewrite(graph, folded)
-        return Outcome(len(folded), records)
+        return Outcome(len(folded), tuple(record for _, record in decided))
 
     def uuid(self) -> Any:
         """Decisions depend on settings of PyTorch's, too, that are in no cache key."""
         from ..._torch import inductor
+        from . import operators  # noqa: F401  code from the cache calls it, and no pass runs then
 
         return f"{super().uuid()} {inductor.library_settings()}"
 
 
 def make_records(graph: fx.Graph, options: Options) -> tuple[Record, ...]:
     """What the pass would decide about ``graph``, in aten IR; changes nothing."""
-    from .records import records_of
+    from .decide import decide_all
 
-    return records_of(_decide(graph, options))
-
-
-def _decide(graph: fx.Graph, options: Options) -> list[Decision]:
-    # Here, because registering must not load a compiler.
-    from .decide import Context, decide
-    from .find import find_candidates
-
-    context = Context.of(graph, options)
-    return [decide(candidate, context) for candidate in find_candidates(graph)]
+    return tuple(record for _, record in decide_all(graph, options))

@@ -1,14 +1,6 @@
-"""Decide about candidates: is folding legal, and does it pay?
-
-Each check is a row of a table: a code, and a function that returns the detail of a refusal, or None
-to pass. The first refusal decides.
-"""
+"""Decide about candidates: is folding legal, and does it pay? The first row that applies counts."""
 
 from __future__ import annotations
-
-import bisect
-import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -17,80 +9,51 @@ from ..._torch import compat, inductor
 from ...codes import Code
 from ...config import Options
 from ...graph import affine, layers, strides
-from ...graph.layers import tensor_of, value_of
-from ...graph.provenance import module_path
-from . import kernels
-from .candidate import FoldCandidate
+from ...graph.layers import bytes_of, tensor_of, value_of
+from ...records import Record
+from ..decisions import Row, denied, first_refusal, record_of
+from .find import FoldCandidate, find_candidates
 
-__all__ = ["Context", "Decision", "decide"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What decisions depend on besides the candidate.
-
-    Attributes:
-        options: the user's.
-        position: of each node in the graph.
-        writes: positions of the nodes that write to memory, ascending.
-        parts_of_subclasses: nodes that the graph returns inside of tensor subclasses.
-        inside_higher_order_op: whether the graph is the body of one.
-    """
-
-    options: Options
-    position: dict[fx.Node, int]
-    writes: list[int]
-    parts_of_subclasses: set[fx.Node]
-    inside_higher_order_op: bool
-
-    @classmethod
-    def of(cls, graph: fx.Graph, options: Options) -> Context:
-        position = {node: i for i, node in enumerate(graph.nodes)}
-        writes = [position[n] for n in graph.nodes if compat.is_mutable(n.target)]
-        parts = inductor.parts_of_subclasses(graph)
-        return cls(options, position, writes, parts, not inductor.is_outermost(graph))
+__all__ = ["bytes_moved", "decide", "decide_all"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Decision:
-    """What was decided about a candidate; ``detail`` names the nodes that it was about."""
-
-    candidate: FoldCandidate
-    code: Code
-    detail: str = ""
+def decide_all(graph: fx.Graph, options: Options) -> list[tuple[FoldCandidate, Record]]:
+    """A decision about each layer of ``graph`` that something foldable follows; only reads."""
+    return [(candidate, decide(candidate, options)) for candidate in find_candidates(graph)]
 
 
-def decide(candidate: FoldCandidate, context: Context) -> Decision:
-    """FOLDED, or the code of the first check that refuses. Changes nothing."""
-    for code, check in (*LEGALITY, *PROFIT):
-        detail = check(candidate, context)
-        if detail is not None:
-            return Decision(candidate, code, detail)
-    return Decision(candidate, Code.FOLDED)
+def decide(candidate: FoldCandidate, options: Options) -> Record:
+    """FOLDED, or the code of the first check that refuses."""
+    rows = (*LEGALITY, *PROFIT)
+    code, detail = first_refusal(rows, candidate, options) or (Code.FOLDED, "")
+    bytes_exact, bytes_folded = bytes_moved(candidate)
+    return record_of(
+        candidate.layer.node,
+        pass_name="forward_folding",
+        kind="layer",
+        code=code,
+        detail=detail,
+        epilogue="" if candidate.epilogue is None else candidate.epilogue.name,
+        kernel=candidate.kernel,
+        bytes_exact=bytes_exact,
+        bytes_folded=bytes_folded,
+    )
 
 
-def _is_float16(c: FoldCandidate, _: Context) -> str | None:
+def _is_float16(c: FoldCandidate, _: Options) -> str | None:
     return str(c.layer.node) if c.layer.out.dtype == torch.float16 else None
 
 
-# The dtypes that a layer of each dtype may meet in its chain.
-_DTYPES = {
-    torch.float32: {torch.float32},
-    torch.bfloat16: {torch.bfloat16, torch.float32},
-    torch.float64: {torch.float64},
-}
-
-
-def _has_other_dtypes(c: FoldCandidate, _: Context) -> str | None:
+def _has_other_dtypes(c: FoldCandidate, _: Options) -> str | None:
     dtype = c.layer.out.dtype
     nodes = (c.layer.input, c.layer.weight, *(s.node for s in c.chain.steps))
     met = [value_of(node).dtype for node in nodes]
-    if _DTYPES.get(dtype, set()).issuperset(met):
+    if layers.DTYPES_TOGETHER.get(dtype, set()).issuperset(met):
         return None
     return " and ".join(map(str, dict.fromkeys((dtype, *met))))
 
 
-def _is_quantized(c: FoldCandidate, _: Context) -> str | None:
+def _is_quantized(c: FoldCandidate, _: Options) -> str | None:
     """Whether the weight is made of integers, or 8-bit numbers, of as many as it has."""
     size, seen, pending = value_of(c.layer.weight).numel(), {c.layer.weight}, [c.layer.weight]
     while pending:
@@ -105,57 +68,74 @@ def _is_quantized(c: FoldCandidate, _: Context) -> str | None:
     return None
 
 
-def _constants_overflow(c: FoldCandidate, _: Context) -> str | None:
+def _constants_overflow(c: FoldCandidate, _: Options) -> str | None:
     return None if affine.constants_fit(c.chain) else str(c.chain.last)
 
 
-def _is_written_between(c: FoldCandidate, context: Context) -> str | None:
+def _is_written_between(c: FoldCandidate, _: Options) -> str | None:
     """The new call comes last, and reads what the layer read before the write."""
-    first, last = context.position[c.layer.node], context.position[c.last]
-    writes = context.writes
-    if bisect.bisect_right(writes, first) == bisect.bisect_left(writes, last):
-        return None
-    return f"between {c.layer.node} and {c.last}"
+    node = c.layer.node.next
+    while node is not c.last and not compat.is_mutable(node.target):
+        node = node.next
+    return None if node is c.last else f"between {c.layer.node} and {c.last}"
 
 
-def _is_inside_higher_order_op(_: FoldCandidate, context: Context) -> str | None:
+def _is_inside_higher_order_op(c: FoldCandidate, _: Options) -> str | None:
     """There the strides of results have to be those that were traced, as cond's branches'."""
-    return "" if context.inside_higher_order_op else None
+    return None if inductor.is_outermost(c.layer.node.graph) else ""
 
 
-def _has_returned_view(c: FoldCandidate, context: Context) -> str | None:
-    returned = strides.has_returned_view(c.end, context.parts_of_subclasses)
-    return str(c.end) if returned else None
+def _has_returned_view(c: FoldCandidate, _: Options) -> str | None:
+    parts_of_subclasses = inductor.parts_of_subclasses(c.layer.node.graph)
+    return str(c.end) if strides.has_returned_view(c.end, parts_of_subclasses) else None
 
 
-def _has_observed_strides(c: FoldCandidate, _: Context) -> str | None:
+def _has_observed_strides(c: FoldCandidate, _: Options) -> str | None:
     found = [node for node in (c.end, c.last) if strides.is_observed(node)]
     return str(found[0]) if found else None
 
 
-def _is_denied(c: FoldCandidate, context: Context) -> str | None:
-    paths = dict.fromkeys(module_path(n) for n in (c.layer.node, *(s.node for s in c.chain.steps)))
-    return None if context.options.allows(*paths) else " and ".join(filter(None, paths))
+def _is_denied(c: FoldCandidate, options: Options) -> str | None:
+    return denied(options, c.layer.node, *(s.node for s in c.chain.steps))
 
 
-def _is_not_measured(c: FoldCandidate, context: Context) -> str | None:
+def _is_not_measured(c: FoldCandidate, options: Options) -> str | None:
     device = c.layer.out.device.type
-    return device if context.options.forward == "auto" and device != "cpu" else None
+    return device if options.forward == "auto" and device != "cpu" else None
 
 
-# A layer for which both move as many bytes came out slower when folded: the scale and the shift are
+# Folded, a layer for which both move as many bytes came out slower: the scale and the shift are
 # small kernels of their own, and the weight is read with less locality.
 _MARGIN = 2
 
 
-def _moves_more_bytes(c: FoldCandidate, context: Context) -> str | None:
-    exact, folded = kernels.bytes_moved(c)
-    return None if context.options.forward == "fold" or _MARGIN * folded < exact else ""
+def _moves_more_bytes(c: FoldCandidate, options: Options) -> str | None:
+    exact, folded = bytes_moved(c)
+    return None if options.forward == "fold" or _MARGIN * folded < exact else ""
 
 
-Check = Callable[[FoldCandidate, Context], str | None]
+def bytes_moved(candidate: FoldCandidate) -> tuple[int, int]:
+    """Bytes moved as written and folded, besides the layer's own input and output; an estimate.
 
-LEGALITY: tuple[tuple[Code, Check], ...] = (
+    As written, a generated kernel reads the layer's output and writes the result. Folded, that
+    kernel is gone if the layer's own computes all of it; instead the weight is read and written
+    once more. Where a user of the result is computed in the same generated kernel anyway (a
+    reduction, another pointwise function), nothing is gained.
+    """
+    chain, layer = candidate.chain, candidate.layer
+    # On GPUs, Inductor takes a bias off the convolution and into a generated kernel.
+    has_bias = chain.shifts or layer.bias is not None
+    adds_bias_apart = layer.is_conv and has_bias and layer.out.device.type != "cpu"
+    users = chain.last.users
+    is_stored = any(u.op == "output" or not inductor.is_generated(u.target) for u in users)
+    kernel_goes = candidate.epilogue is not None or (is_stored and not adds_bias_apart)
+    # A weight that autocast casts down is read and written anyway, in the same kernel.
+    scales = chain.scales and layers.without_casts(layer.weight) is layer.weight
+    return 2 * kernel_goes * bytes_of(layer.node), 2 * scales * bytes_of(layer.weight)
+
+
+# Without these a result would be wrong, or might be.
+LEGALITY: tuple[Row, ...] = (
     (Code.FLOAT16_RANGE, _is_float16),
     (Code.UNSUPPORTED_DTYPE, _has_other_dtypes),
     (Code.QUANTIZED, _is_quantized),
@@ -165,11 +145,10 @@ LEGALITY: tuple[tuple[Code, Check], ...] = (
     (Code.VIEW_RETURNED, _has_returned_view),
     (Code.STRIDES_OBSERVED, _has_observed_strides),
 )
-"""Checks without which a result would be wrong, or might be."""
 
-PROFIT: tuple[tuple[Code, Check], ...] = (
+# Whether folding is wanted, and pays.
+PROFIT: tuple[Row, ...] = (
     (Code.DENIED, _is_denied),
     (Code.NOT_MEASURED, _is_not_measured),
     (Code.MORE_BYTES, _moves_more_bytes),
 )
-"""Checks of whether folding is wanted, and pays."""

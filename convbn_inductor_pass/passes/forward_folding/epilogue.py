@@ -10,46 +10,37 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..._torch import compat, inductor
-from ...graph.layers import same_sizes, tensor_of, value_of
+from ...graph.layers import is_cast, same_sizes, tensor_of, value_of
 
-__all__ = ["Activation", "Residual", "activation_after", "residual_after"]
+__all__ = ["Epilogue", "activation_after", "residual_after"]
 
 aten = torch.ops.aten
 _MAX_NODES = 16  # of an activation; tanh's GELU in bfloat16 has 12
 
 
 @dataclasses.dataclass(frozen=True)
-class Activation:
-    """An activation function.
+class Epilogue:
+    """What a layer's kernel computes after the affine map; ``last`` is the result.
 
-    Attributes:
-        name, scalars, algorithm: as oneDNN's convolution takes them.
-        last: the node of its result.
+    An activation, whose ``name``, ``scalars`` and ``algorithm`` are as oneDNN's convolution takes
+    them; or the addition of ``other``, a residual: "add", or "add+relu" if a ReLU comes after it.
     """
 
     name: str
-    scalars: tuple[float, ...]
-    algorithm: str
     last: fx.Node
+    scalars: tuple[float, ...] = ()
+    algorithm: str = ""
+    other: fx.Node | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Residual:
-    """``layer + other``, and the ReLU after it, if there is one."""
-
-    other: fx.Node
-    last: fx.Node
-    relu: bool
-
-
-def activation_after(node: fx.Node, dtype: torch.dtype) -> Activation | None:
+def activation_after(node: fx.Node, dtype: torch.dtype) -> Epilogue | None:
     """The longest activation of ``node``, if ``node`` has no other use; its result is in ``dtype``.
 
     Where ``node`` is in another dtype, as one that is not rounded to the layer's dtype yet, the
@@ -67,32 +58,30 @@ def activation_after(node: fx.Node, dtype: torch.dtype) -> Activation | None:
             break
         region.append(user)
         if all(u in region for n in region[:-1] for u in n.users):
-            result: Any = user
-            if tensor.dtype != dtype:
-                if not _casts_to(user, dtype):
-                    continue
-                result = user.args[0]
+            result: Any = user if tensor.dtype == dtype else user.args[0]
+            if result is not user and not _casts_to(user, dtype):
+                continue
             template, constants = _expression(result, node)
             for entry in table.get(template, ()):
                 scalars = entry.match(constants)
                 if scalars is not None:
-                    found = Activation(entry.name, scalars, entry.algorithm, user)
+                    found = Epilogue(entry.name, user, scalars, entry.algorithm)
     return found
 
 
-def residual_after(node: fx.Node) -> Residual | None:
+def residual_after(node: fx.Node) -> Epilogue | None:
     """The addition of another tensor of the same shape and dtype to ``node``, with its ReLU."""
     add = _only_user(node)
     if add is None or add.target is not aten.add.Tensor or add.kwargs.get("alpha", 1) != 1:
         return None
-    others = [a for a in add.args if a is not node]
-    mine, other = value_of(node), tensor_of(others[0] if others else None)
-    if other is None or mine.dtype != other.dtype or not same_sizes(mine.shape, other.shape):
+    other = next((a for a in add.all_input_nodes if a is not node), None)
+    mine, added = value_of(node), tensor_of(other)
+    if added is None or mine.dtype != added.dtype or not same_sizes(mine.shape, added.shape):
         return None
     relu = _only_user(add)
     if relu is None or relu.target is not aten.relu.default:
-        return Residual(others[0], add, relu=False)  # type: ignore[arg-type]
-    return Residual(others[0], relu, relu=True)  # type: ignore[arg-type]
+        return Epilogue("add", add, other=other)
+    return Epilogue("add+relu", relu, other=other)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -111,10 +100,8 @@ def _is_pointwise_of(node: fx.Node, region: list[fx.Node], like: Tensor) -> bool
     )
 
 
-def _casts_to(node: fx.Node, dtype: torch.dtype | None) -> bool:
-    value = tensor_of(node)
-    is_cast = node.target is torch.ops.prims.convert_element_type.default
-    return is_cast and value is not None and value.dtype == dtype
+def _casts_to(node: fx.Node, dtype: torch.dtype) -> bool:
+    return is_cast(node) and value_of(node).dtype == dtype
 
 
 def _expression(node: fx.Node, x: fx.Node) -> tuple[str, tuple[float, ...]]:
@@ -139,9 +126,8 @@ def _expression(node: fx.Node, x: fx.Node) -> tuple[str, tuple[float, ...]]:
     return text(node), tuple(constants)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """One spelling of an activation: the constants in it, of which some are its parameters."""
+class _Entry(NamedTuple):
+    """One spelling of an activation: the constants in it, and which of them are parameters."""
 
     name: str
     algorithm: str
@@ -150,10 +136,8 @@ class _Entry:
 
     def match(self, constants: tuple[float, ...]) -> tuple[float, ...] | None:
         """The activation's parameters, if the constants are those of this spelling."""
-        if len(constants) != len(self.constants):
-            return None
-        pairs = zip(constants, self.constants, strict=True)
-        if any(a != b for i, (a, b) in enumerate(pairs) if i not in self.parameters):
+        pairs = enumerate(zip(constants, self.constants, strict=True))
+        if any(a != b for i, (a, b) in pairs if i not in self.parameters):
             return None
         parameters = tuple(float(constants[i]) for i in self.parameters)
         if self.name == "hardtanh" and not parameters[0] <= parameters[1]:
@@ -189,9 +173,8 @@ def _table(dtype: torch.dtype) -> dict[str, list[_Entry]]:
     table: dict[str, list[_Entry]] = {}
     for name, algorithm, parameters, function in _ACTIVATIONS:
         graph = inductor.trace_decomposed(function, torch.empty(2, dtype=dtype))
-        (x,) = (n for n in graph.nodes if n.op == "placeholder")
-        result = next(n for n in graph.nodes if n.op == "output").args[0]
-        template, constants = _expression(result, x)
+        (x,), (output,) = (graph.find_nodes(op=op) for op in ("placeholder", "output"))
+        template, constants = _expression(output.args[0], x)
         if len(parameters) != sum(c in parameters for c in constants):
             continue  # a spelling in which a parameter stands twice
         where = tuple(constants.index(p) for p in parameters)

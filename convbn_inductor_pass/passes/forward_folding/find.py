@@ -1,68 +1,134 @@
-"""Find the layers of a graph that something foldable follows."""
+"""Find layers that something foldable follows, and the kernel that could compute both."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
+import torch
 from torch import fx
 
-from ..._torch import inductor
+from ..._torch import compat, inductor
 from ...graph import affine, layers
 from ...graph.affine import AffineChain
-from ...graph.layers import value_of
-from . import epilogue, kernels
-from .candidate import FoldCandidate
-from .epilogue import Activation, Residual
+from ...graph.layers import Layer, value_of
+from . import epilogue
+from .epilogue import Epilogue
 
-__all__ = ["find_candidates"]
+__all__ = ["FoldCandidate", "find_candidates"]
 
 
-def find_candidates(graph: fx.Graph) -> list[FoldCandidate]:
-    """Every layer of ``graph`` with what a kernel could compute with it; changes nothing.
+@dataclasses.dataclass(frozen=True)
+class FoldCandidate:
+    """A layer, what can be folded into it, and the kernel that would compute the result.
 
-    A backward graph has none. The addition of a residual, which may have a layer on both sides, is
-    part of one candidate for cuDNN at most.
+    ``kernel`` is "cudnn" or "onednn", whose convolution computes the ``epilogue``, too, or "aten",
+    the layer's own operator with a scaled weight and a shifted bias.
     """
+
+    chain: AffineChain
+    kernel: str
+    epilogue: Epilogue | None = None
+
+    @property
+    def layer(self) -> Layer:
+        return self.chain.layer
+
+    @property
+    def end(self) -> fx.Node:
+        """What the new call gives: after oneDNN's, Inductor adds a residual, in place if it may."""
+        adds_apart = self.kernel == "onednn" and self.epilogue and self.epilogue.other
+        return self.chain.last if adds_apart else self.last
+
+    @property
+    def last(self) -> fx.Node:
+        """The last node that is computed in the layer's kernel."""
+        return self.chain.last if self.epilogue is None else self.epilogue.last
+
+
+def find_candidates(graph: fx.Graph) -> Iterator[FoldCandidate]:
+    """Every layer of ``graph``, unless it is a backward, that something foldable follows."""
     if inductor.is_backward(graph):
-        return []
+        return
+    chains = list(affine.find_chains(graph))
+    # An addition of two layers' outputs goes into one of them only.
+    taken = {step.node for chain in chains for step in chain.steps}
     is_channels_last = inductor.makes_channels_last(graph)
-    added: set[fx.Node] = set()
-    candidates = []
-    for chain in affine.find_chains(graph):
-        candidate = _candidate(chain, added, is_channels_last)
-        if candidate is None:
-            continue
-        candidates.append(candidate)
-        if candidate.kernel == kernels.CUDNN and candidate.residual is not None:
-            added.add(candidate.residual.last)
-    return candidates
+    for chain in chains:
+        if is_channels_last and _is_cudnn_layer(chain.layer):
+            cut, found = _cut_at_activation(chain)
+            found = found or _residual(chain, taken)
+            if found is not None and found.name in ("relu", "add+relu"):
+                taken.update(chain.last.users)
+                yield FoldCandidate(cut, "cudnn", found)
+                continue
+        if _is_onednn_layer(chain.layer):
+            cut, activation = _cut_at_activation(chain)
+            if activation is not None:
+                yield FoldCandidate(cut, "onednn", activation)
+                continue
+            if chain.steps and not _may_add_and_raise(chain):
+                yield FoldCandidate(chain, "onednn", _residual(chain, taken))
+                continue
+        if chain.steps:
+            yield FoldCandidate(chain, "aten")
 
 
-def _candidate(
-    chain: AffineChain, added: set[fx.Node], is_channels_last: bool
-) -> FoldCandidate | None:
-    """The layer with its whole epilogue if a kernel takes that, else with its chain alone."""
-    cut, activation = _cut_at_activation(chain)
-    residual = _residual(cut) if activation is None else None
-    if residual is not None and residual.last in added:
-        residual = None
-    whole = FoldCandidate(cut, activation=activation, residual=residual)
-    for candidate in (whole, FoldCandidate(chain)):
-        kernel = kernels.kernel_for(candidate, is_channels_last=is_channels_last)
-        if kernel:
-            return dataclasses.replace(candidate, kernel=kernel)
-    return None
+def _is_cudnn_layer(layer: Layer) -> bool:
+    """Whether cuDNN may have a convolution with an epilogue for this layer."""
+    nodes = (layer.node, layer.input, layer.weight)
+    sizes = [size for node in nodes for size in value_of(node).shape]
+    return (
+        layer.is_conv
+        and not layer.layout.transposed
+        and layer.layout.groups == 1  # of others, it has few
+        and layer.out.ndim == 4  # of others, Inductor makes nothing channels-last on GPUs
+        and layer.out.dtype in (torch.float32, torch.bfloat16)
+        # There may be none for another size. Nothing to compute, nothing to gain.
+        and all(isinstance(size, int) and size > 0 for size in sizes)
+        and inductor.has_cudnn_epilogues(layer.out.device)
+        and inductor.for_python()
+    )
 
 
-def _cut_at_activation(chain: AffineChain) -> tuple[AffineChain, Activation | None]:
+def _is_onednn_layer(layer: Layer) -> bool:
+    """Whether oneDNN has a convolution with an epilogue for this layer.
+
+    It has to see that its input is channels-last, as Inductor made it: an input of one channel, or
+    of 1x1 maps, is contiguous as well, and oneDNN's result then is, which Inductor does not expect.
+    """
+    _, channels, *maps = value_of(layer.input).shape
+    surely = compat.surely  # makes no guard on symbolic sizes
+    return (
+        layer.is_conv
+        and not layer.layout.transposed
+        and layer.out.ndim in (4, 5)
+        and layer.out.dtype in (torch.float32, torch.bfloat16)
+        and layer.out.device.type == "cpu"
+        and inductor.has_onednn_epilogues(layer.out.dtype)
+        and surely(channels != 1)
+        and any(surely(size != 1) for size in maps)
+    )
+
+
+def _may_add_and_raise(chain: AffineChain) -> bool:
+    """Whether Inductor might let oneDNN's convolution add what comes after the chain, and raise.
+
+    Where oneDNN does not both add and rectify (a grouped convolution; an input that counts as
+    contiguous, as 1x1 maps do), PyTorch does so with a kernel that has no bfloat16 and raises
+    (2.11 to 2.15).
+    """
+    is_narrow = chain.layer.out.dtype == torch.bfloat16
+    return is_narrow and any(u.target is torch.ops.aten.add.Tensor for u in chain.last.users)
+
+
+def _cut_at_activation(chain: AffineChain) -> tuple[AffineChain, Epilogue | None]:
     """The chain up to where an activation begins, and the activation.
 
     Some begin with a step of an affine map themselves, as hardsigmoid does with ``x + 3``: of the
     possible cuts, the one that leaves the least behind.
     """
-    if not kernels.has_epilogue(chain.layer):
-        return chain, None
-    best: tuple[AffineChain, Activation | None] = chain, None
+    best: tuple[AffineChain, Epilogue | None] = chain, None
     for end in range(len(chain.steps), -1, -1):
         cut = dataclasses.replace(chain, steps=chain.steps[:end])
         out = chain.layer.out
@@ -75,9 +141,11 @@ def _cut_at_activation(chain: AffineChain) -> tuple[AffineChain, Activation | No
     return best
 
 
-def _residual(chain: AffineChain) -> Residual | None:
+def _residual(chain: AffineChain, taken: set[fx.Node]) -> Epilogue | None:
     """The residual added to a chain, where it can as well be added to the layer's own elements."""
     is_moved = any(s.kind == "move" for s in chain.steps)
     if is_moved or value_of(chain.last).dtype != chain.layer.out.dtype:
+        return None
+    if not taken.isdisjoint(chain.last.users):
         return None
     return epilogue.residual_after(chain.last)

@@ -13,12 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CHANNELS_LAST", "convolution_relu"]
+__all__ = ["convolution_relu"]
 
 aten = torch.ops.aten
-
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""The memory format of that name, by number of dimensions."""
 
 _log = logging.getLogger("convbn_inductor_pass")
 
@@ -34,10 +31,10 @@ _library.define(
 def _convolution_relu(
     input: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, *geometry: Any
 ) -> Tensor:
-    """``relu(conv(input, weight, bias) + other)``: [N, C_out, ...], channels-last.
+    """``relu(conv(input, weight, bias) + other)``: [N, C_out, H, W], channels-last.
 
-    ``input`` [N, C_in, ...], ``weight`` [C_out, C_in / groups, ...], both channels-last; ``bias``
-    [C_out]; ``other`` like the result. ``geometry``: stride, padding, dilation, groups.
+    ``input`` [N, C_in, H, W], ``weight`` [C_out, C_in / groups, kH, kW], both channels-last;
+    ``bias`` [C_out]; ``other`` like the result. ``geometry``: stride, padding, dilation, groups.
     """
     try:
         if other is None:
@@ -50,7 +47,7 @@ def _convolution_relu(
         _log.debug("convolution_relu is computed by its parts: %s", error)
         return _by_parts(input, weight, bias, other, *geometry)
     # Where a dimension of one makes the memory format ambiguous, cuDNN may choose another.
-    return out.contiguous(memory_format=CHANNELS_LAST[input.ndim])
+    return out.contiguous(memory_format=torch.channels_last)
 
 
 @torch.library.impl(_library, "convolution_relu", "CPU")
@@ -63,7 +60,7 @@ def _by_parts(
     rest = (stride, padding, dilation, False, [0] * len(stride), groups)
     out = aten.convolution.default(input, weight, bias, *rest)
     out = aten.relu(out if other is None else out + other)
-    return out.contiguous(memory_format=CHANNELS_LAST[input.ndim])
+    return out.contiguous(memory_format=torch.channels_last)
 
 
 convolution_relu = torch.ops.convbn_inductor_pass.convolution_relu.default

@@ -15,43 +15,30 @@ from ...graph import affine, layers
 from ...graph.builder import Builder, erase_unused
 from ...graph.layers import Layer, value_of
 from ...graph.strides import views_of
-from . import kernels, operators
-from .candidate import FoldCandidate
-from .operators import CHANNELS_LAST
+from . import operators
+from .find import FoldCandidate
 
 __all__ = ["rewrite"]
 
 aten = torch.ops.aten
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 def rewrite(graph: fx.Graph, candidates: Sequence[FoldCandidate]) -> None:
-    """Fold each of ``candidates``, in place.
-
-    Weights scaled in the same way are scaled once: a head that is applied to several levels of a
-    pyramid shares them.
-    """
-    position = {node: i for i, node in enumerate(graph.nodes)}
+    """Fold each of ``candidates``, in place; a head that is applied twice is scaled once."""
     writes = any(compat.is_mutable(n.target) for n in graph.nodes)
     build = Builder(graph, share=not writes)
     with inductor.update_metadata(graph):
-        for candidate in sorted(candidates, key=lambda c: position[_replaced(c)]):
+        for candidate in sorted(candidates, key=lambda c: c.end):
             out = candidate.layer.out
-            with graph.inserting_before(_replaced(candidate)), compat.fake_mode_of(out):
+            with graph.inserting_before(candidate.end), compat.fake_mode_of(out):
                 _fold(candidate, build)
-
-
-def _replaced(candidate: FoldCandidate) -> fx.Node:
-    """The node whose value the new call gives.
-
-    The addition of a residual after oneDNN's is left to Inductor, which knows whether it may be in
-    place.
-    """
-    return candidate.last if candidate.kernel == kernels.CUDNN else candidate.end
 
 
 def _fold(candidate: FoldCandidate, build: Builder) -> None:
     """Replace one candidate; the builder's insertion point is before the node that is replaced."""
-    layer, chain, replaced = candidate.layer, candidate.chain, _replaced(candidate)
+    layer, chain, replaced = candidate.layer, candidate.chain, candidate.end
     weight, bias = layer.weight, layer.bias
     if chain.steps:
         scale = affine.emit_scale(layer, chain.steps, build)
@@ -86,23 +73,24 @@ def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
 def _call(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builder) -> fx.Node:
     """The candidate's kernel, with the epilogue that is its own."""
     layer, args = c.layer, c.layer.node.args
-    if c.kernel == kernels.ATEN and layer.is_conv:
+    if c.kernel == "aten" and layer.is_conv:
         return build.call(aten.convolution.default, layer.input, weight, bias, *args[3:])
-    if c.kernel == kernels.ATEN:
+    if c.kernel == "aten":
         if bias is None:
             return build.call(aten.mm.default, layer.input, weight)
         return build.call(aten.addmm.default, bias, layer.input, weight)
     stride, padding, dilation = args[3:6]
-    if c.kernel == kernels.CUDNN:
+    if c.kernel == "cudnn":
+        other = c.epilogue and c.epilogue.other
         return build.call(
             operators.convolution_relu,
             *(_channels_last(build.current(layer.input), build), _channels_last(weight, build)),
-            *(bias and _dense(bias, build), c.residual and _channels_last(c.residual.other, build)),
+            *(bias and _dense(bias, build), other and _channels_last(other, build)),
             *(stride, padding, dilation, layer.layout.groups),
         )
     epilogue: tuple[object, ...] = ("none", [], "")
-    if c.activation is not None:
-        epilogue = c.activation.name, list(c.activation.scalars), c.activation.algorithm
+    if c.epilogue is not None and c.epilogue.other is None:
+        epilogue = c.epilogue.name, list(c.epilogue.scalars), c.epilogue.algorithm
     return build.call(
         torch.ops.mkldnn._convolution_pointwise.default,
         # oneDNN takes any weight that has no gaps or repeats, but reorders others slowly.
@@ -115,30 +103,24 @@ def _input(layer: Layer, build: Builder) -> fx.Node:
     """The layer's input, as a copy if the graph returns it, or writes to it later.
 
     Inductor makes the input of oneDNN's convolution channels-last, also where that is an output
-    with strides of its own, and where it is an input of the graph: a later write then goes to the
-    copy. An aten convolution makes such a copy anyway.
+    with strides of its own, or an input of the graph: a later write then goes to the copy.
     """
     node = build.current(layer.input)
     if node.op == "placeholder":
         needed = any(compat.is_mutable(u.target) for u in node.users)
     else:
         needed = any(u.op == "output" for n in (node, *views_of(node)) for u in n.users)
-    memory_format = CHANNELS_LAST[layer.out.ndim]
+    memory_format = _CHANNELS_LAST[layer.out.ndim]
     if not needed or value_of(node).is_contiguous(memory_format=memory_format):
         return node
     return build.call(aten.clone.default, node, memory_format=memory_format)
 
 
 def _channels_last(node: fx.Node, build: Builder) -> fx.Node:
-    """``node`` in a channels-last memory format, if there is one: its producer's choice or a copy.
-
-    The strides in its metadata are those that were traced, not those that Inductor will choose.
-    """
+    """``node`` in channels-last, if there is such a format: its producer's choice or a copy."""
     tensor = value_of(build.current(node))
-    if tensor.ndim not in CHANNELS_LAST:
-        return node
-    memory_format = CHANNELS_LAST[tensor.ndim]
-    if tensor.is_contiguous(memory_format=memory_format):
+    memory_format = _CHANNELS_LAST.get(tensor.ndim)
+    if memory_format is None or tensor.is_contiguous(memory_format=memory_format):
         return node
     strides = torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
     return build.call(inductor.force_stride_order, node, list(strides))

@@ -15,7 +15,7 @@ from torch import fx
 
 from ...graph import layers
 from ...graph.layers import Layer, same_sizes, tensor_of
-from ...graph.uses import is_move
+from ...graph.uses import source_of
 
 __all__ = ["BatchNormCall", "find_batch_norms", "subgraphs_of"]
 
@@ -26,12 +26,9 @@ aten = torch.ops.aten
 class BatchNormCall:
     """One call of a batch norm.
 
-    Attributes:
-        node: its subtraction of the mean; has the provenance of the call.
-        input: the tensor that it normalizes.
-        layer: the convolution or linear layer that gives ``input``, up to casts and moves.
-        scales: what the result is multiplied with.
-        trains: whether it normalizes with the statistics of ``input``.
+    ``node`` is its subtraction of the mean, ``input`` the tensor that it normalizes, up to casts
+    and moves, ``layer`` what gives that, ``scales`` what the result is multiplied with; ``trains``
+    if it normalizes with the statistics of ``input``.
     """
 
     node: fx.Node
@@ -56,7 +53,7 @@ def find_batch_norms(
         value, result = tensor_of(minuend), tensor_of(node)
         if value is None or result is None or not same_sizes(value.shape, result.shape):
             continue
-        source = _without_moves(minuend)
+        source = source_of(minuend, casts=True)
         layer = layers.layer_of(source)
         if _is_of_batch_norm(node) or (without_origin and layer is not None):
             trains = _depends_on(mean, minuend)
@@ -86,12 +83,6 @@ def _scales(node: fx.Node) -> Iterator[fx.Node]:
         elif not layers.is_cast(user):
             return
         node = user
-
-
-def _without_moves(node: fx.Node) -> fx.Node:
-    while layers.is_cast(node) or is_move(node):
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _depends_on(node: Any, source: fx.Node) -> bool:

@@ -11,9 +11,7 @@ After, with ``sum(g) = sum of g over all but channels``:
     dx, dWg = layer_backward(g, x, S * W)         dW = S * dWg    db = S * sum(g)
     sum(g * c) = <dWg, W> + b * sum(g)            c is not saved
 
-The graph is the joint one, of forward and backward in aten IR, in which nothing is written to and
-nothing aliases. What is rewritten is proven from the graph alone and owes nothing to how autograd
-made it (:mod:`find` and :mod:`match` read it):
+What is rewritten is proven from the joint graph alone (:mod:`find` and :mod:`match` read it):
 
 * ``u = A * c + B``, a chain of steps that are affine per channel;
 * ``h = T * g`` and ``dc = S * g`` with one ``g``: scalings per channel, casts, and moves;
@@ -22,12 +20,9 @@ made it (:mod:`find` and :mod:`match` read it):
 * ``sum(h * u)`` goes over all but the channels, or all. For each channel it is
   ``T * (A * sum(g * c) + B * sum(g))``.
 
-The product rule spreads the gradient of A over what A is made of: the graph says how. Nothing is
-divided by a scale. The forward's nodes stay, so that its bits are eval mode's.
+Nothing is divided by a scale. The forward's nodes stay, so that its bits are eval mode's.
 
-Declines: see the rows of ``LEGALITY`` and ``PROFIT``. A row is a code and a function that returns a
-detail if it applies and None if not; the first that applies decides. To add a refusal: a member of
-:class:`~convbn_inductor_pass.codes.Code`, a row here, a test.
+Declines: the rows of ``LEGALITY`` and ``PROFIT``; the first that applies decides.
 
 Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.11624, section 3.
 """
@@ -36,9 +31,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
 
-import torch
 from torch import fx
 
 from ..._torch import compat, inductor
@@ -46,9 +39,9 @@ from ...codes import Code
 from ...config import Options
 from ...graph import affine, layers
 from ...graph.affine import AffineChain
-from ...graph.layers import Layer, tensor_of
-from ...graph.provenance import module_path
+from ...graph.layers import Layer, numel_of, tensor_of
 from ...graph.uses import backward_of, depending_on, source_of, users_of
+from ..decisions import Row, denied, first_refusal
 from .find import Candidate, find_candidates
 from .match import Match, match_sums, weight_gradients
 from .saved_anyway import saved_by
@@ -58,10 +51,7 @@ __all__ = ["Decision", "decide"]
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What was decided about the sums over one layer's output in backward.
-
-    ``match`` is None where there is none to be rewritten.
-    """
+    """What was decided about the sums over one layer's output; ``match`` is to be rewritten."""
 
     candidate: Candidate
     code: Code
@@ -93,25 +83,22 @@ class _Site:
         return self.candidate.layer
 
     @functools.cached_property
-    def match(self) -> Match | None:
-        """The match of most sums, with a weight gradient that is wanted anyway if there is one."""
+    def matches(self) -> list[Match]:
         frozen = self.layer.weight not in self.trained
         gradients = weight_gradients(self.candidate, self.backward, frozen=frozen)
         free = [g for g in gradients if g.node not in self.claimed]
         matches = [match_sums(self.candidate, g, self.backward) for g in free]
-        found = [m for m in matches if m is not None]
-        return max(found, key=lambda m: (m.gradient.wanted, len(m.reductions)), default=None)
+        return [m for m in matches if m is not None]
+
+    @property
+    def match(self) -> Match:
+        """The match of most sums, with a weight gradient that is wanted anyway if there is one."""
+        return max(self.matches, key=lambda m: (m.gradient.wanted, len(m.reductions)))
 
     @functools.cached_property
     def saved_by(self) -> fx.Node | None:
         """What the layer's output is saved for anyway, if it is."""
-        return saved_by(self.candidate, self.matched, self.backward)
-
-    @property
-    def matched(self) -> Match:
-        if self.match is None:  # the row OTHER_GRADIENT comes first
-            raise AssertionError(f"no match for {self.layer.node}")
-        return self.match
+        return saved_by(self.candidate, self.match, self.backward)
 
 
 def decide(graph: fx.Graph, options: Options) -> list[Decision]:
@@ -125,7 +112,7 @@ def decide(graph: fx.Graph, options: Options) -> list[Decision]:
     claimed: set[fx.Node] = set()
     for candidate in find_candidates(graph, backward):
         site = _Site(candidate, options, backward, trained, written, claimed)
-        code, detail = next(_objections(site), (Code.FUSED, ""))
+        code, detail = first_refusal((*LEGALITY, *PROFIT), site) or (Code.FUSED, "")
         if code is Code.FUSED and site.saved_by:
             code, detail = Code.WEIGHT_COPY, f"by {site.saved_by}"
         match = site.match if code.rewritten else None
@@ -135,67 +122,48 @@ def decide(graph: fx.Graph, options: Options) -> list[Decision]:
     return decisions
 
 
-def _objections(site: _Site) -> Iterator[tuple[Code, str]]:
-    for code, applies in (*LEGALITY, *PROFIT):
-        detail = applies(site)
-        if detail is not None:
-            yield code, detail
+def _written(s: _Site, *nodes: fx.Node | None) -> str | None:
+    found = next((n for n in nodes if n in s.written), None)
+    return None if found is None else f"{found} is, or is computed from, what is written to"
 
 
 def _layer_mutated(s: _Site) -> str | None:
-    read = (s.layer.input, s.layer.weight, s.layer.bias)
-    return next((_is_written(n) for n in read if n in s.written), None)
-
-
-def _is_written(node: fx.Node) -> str:
-    return f"{node} is, or is computed from, what is written to"
+    return _written(s, s.layer.input, s.layer.weight, s.layer.bias)
 
 
 def _other_gradient(s: _Site) -> str | None:
-    return None if s.match is not None else str(s.layer.node)
-
-
-# What a layer's dtype may meet: in half precision, values per channel are float32 at most.
-_DTYPES = {
-    torch.float16: {torch.float16, torch.float32},
-    torch.bfloat16: {torch.bfloat16, torch.float32},
-    torch.float32: {torch.float32},
-    torch.float64: {torch.float64},
-}
+    return None if s.matches else str(s.layer.node)
 
 
 def _unsupported_dtype(s: _Site) -> str | None:
-    layer, match = s.layer, s.matched
+    layer, match = s.layer, s.match
     nodes: list[fx.Node | None] = [layer.node, layer.input, layer.weight, match.g]
     nodes += [n for r in match.reductions for n in (r.product, r.node)]
     for step in (step for p in match.paths for step in p.steps):
-        nodes.append(step.node)
-        if step.operand is not None:
-            nodes.append(step.operand.node)
+        nodes += [step.node, None if step.operand is None else step.operand.node]
     used = {t.dtype for t in map(tensor_of, nodes) if t is not None}
-    if not used - _DTYPES.get(layer.out.dtype, set()):
+    if used <= layers.DTYPES_TOGETHER.get(layer.out.dtype, set()):
         return None
     return f"{layer.node} computes in {layer.out.dtype}; used with {', '.join(map(str, used))}"
 
 
 def _constant_range(s: _Site) -> str | None:
-    chains = [AffineChain(s.layer, p.steps) for p in s.matched.paths]
+    chains = [AffineChain(s.layer, p.steps) for p in s.match.paths]
     return None if all(map(affine.constants_fit, chains)) else str(s.layer.node)
 
 
 def _scale_mutated(s: _Site) -> str | None:
-    operands = (o.node for p in s.matched.paths for step in p.steps if (o := step.operand))
-    return next((_is_written(n) for n in operands if n is not None and n in s.written), None)
+    operands = (o.node for p in s.match.paths for step in p.steps if (o := step.operand))
+    return _written(s, *operands)
 
 
 def _denied(s: _Site) -> str | None:
-    steps = (step.node for r in s.matched.reductions for step in r.affine.steps)
-    paths = (module_path(s.layer.node), *map(module_path, steps))
-    return None if s.options.allows(*paths) else " and ".join(filter(None, dict.fromkeys(paths)))
+    steps = (step.node for r in s.match.reductions for step in r.affine.steps)
+    return denied(s.options, s.layer.node, *steps)
 
 
 def _layer_frozen(s: _Site) -> str | None:
-    wanted = s.options.fuse_frozen_layers or s.matched.gradient.wanted
+    wanted = s.options.fuse_frozen_layers or s.match.gradient.wanted
     return None if wanted else f"weight of {s.layer.node}"
 
 
@@ -218,7 +186,7 @@ def _weight_computed(s: _Site) -> str | None:
     source = s.layer.weight
     while layers.is_cast(source) or compat.is_view(source.target):
         source = source.all_input_nodes[0]
-    is_larger = _numel(s.layer.weight) > _numel(s.layer.node)
+    is_larger = numel_of(s.layer.weight) > numel_of(s.layer.node)
     return str(s.layer.weight) if is_larger and source.op != "placeholder" else None
 
 
@@ -228,18 +196,11 @@ _WEIGHT_PASSES = 5
 
 
 def _large_weight(s: _Site) -> str | None:
-    weight, out = _numel(s.layer.weight), _numel(s.layer.node)
+    weight, out = numel_of(s.layer.weight), numel_of(s.layer.node)
     if s.options.objective != "speed" or _WEIGHT_PASSES * weight <= out:
         return None
     return f"{weight} elements against {out}"
 
-
-def _numel(node: fx.Node) -> int:
-    tensor = tensor_of(node)
-    return 0 if tensor is None else compat.size_hint(tensor.numel())
-
-
-Row = tuple[Code, Callable[[_Site], "str | None"]]
 
 LEGALITY: tuple[Row, ...] = (
     (Code.INPUT_MUTATED, _layer_mutated),

@@ -1,7 +1,6 @@
 """Find layers whose output backward sums over.
 
-Everything here reads a joint graph; nothing is judged or changed. :mod:`decide` has the algebra
-and the names.
+Only reads a joint graph. :mod:`decide` has the algebra and the names.
 """
 
 from __future__ import annotations
@@ -13,16 +12,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..._torch import compat
 from ...graph import layers
-from ...graph.layers import Layer, Step, same_sizes, tensor_of
+from ...graph.layers import Layer, Step, known_equal, same_sizes, tensor_of
 
 __all__ = [
     "Candidate",
     "Path",
     "Reduction",
     "find_candidates",
-    "is_large",
     "same_shape",
     "shape_of",
 ]
@@ -42,12 +39,8 @@ class Path:
 class Reduction:
     """``sum(h * u)`` over all but the channels, or with ``total`` over these, too.
 
-    Attributes:
-        node: the sum, which is replaced.
-        product: ``h * u``.
-        h: what depends on the gradient.
-        affine: how ``u`` is computed from the layer's output.
-        total: whether it is one number.
+    ``node`` is the sum, ``product`` what it sums; ``affine`` says how ``u`` is computed from the
+    layer's output, and ``h`` depends on the gradient.
     """
 
     node: fx.Node
@@ -84,9 +77,8 @@ def affine_values(layer: Layer, backward: set[fx.Node]) -> dict[fx.Node, Path]:
     while pending:
         node = pending.pop()
         for user in node.users:
-            if user in backward or user in found:
-                continue
-            steps = layers.read_step(user, node, found[node].dim)
+            is_new = user not in backward and user not in found
+            steps = layers.read_step(user, node, found[node].dim) if is_new else None
             if steps:
                 found[user] = Path(steps[-1].dim, (*found[node].steps, *steps))
                 pending.append(user)
@@ -126,7 +118,7 @@ def _sums(
     """
     found: list[tuple[fx.Node, bool]] = []
     for user in node.users:
-        left = list(axes)
+        left, further = list(axes), None
         if layers.is_cast(user):
             further = _sums(user, left, dim, shape)
         elif user.target is aten.sum.default:
@@ -139,24 +131,12 @@ def _sums(
             if not keep:
                 summed = {d % len(axes) for d in dims}
                 left = [a for i, a in enumerate(left) if i not in summed]
-            open_axes = [a for a in left if a is not None and not _is_one(shape[a])]
+            open_axes = [a for a in left if a is not None and not known_equal(shape[a], 1)]
             if set(open_axes) <= {dim}:
                 further = [(user, dim not in left)]
             else:
                 further = _sums(user, left, dim, shape)
-        else:
-            further = None
         if further is None:
             return None
         found += further
     return found
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
-
-
-def is_large(node: fx.Node, size: int) -> bool:
-    """Whether ``node`` has at least ``size`` elements."""
-    tensor = tensor_of(node)
-    return tensor is not None and compat.size_hint(tensor.numel()) >= size

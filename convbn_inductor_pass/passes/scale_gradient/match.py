@@ -21,18 +21,15 @@ __all__ = ["Match", "WeightGradient", "match_sums", "weight_gradients"]
 
 aten = torch.ops.aten
 
-_SCALINGS = ("scale", "divide", "cast", "move")
-
 
 @dataclasses.dataclass(frozen=True)
 class WeightGradient:
     """A call that computes the gradient of a layer's weight from ``dc``, or could.
 
-    ``node`` is ``convolution_backward``, or ``mm`` of ``dc`` and the layer's input where one of
-    them is transposed; ``dc_first`` tells which: then the result is [C_out, C_in]. ``wanted`` is
-    False where the layer is frozen and the weight gradient is not computed: then ``node`` is
-    a ``convolution_backward`` for the input's gradient alone, or None, and ``dc`` the ``h`` of a
-    sum.
+    ``node`` is ``convolution_backward``, or ``mm`` of ``dc`` and the layer's input; ``dc_first``
+    where the result is [C_out, C_in]. ``wanted`` is False where the layer is frozen: then ``node``
+    is a ``convolution_backward`` for the input's gradient alone, or None, and ``dc`` the ``h`` of
+    a sum.
     """
 
     node: fx.Node | None
@@ -45,13 +42,8 @@ class WeightGradient:
 class Match:
     """Sums over a layer's output that can be taken from one call that makes its weight gradient.
 
-    Attributes:
-        gradient: that call.
-        g: the node that ``dc`` and the ``h`` of each sum are scalings of.
-        g_dim: the dimension of ``g`` that is the channels.
-        scaling: how ``dc`` is computed from ``g``.
-        reductions: the sums.
-        scalings: how the ``h`` of each of them is computed from ``g``.
+    ``dc`` and the ``h`` of each sum are scalings of ``g``: by ``scaling`` and ``scalings``. Its
+    dimension ``g_dim`` is the channels.
     """
 
     gradient: WeightGradient
@@ -68,22 +60,17 @@ class Match:
 
 def weight_gradients(
     candidate: Candidate, backward: set[fx.Node], *, frozen: bool
-) -> Iterator[WeightGradient]:
+) -> list[WeightGradient]:
     """Calls that compute the gradient of the layer's weight from some ``dc``, or could.
 
     Where a layer is ``frozen`` none does. It could still be computed, from what is summed over.
     """
     layer = candidate.layer
-    found = False
-    for gradient in (
-        _conv_gradients(layer, backward) if layer.is_conv else _products(layer, backward)
-    ):
-        found = True
-        yield gradient
+    found = [*(_conv_gradients if layer.is_conv else _products)(layer, backward)]
     if frozen and not found:
-        for reduction in candidate.reductions:
-            if same_shape(reduction.h, layer.node):
-                yield WeightGradient(None, reduction.h, wanted=False)
+        of_sums = (r.h for r in candidate.reductions if same_shape(r.h, layer.node))
+        found = [WeightGradient(None, h, wanted=False) for h in of_sums]
+    return found
 
 
 def _conv_gradients(layer: Layer, backward: set[fx.Node]) -> Iterator[WeightGradient]:
@@ -96,27 +83,22 @@ def _conv_gradients(layer: Layer, backward: set[fx.Node]) -> Iterator[WeightGrad
 
 
 def _products(layer: Layer, backward: set[fx.Node]) -> Iterator[WeightGradient]:
+    def is_dc(node: Any) -> bool:
+        return node in backward and same_shape(node, layer.node)
+
     for user in layer.input.users:
         if user.target is aten.mm.default and user.args[1] is layer.input:
             transposed: Any = user.args[0]
-            if _is_transpose(transposed) and _is_dc(transposed.args[0], layer, backward):
+            if _is_transpose(transposed) and is_dc(transposed.args[0]):
                 yield WeightGradient(user, transposed.args[0])
-        if _is_transpose(user):
-            for product in user.users:
-                is_product = product.target is aten.mm.default and product.args[0] is user
-                dc: Any = product.args[1]
-                if is_product and _is_dc(dc, layer, backward):
-                    yield WeightGradient(product, dc, dc_first=False)
+        for product in user.users if _is_transpose(user) else ():
+            dc: Any = product.args[1]
+            if product.target is aten.mm.default and product.args[0] is user and is_dc(dc):
+                yield WeightGradient(product, dc, dc_first=False)
 
 
-def _is_transpose(node: Any) -> bool:
-    return isinstance(node, fx.Node) and (
-        node.target is aten.permute.default and node.args[1] in ([1, 0], (1, 0))
-    )
-
-
-def _is_dc(node: Any, layer: Layer, backward: set[fx.Node]) -> bool:
-    return node in backward and same_shape(node, layer.node)
+def _is_transpose(node: fx.Node) -> bool:
+    return node.target is aten.permute.default and node.args[1] in ([1, 0], (1, 0))
 
 
 def scalings_to(node: fx.Node, dim: int, backward: set[fx.Node]) -> dict[fx.Node, Path]:
@@ -130,27 +112,19 @@ def scalings_to(node: fx.Node, dim: int, backward: set[fx.Node]) -> dict[fx.Node
         if len(sources) != 1:
             return found
         (source,) = sources
-        steps = _scaling_step(node, source, dim)
+        # Where the source's channels are: mostly where they were.
+        dims = sorted(range(len(shape_of(source))), key=lambda d: d != dim)
+        read = ((d, layers.read_step(node, source, d)) for d in dims)
+        fitting = ((d, steps) for d, steps in read if steps and _is_scaling(steps, dim))
+        before, steps = next(fitting, (0, None))
         if steps is None:
             return found
-        path = Path(steps[0], (*steps[1], *found[node].steps))
-        found[source] = path
-        node, dim = source, path.dim
+        found[source] = Path(before, (*steps, *found[node].steps))
+        node, dim = source, before
 
 
-def _scaling_step(node: fx.Node, of: fx.Node, dim: int) -> tuple[int, Sequence[Step]] | None:
-    """The steps by which ``node`` scales ``of``, and where ``of`` has the channels."""
-    rank = len(shape_of(of))
-    for before in (dim, *(d for d in range(rank) if d != dim)):  # mostly where it was
-        steps = layers.read_step(node, of, before)
-        if (
-            before < rank
-            and steps
-            and steps[-1].dim == dim
-            and all(s.kind in _SCALINGS for s in steps)
-        ):
-            return before, steps
-    return None
+def _is_scaling(steps: Sequence[Step], dim: int) -> bool:
+    return steps[-1].dim == dim and all(s.kind != "shift" for s in steps)
 
 
 def arrangement(*paths: Path) -> list[tuple[Any, ...]]:
@@ -164,8 +138,6 @@ def arrangement(*paths: Path) -> list[tuple[Any, ...]]:
         node = step.node
         before, after = shape_of(node.args[0]), shape_of(node)
         last = moves[-1][0] if moves else ""
-        if node.target is aten.clone.default:
-            continue
         if node.target is aten.permute.default:
             args: Any = node.args
             dims: list[int] = [d % len(before) for d in args[1]]
@@ -174,7 +146,7 @@ def arrangement(*paths: Path) -> list[tuple[Any, ...]]:
                 dims = [first[d] for d in dims]
             if dims != sorted(dims):
                 moves.append(("permute", dims))
-        else:
+        elif node.target is not aten.clone.default:
             if last == "view":
                 before = moves.pop()[1]
             if not same_sizes(before, after):
@@ -187,26 +159,20 @@ def match_sums(
 ) -> Match | None:
     """The sums over scalings of what ``gradient.dc`` is a scaling of; None if there is none."""
     to_dc = scalings_to(gradient.dc, candidate.layer.dim, backward)
-    matched = []
+    matched: list[tuple[Reduction, dict[fx.Node, Path]]] = []
     for r in candidate.reductions:
-        to_h = scalings_to(r.h, r.affine.dim, backward)
-        common = [
-            n
-            for n, path in to_h.items()
+        common = {
+            n: path
+            for n, path in scalings_to(r.h, r.affine.dim, backward).items()
             if n in to_dc
             and path.dim == to_dc[n].dim
             and arrangement(to_dc[n], r.affine) == arrangement(path)
-        ]
+        }
         if common:
-            matched.append((r, to_h, common))
-    for g in to_dc:  # from dc up
-        if matched and all(g in common for _, _, common in matched):
-            return Match(
-                gradient,
-                g,
-                to_dc[g].dim,
-                to_dc[g],
-                tuple(r for r, _, _ in matched),
-                tuple(to_h[g] for _, to_h, _ in matched),
-            )
+            matched.append((r, common))
+    for g, scaling in to_dc.items():  # from dc up
+        if matched and all(g in common for _, common in matched):
+            sums = tuple(r for r, _ in matched)
+            scalings = tuple(common[g] for _, common in matched)
+            return Match(gradient, g, scaling.dim, scaling, sums, scalings)
     return None

@@ -6,13 +6,14 @@ import dataclasses
 
 from torch import fx
 
-from ..._torch import compat, inductor
+from ..._torch import inductor
 from ...codes import Code
 from ...graph import layers
 from ...graph.layers import Layer, bytes_of
-from ...graph.provenance import name_of, source_line
+from ...graph.provenance import name_of
 from ...graph.uses import backward_of, depending_on
 from ...records import Kind, Record
+from ..decisions import record_of
 from .batch_norms import BatchNormCall, find_batch_norms, subgraphs_of
 from .decide import Decision
 
@@ -78,16 +79,14 @@ def _record(kind: Kind, layer: Layer | None, code: Code, detail: str, at: fx.Nod
     saved = None
     if layer is not None and code.rewritten:
         saved = layer.node if code is Code.FUSED else layer.weight
-    record = Record(
+    record = record_of(
+        None if layer is None else layer.node,
+        at=at,
         pass_name="scale_gradient",
         kind=kind,
         code=code,
         detail=detail,
-        layer="" if layer is None else name_of(layer.node),
         batch_norm=name_of(at) if kind == "batch norm" else "",
-        source=source_line(at),
-        output_shape=() if layer is None else compat.shape_of(layer.out),
-        output_bytes=0 if layer is None else bytes_of(layer.node),
         bytes_saved=bytes_of(saved),
     )
     return ("" if layer is None else layer.node.name), record

@@ -20,7 +20,7 @@ from torch import fx
 from ..._torch import compat, inductor
 from ...graph import affine
 from ...graph.builder import Builder, erase_unused
-from ...graph.layers import Step, is_cast, same_sizes, tensor_of, value_of
+from ...graph.layers import Layer, Step, is_cast, same_sizes, tensor_of, value_of
 from ...graph.layout import Layout
 from ...graph.provenance import provenance_of
 from .decide import Decision
@@ -38,20 +38,18 @@ def apply(decisions: list[Decision], graph: fx.Graph) -> int:
     arise: what is replaced depends on a ``g`` each, and all else that is read depends on no
     gradient.
     """
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    wanted = [(_place(d.match, order), d, d.match) for d in decisions if d.match is not None]
-    wanted.sort(key=lambda w: order[w[0]])
-    build = Builder(graph, structural=False)
+    wanted = [(_first_replaced(d.match), d.layer, d.match) for d in decisions if d.match]
+    build = Builder(graph)
     unused: list[fx.Node] = []
     try:
-        for place, decision, match in wanted:
+        for place, layer, match in sorted(wanted, key=lambda w: w[0]):
             with (
                 graph.inserting_before(place),
-                compat.fake_mode_of(decision.layer.out),
+                compat.fake_mode_of(layer.out),
                 compat.plain_dispatch(),
             ):
                 build.meta = provenance_of(match.gradient.node or place)
-                unused += _Rewriting(decision, match, build).replace()
+                unused += _Rewriting(layer, match, build).replace()
     finally:
         # If one fails, too: what was replaced so far is right, but may use what stands later.
         build.finish()
@@ -62,24 +60,21 @@ def apply(decisions: list[Decision], graph: fx.Graph) -> int:
     return len(wanted)
 
 
-def _place(match: Match, order: dict[fx.Node, int]) -> fx.Node:
-    """The first of the calls that are replaced."""
-    replaced = [r.node for r in match.reductions]
-    if match.gradient.node is not None:
-        replaced.append(match.gradient.node)
-    return min(replaced, key=order.__getitem__)
+def _first_replaced(match: Match) -> fx.Node:
+    gradient = match.gradient.node
+    return min([r.node for r in match.reductions] + ([gradient] if gradient else []))
 
 
 class _Rewriting:
-    """The new calls for one decision."""
+    """The new calls for one match."""
 
-    def __init__(self, decision: Decision, match: Match, build: Builder) -> None:
-        self.match, self.build = match, build
-        self.layer, self.gradient, self.g = decision.layer, match.gradient, match.g
+    def __init__(self, layer: Layer, match: Match, build: Builder) -> None:
+        self.match, self.build, self._call = match, build, build.call
+        self.layer, self.gradient, self.g = layer, match.gradient, match.g
         self.replaced: list[fx.Node] = []
-        self.wide = affine.wide_dtype(self.layer)
+        self.wide = affine.wide_dtype(layer)
         self.dims = [d for d in range(value_of(self.g).ndim) if d != match.g_dim]
-        self.scale = affine.emit_scale(self.layer, match.scaling.steps, build)
+        self.scale = affine.emit_scale(layer, match.scaling.steps, build)
         self.power: fx.Node | None = None  # t
         self.on_weight = self.scale  # S / t
         if value_of(self.gradient.dc).dtype == torch.float16:
@@ -94,10 +89,9 @@ class _Rewriting:
         if self.power is not None:
             inner = self._call(aten.div.Tensor, inner, self.power)
         for reduction, path in zip(self.match.reductions, self.match.scalings, strict=True):
-            value = self._times(
-                inner, affine.emit_scale(self.layer, reduction.affine.steps, self.build)
-            )
-            shift = affine.emit_shift(self.layer, reduction.affine.steps, self.build)
+            steps = reduction.affine.steps
+            value = self._times(inner, affine.emit_scale(self.layer, steps, self.build))
+            shift = affine.emit_shift(self.layer, steps, self.build)
             if shift is not None:
                 value = self._call(aten.add.Tensor, value, self._times(self._sum_g(), shift))
             value = self._times(value, affine.emit_scale(self.layer, path.steps, self.build))
@@ -124,10 +118,7 @@ class _Rewriting:
         return self._call(aten.sum.dim_IntList, g, self.dims, False, dtype=self.wide)
 
     def _power_of_two(self) -> fx.Node:
-        """t [C], as :func:`~convbn_inductor_pass.functional.half.gradient_scale` has it.
-
-        That is ``log2(t) = clamp(max(-2 - ceil(log2(norm(g))), ceil(log2(abs(S))) - 8), -24, 15)``.
-        """
+        """t [C], log2(t) = clamp(max(-2 - ceil(log2(norm(g))), ceil(log2(abs(S))) - 8), -24, 15)"""
         g = self.build.cast(self.g, self.wide)
         squares = self._call(aten.sum.dim_IntList, self._call(aten.mul.Tensor, g, g), self.dims)
         exponent = self._ceil_log2(self._call(aten.sqrt.default, squares))
@@ -219,8 +210,7 @@ class _Rewriting:
 
     def _inner_product(self, weight_gradient: fx.Node) -> fx.Node:
         """``<dWg, W>`` per output channel [C], in the wide dtype."""
-        weight = self.layer.weight
-        layout: Layout = self.layer.layout
+        weight, layout = self.layer.weight, self.layer.layout
         if not self.layer.is_conv:
             weight, layout = self._call(aten.permute.default, weight, [1, 0]), Layout()
         a, b = (self.build.cast(n, self.wide) for n in (weight_gradient, weight))
@@ -243,9 +233,6 @@ class _Rewriting:
 
     def _times(self, value: fx.Node, scale: fx.Node | None) -> fx.Node:
         return value if scale is None else self._call(aten.mul.Tensor, value, scale)
-
-    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return self.build.call(target, *args, **kwargs)
 
     def _replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let ``new`` be used for ``old``, in its shape and dtype."""

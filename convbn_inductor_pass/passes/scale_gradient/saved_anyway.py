@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import fx
 
 from ..._torch import compat
-from ...graph.layers import Layer, tensor_of
+from ...graph.layers import numel_of, tensor_of
 from ...graph.uses import is_move, is_saved, users_of
-from .find import Candidate, Reduction, is_large
+from .find import Candidate
 from .match import Match
 
 __all__ = ["saved_by"]
@@ -20,16 +20,21 @@ __all__ = ["saved_by"]
 def saved_by(candidate: Candidate, match: Match, backward: set[fx.Node]) -> fx.Node | None:
     """A call for which the layer's output is saved, though it is not summed over.
 
-    Either one that needs the output itself, or what the sum is over, and is computed by a library;
-    or a pointwise one of what would be recomputed from the output: computed from it alone element
-    by element, and not from something that is saved for a reason of its own.
+    One that is computed by a library and needs the output itself, or what the sum is over; or a
+    pointwise one of what would be recomputed from the output: computed from it alone element by
+    element, and not from something that is saved for a reason of its own.
     """
     layer = candidate.layer
-    reasons = [_library_call(r, layer, backward) for r in match.reductions]
+    # What each sum is over is computed from these.
+    computing = [(layer.node, *(s.node for s in r.affine.steps)) for r in match.reductions]
+    reasons = [
+        next((u for n in nodes for u in users_of(n) if _is_library_call(u, backward)), None)
+        for nodes in computing
+    ]
     if all(reasons):
         return reasons[0]
     products = {r.product for r in match.reductions}
-    size = compat.size_hint(layer.out.numel())
+    size = numel_of(layer.node)
     seen = set(candidate.values)
     pending = [n for n in seen if not is_saved(n, backward)]
     while pending:
@@ -44,17 +49,12 @@ def saved_by(candidate: Candidate, match: Match, backward: set[fx.Node]) -> fx.N
                     return user
                 continue
             others = [n for n in user.all_input_nodes if n not in seen]
-            if tensor.dtype.is_floating_point and not any(is_large(n, size) for n in others):
+            if tensor.dtype.is_floating_point and not any(numel_of(n) >= size for n in others):
                 seen.add(user)
                 if not is_saved(user, backward):
                     pending.append(user)
     return None
 
 
-def _library_call(reduction: Reduction, layer: Layer, backward: set[fx.Node]) -> fx.Node | None:
-    """A call in backward that is not pointwise and takes something from which ``u`` is computed."""
-    for node in (layer.node, *(s.node for s in reduction.affine.steps)):
-        for user in users_of(node):
-            if user in backward and not compat.is_pointwise(user.target):
-                return user
-    return None
+def _is_library_call(node: fx.Node, backward: set[fx.Node]) -> bool:
+    return node in backward and not compat.is_pointwise(node.target)

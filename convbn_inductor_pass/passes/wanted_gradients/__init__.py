@@ -1,7 +1,6 @@
 """Save for backward only what the wanted gradients need: fewer bytes than a merged model saves.
 
-Each rule is a file that finds sites, says what is legal and what pays, and rewrites. The first
-three read the joint graph of forward and backward, before it is partitioned:
+Each rule is a file. The first three read the joint graph, before it is partitioned:
 
 * :mod:`pooling`: the mask of an activation before max-pooling, from what is pooled;
 * :mod:`activations`: the mask of an activation, from its output, which is saved anyway;

@@ -17,9 +17,8 @@ A comparison of z with a constant is one of y for every z, infinities and NaN in
   ``z > 0``, ``z <= 0``. Not ``z < 0``: where s * z underflows, y is -0.
 * ``y = where(z <= t, v, z)`` with v <= t (threshold): ``z <= t``, ``z > t``.
 
-Constants have to be representable in y's dtype, so that rounding y moves nothing across them. No
-rule for ELU and its kin, whose gradient for z < 0 would be y + alpha: its error is that of a number
-near alpha, however small the gradient. None for hardsigmoid: just below 3 its sum rounds to 6.
+Constants have to be representable in y's dtype, so that rounding y moves nothing across them.
+docs/wanted-gradients.md says what has no rule.
 
 Declines where the output is not saved, or where the input is.
 """
@@ -34,11 +33,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
-from ..._torch import compat
 from ...codes import Code
 from ...graph import layers
 from ...graph.builder import Builder
-from ...graph.layers import same_sizes, tensor_of, value_of
+from ...graph.layers import numel_of, same_sizes, tensor_of, value_of
 from ...graph.uses import is_available, read_in_backward
 from .shapes import shape_readers
 from .site import JointGraph, Site
@@ -67,29 +65,25 @@ class Activation:
 def find_sites(joint: JointGraph) -> list[Site]:
     """Activations whose backward compares their input."""
     readers = shape_readers(joint)
-    sites: list[Site] = []
-    for node in joint.graph.nodes:
-        activation = activation_at(node) if node in joint.forward else None
-        if activation is not None:
-            sites += _sites(joint, activation, readers)
-    return sites
+    activations = (activation_at(n) for n in joint.graph.nodes if n in joint.forward)
+    sites = (_site(joint, a, readers) for a in activations if a is not None)
+    return [s for s in sites if s is not None]
 
 
-def _sites(joint: JointGraph, activation: Activation, readers: set[fx.Node]) -> Iterator[Site]:
+def _site(joint: JointGraph, activation: Activation, readers: set[fx.Node]) -> Site | None:
     z, y, same = activation.z, activation.y, activation.same
     in_backward = [u for u in _users_of_value(z) if u not in joint.forward]
     calls = [u for u in in_backward if u.target in COMPARISONS and (u.target, u.args[1]) in same]
     if not calls:
-        return
+        return None
     code, detail = Code.MASK_FROM_OUTPUT, str(y)
-    if (denied := joint.denied(y)) is not None:
-        code, detail = Code.DENIED, denied
+    if (denial := joint.denied(y)) is not None:
+        code, detail = Code.DENIED, denial
     elif len(calls) < len(in_backward) or is_available(z, joint.forward, {*readers, *calls}):
         code, detail = Code.SAVED_ANYWAY, str(z)
     elif not read_in_backward(y, joint.forward, readers):
         code = Code.OUTPUT_NOT_SAVED
-    nbytes = compat.size_hint(value_of(y).numel())  # a mask has a byte per element
-    yield Site("activation", y, code, detail, nbytes, tuple(calls))
+    return Site("activation", y, code, detail, numel_of(y), tuple(calls))  # a byte per element
 
 
 def rewrite(build: Builder, call: fx.Node, site: Site) -> None:
@@ -100,23 +94,20 @@ def rewrite(build: Builder, call: fx.Node, site: Site) -> None:
 
 def activation_at(node: fx.Node) -> Activation | None:
     """The activation that ``node`` computes, if it is one of those above."""
+    found = None
     if node.target is aten.clamp_max.default:
-        found = _clamp(node)
+        found = _clamp(*node.args)
     elif node.target is aten.where.self:
-        found = _leaky(node) or _threshold(node)
-    else:
-        return None
+        found = _leaky(*node.args) or _threshold(*node.args)
     if found is None:
         return None
     argument, constants, same = found
-    z, y = operand_of(argument), node
+    z = operand_of(argument)
     dtype = value_of(z).dtype
-    if dtype != value_of(node).dtype:
-        back = [u for u in node.users if layers.is_cast(u) and value_of(u).dtype == dtype]
-        if not back:
-            return None
-        y = back[0]
-    if not same_sizes(value_of(z).shape, value_of(y).shape):
+    # In half precision it may compute in float32, and cast the result back.
+    results = [node, *(u for u in node.users if layers.is_cast(u))]
+    y = next((n for n in results if value_of(n).dtype == dtype), None)
+    if y is None or not same_sizes(value_of(z).shape, value_of(y).shape):
         return None
     if not all(torch.tensor(c, dtype=dtype).item() == c for c in constants):
         return None
@@ -127,9 +118,7 @@ _Found = tuple[fx.Node, tuple[float, ...], set[tuple[Any, float]]]
 """The argument of an activation, its constants, and comparisons."""
 
 
-def _clamp(node: fx.Node) -> _Found | None:
-    args: Any = node.args
-    inner, hi = args
+def _clamp(inner: Any, hi: Any) -> _Found | None:
     if inner.target is not aten.clamp_min.default:
         return None
     z, lo = inner.args
@@ -138,22 +127,16 @@ def _clamp(node: fx.Node) -> _Found | None:
     return z, (lo, hi), {(_LE, lo), (_GT, lo), (_GE, hi), (_LT, hi)}
 
 
-def _leaky(node: fx.Node) -> _Found | None:
-    args: Any = node.args
-    condition, z, scaled = args
-    if not isinstance(scaled, fx.Node) or scaled.target is not aten.mul.Tensor:
+def _leaky(condition: Any, z: Any, scaled: Any) -> _Found | None:
+    if condition.target is not _GT or condition.args != (z, 0):
         return None
-    if condition.target is not _GT or condition.args != (z, 0) or scaled.args[0] is not z:
+    if scaled.target is not aten.mul.Tensor or scaled.args[0] is not z:
         return None
     slope = scaled.args[1]
-    if not _is_number(slope) or not 0 < slope < math.inf:
-        return None
-    return args[1], (), {(_GT, 0), (_LE, 0)}
+    return (z, (), {(_GT, 0), (_LE, 0)}) if _is_number(slope) and 0 < slope < math.inf else None
 
 
-def _threshold(node: fx.Node) -> _Found | None:
-    args: Any = node.args
-    condition, value, z = args
+def _threshold(condition: Any, value: Any, z: Any) -> _Found | None:
     if condition.target is not _LE or condition.args[0] is not z:
         return None
     v, t = constant_of(value), condition.args[1]
@@ -164,15 +147,11 @@ def _threshold(node: fx.Node) -> _Found | None:
 
 def constant_of(node: Any) -> float | None:
     """The number that every element of a tensor is, if the graph says so."""
-    if not isinstance(node, fx.Node):
-        return None
-    args: Any = node.args
+    value = None
     if node.target is aten.scalar_tensor.default:
-        value = args[0]
+        (value,) = node.args
     elif node.target is aten.full.default:
-        value = args[1]
-    else:
-        return None
+        value = node.args[1]
     return value if _is_number(value) else None
 
 
@@ -185,19 +164,15 @@ def operand_of(node: fx.Node) -> fx.Node:
 
     An activation that is computed in place saves a copy of its input.
     """
-    while True:
-        if node.target in (aten.alias.default, aten.clone.default):
-            node = node.args[0]  # type: ignore[assignment]
-            continue
-        before = tensor_of(node.all_input_nodes[0]) if layers.is_cast(node) else None
-        if before is None or not _is_exact(before.dtype, value_of(node).dtype):
-            return node
-        node = node.all_input_nodes[0]
+    while node.target in (aten.alias.default, aten.clone.default) or _is_exact_cast(node):
+        (node,) = node.all_input_nodes
+    return node
 
 
-def _is_exact(narrow: torch.dtype, wide: torch.dtype) -> bool:
-    halves = (torch.float16, torch.bfloat16)
-    return narrow in halves and wide == torch.float32
+def _is_exact_cast(node: fx.Node) -> bool:
+    before = tensor_of(node.all_input_nodes[0]) if layers.is_cast(node) else None
+    is_half = before is not None and before.dtype in (torch.float16, torch.bfloat16)
+    return is_half and value_of(node).dtype == torch.float32
 
 
 def _users_of_value(node: fx.Node) -> Iterator[fx.Node]:

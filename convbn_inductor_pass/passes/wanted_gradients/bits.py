@@ -8,8 +8,8 @@ After, with a dimension that is a multiple of 8 split in two, one of them of siz
     backward  mask[j] = bits & 2**j != 0
 
 Runs after the partitioner, on both graphs, so that it sees which masks are saved. All of it is
-plain aten, which Inductor generates code for together with what makes the mask, and what uses it.
-The sum is one of floats, which are exact and which Inductor's C++ vectorizes.
+plain aten, which Inductor fuses with what makes the mask, and what uses it. The sum is one of
+floats, which are exact and which Inductor's C++ vectorizes.
 
 Which dimension: the channels, neighbours in a channels-last tensor, so that on a GPU the kernel
 that makes the mask packs it as well. On a CPU the images first, with eight of them in a byte that
@@ -31,8 +31,9 @@ from ..._torch import compat
 from ...codes import Code
 from ...config import Options
 from ...graph.builder import Builder
-from ...graph.layers import bytes_of, tensor_of, value_of
-from ...graph.provenance import module_path, provenance_of
+from ...graph.layers import numel_of, value_of
+from ...graph.provenance import provenance_of
+from ..decisions import denied
 from .site import Site
 
 __all__ = ["find_masks", "pack"]
@@ -49,27 +50,23 @@ def find_masks(forward: fx.Graph, backward: fx.Graph, options: Options) -> list[
     saved = {n.name for n in backward.find_nodes(op="placeholder") if n.users}
     (output,) = forward.find_nodes(op="output")
     returned = collections.Counter(output.args[0])
-    sites = []
-    for node in output.all_input_nodes:
-        tensor = tensor_of(node)
-        if node.op != "call_function" or node.name not in saved or returned[node] != 1:
-            continue
-        if tensor is None or tensor.dtype != torch.bool:
-            continue
-        if compat.size_hint(tensor.numel()) >= _LEAST_ELEMENTS:
-            sites.append(_site(node, options))
-    return sites
+    return [
+        _site(node, options)
+        for node in output.all_input_nodes
+        if node.op == "call_function" and node.name in saved and returned[node] == 1
+        if numel_of(node) >= _LEAST_ELEMENTS and value_of(node).dtype == torch.bool
+    ]
 
 
 def _site(mask: fx.Node, options: Options) -> Site:
     code, detail = Code.MASK_AS_BITS, ""
     if not options.bit_masks:
         code, detail = Code.DENIED, "bit_masks=False"
-    elif not options.allows(module_path(mask)):
-        code, detail = Code.DENIED, module_path(mask)
+    elif (denial := denied(options, mask)) is not None:
+        code, detail = Code.DENIED, denial
     elif _split_of(mask) is None:
         code = Code.NOT_DIVISIBLE
-    return Site("mask", mask, code, detail, bytes_of(mask) * 7 // 8, (mask,))
+    return Site("mask", mask, code, detail, numel_of(mask) * 7 // 8, (mask,))
 
 
 def _split_of(mask: fx.Node) -> tuple[int, int] | None:
@@ -77,12 +74,11 @@ def _split_of(mask: fx.Node) -> tuple[int, int] | None:
     tensor = value_of(mask)
     first = 0 if tensor.device.type == "cpu" else 1
     dims = sorted(range(tensor.ndim), key=lambda d: (d != first, d != 1, d))
-    sizes = tensor.shape
-    fitting = (d for d in dims if isinstance(sizes[d], int) and sizes[d] % 8 == 0 and sizes[d] > 0)
-    dim = next(fitting, None)
-    if dim is None:
-        return None
-    return dim, dim if dim == 0 and tensor.ndim > 1 else dim + 1
+    for dim in dims:
+        size = tensor.shape[dim]
+        if isinstance(size, int) and size % 8 == 0 and size > 0:
+            return dim, dim if dim == 0 and tensor.ndim > 1 else dim + 1
+    return None
 
 
 def pack(sites: list[Site], forward: fx.Graph, backward: fx.Graph) -> int:
@@ -106,19 +102,19 @@ def pack(sites: list[Site], forward: fx.Graph, backward: fx.Graph) -> int:
     packed = {mask: bits for (mask, _), (bits, *_) in zip(pairs, made, strict=True)}
     for output in forward.find_nodes(op="output"):
         output.args = fx.map_arg(output.args, lambda n: packed.get(n, n))
-    for (mask, given), (bits, own, unpacked) in zip(pairs, made, strict=True):
+    for (mask, given), (bits, users, unpacked) in zip(pairs, made, strict=True):
         # The backward's input has the name of what the forward returns for it.
         bits._rename(f"{mask.name}_bits")
         given._rename(bits.name)
         given.target = given.name
-        given.replace_all_uses_with(unpacked, delete_user_cb=lambda user, own=own: user not in own)
+        given.replace_all_uses_with(unpacked, delete_user_cb=users.__contains__)
     return len(pairs)
 
 
 def _pack_one(
     mask: fx.Node, given: fx.Node, in_forward: Builder, in_backward: Builder
-) -> tuple[fx.Node, list[fx.Node], fx.Node]:
-    """The bits, the calls that take them in backward, and the mask made of them there."""
+) -> tuple[fx.Node, set[fx.Node], fx.Node]:
+    """The bits, the calls that take the mask in backward, and what is made of the bits there."""
     split: Any = _split_of(mask)
     in_forward.meta = in_backward.meta = provenance_of(mask)
     with compat.fake_mode_of(value_of(mask)), compat.plain_dispatch():
@@ -131,13 +127,12 @@ def _pack_one(
         given.meta.pop("tensor_meta", None)
         with given.graph.inserting_before(min(users)):
             unpacked = _unpacked(in_backward, given, *split)
-    own = [u for u in given.users if u not in users]
-    return bits, own, unpacked
+    return bits, users, unpacked
 
 
 def _packed(build: Builder, mask: fx.Node, dim: int, new: int) -> fx.Node:
     """The uint8 tensor with an eighth of the size along ``dim`` that holds a mask."""
-    sizes = _sizes(build, mask)
+    sizes = build.sizes(mask)
     sizes[dim] //= 8
     split = build.call(aten.view.default, mask, [*sizes[:new], 8, *sizes[new:]])
     powers = build.cast(_powers(build, mask, new), torch.float32)
@@ -147,7 +142,7 @@ def _packed(build: Builder, mask: fx.Node, dim: int, new: int) -> fx.Node:
 
 def _unpacked(build: Builder, bits: fx.Node, dim: int, new: int) -> fx.Node:
     """The mask that :func:`_packed` was made of."""
-    sizes = _sizes(build, bits)
+    sizes = build.sizes(bits)
     sizes[dim] *= 8
     wide = build.cast(build.call(aten.unsqueeze.default, bits, new), torch.int32)
     chosen = build.call(aten.bitwise_and.Tensor, wide, _powers(build, bits, new))
@@ -162,11 +157,3 @@ def _powers(build: Builder, like: fx.Node, new: int) -> fx.Node:
     one = build.call(aten.full.default, [], 1, dtype=torch.int32, device=tensor.device)
     powers = build.call(aten.bitwise_left_shift.Tensor, one, shifts)
     return build.call(aten.view.default, powers, [8, *[1] * (tensor.ndim - new)])
-
-
-def _sizes(build: Builder, node: fx.Node) -> list[Any]:
-    shape = value_of(node).shape
-    return [
-        s if isinstance(s, int) else build.call(aten.sym_size.int, node, d)
-        for d, s in enumerate(shape)
-    ]

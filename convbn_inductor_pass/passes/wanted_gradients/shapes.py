@@ -9,9 +9,9 @@ After, with ``p = size(x) - ((size(dy) - 1) * stride - 2 * padding + dilation * 
     dx = convolution(dy, W, transposed, output_padding=p)     db = sum(dy)            x is not saved
 
 and a plain convolution if the layer is a transposed one. Other operators of the table, and layers
-for which that is not known to be the same size, get an uninitialized tensor of x's shape in its
-place, which lives as long as the call. Depthwise layers on a GPU do, too: PyTorch has kernels of
-its own for their input gradient, and none for a transposed depthwise convolution.
+for which that is not known to be the same size, get an uninitialized tensor of x's shape instead.
+Depthwise layers on a GPU do, too: PyTorch has kernels of its own for their input gradient, and none
+for a transposed depthwise convolution.
 
 Declines where the tensor is saved for another reason.
 
@@ -29,7 +29,14 @@ from torch import fx
 from ..._torch import compat
 from ...codes import Code
 from ...graph.builder import Builder
-from ...graph.layers import bytes_of, known_equal, tensor_of, value_of
+from ...graph.layers import (
+    bytes_of,
+    known_equal,
+    numel_of,
+    same_sizes,
+    tensor_of,
+    value_of,
+)
 from ...graph.layout import output_padding
 from ...graph.uses import is_available, is_recomputed, read_in_backward, source_of, users_of
 from .site import JointGraph, Site
@@ -59,15 +66,12 @@ READ_THE_SHAPE = (
 
 def shape_readers(joint: JointGraph) -> set[fx.Node]:
     """Calls of the backward that read a tensor's shape alone: that of their second argument."""
-    calls = (n for n in joint.graph.nodes if n in joint.backward and len(n.args) > 1)
-    return {n for n in calls if n.target in READ_THE_SHAPE or _is_of_frozen_layer(n)}
+    return {n for n in joint.backward if n.target in READ_THE_SHAPE or _is_of_frozen_layer(n)}
 
 
 def _is_of_frozen_layer(node: fx.Node) -> bool:
-    if node.target is not aten.convolution_backward.default or node.kwargs:
-        return False
-    mask: Any = node.args[10]
-    return not mask[1]
+    args: Any = node.args
+    return node.target is aten.convolution_backward.default and not args[10][1]
 
 
 def find_sites(joint: JointGraph) -> list[Site]:
@@ -77,16 +81,16 @@ def find_sites(joint: JointGraph) -> list[Site]:
     for node in joint.graph.nodes:
         if node in readers and node.args[1] not in joint.backward:
             by_source.setdefault(source_of(node.args[1]), []).append(node)
-    return [_site(joint, source, calls, readers) for source, calls in by_source.items()]
-
-
-def _site(joint: JointGraph, source: fx.Node, calls: list[fx.Node], readers: set[fx.Node]) -> Site:
-    code, detail = Code.SHAPE_ONLY, ", ".join(str(n.target).split(".")[1] for n in calls)
-    if (denied := joint.denied(source, *calls)) is not None:
-        code, detail = Code.DENIED, denied
-    elif _is_saved(joint, source, readers):
-        code, detail = Code.SAVED_ANYWAY, str(source)
-    return Site("shape", source, code, detail, _bytes_less(joint, source), tuple(calls))
+    sites = []
+    for source, calls in by_source.items():
+        code, detail = Code.SHAPE_ONLY, ", ".join(str(n.target).split(".")[1] for n in calls)
+        if (denial := joint.denied(source, *calls)) is not None:
+            code, detail = Code.DENIED, denial
+        elif _is_saved(joint, source, readers):
+            code, detail = Code.SAVED_ANYWAY, str(source)
+        nbytes = _bytes_less(joint, source)
+        sites.append(Site("shape", source, code, detail, nbytes, tuple(calls)))
+    return sites
 
 
 def _is_saved(joint: JointGraph, node: fx.Node, readers: set[fx.Node]) -> bool:
@@ -109,24 +113,22 @@ def _bytes_less(joint: JointGraph, source: fx.Node) -> int:
         return 0
     others = (tensor_of(u) for u in users_of(source) if u not in joint.forward)
     has_mask = any(t is not None and t.dtype == torch.bool for t in others)
-    return bytes_of(source) - has_mask * bytes_of(source) // value_of(source).element_size()
+    return bytes_of(source) - has_mask * numel_of(source)
 
 
 def rewrite(build: Builder, call: fx.Node, site: Site) -> None:
     """Compute the same as ``call`` without the tensor that it reads the shape of."""
-    dy, _, *others = call.args
-    if call.target is not aten.convolution_backward.default:
+    args: Any = call.args
+    dy, _, *others = args
+    is_conv = call.target is aten.convolution_backward.default
+    geometry = _input_gradient(call) if is_conv and args[10][0] else ()
+    if not is_conv or geometry is None:
         new = build.call(call.target, dy, _stand_in(build, call), *others, **call.kwargs)
         call.replace_all_uses_with(new)
         return
-    mask: Any = call.args[10]
-    if mask[0]:
-        geometry = _input_gradient(call)
-        if geometry is None:
-            call.replace_all_uses_with(build.call(call.target, dy, _stand_in(build, call), *others))
-            return
-        _replace_result(call, 0, build.call(aten.convolution.default, dy, call.args[2], *geometry))
-    if mask[2]:
+    if args[10][0]:
+        _replace_result(call, 0, build.call(aten.convolution.default, dy, args[2], *geometry))
+    if args[10][2]:
         dims = [d for d in range(value_of(dy).ndim) if d != 1]
         _replace_result(call, 2, build.call(aten.sum.dim_IntList, dy, dims))
 
@@ -145,42 +147,34 @@ def _input_gradient(call: fx.Node) -> tuple[Any, ...] | None:
     """
     args: Any = call.args
     dy, x, weight, _, stride, padding, dilation, transposed, _, groups, _ = args
-    shapes = (value_of(n).shape[2:] for n in (x, dy, weight))
-    kernel = value_of(weight).shape[2:]
+    x_sizes, dy_sizes, kernel = (value_of(n).shape[2:] for n in (x, dy, weight))
     each = (v * len(kernel) if len(v) == 1 else v for v in (stride, padding, dilation))
-    per_dim = list(zip(*shapes, *each, strict=True))
+    per_dim = list(zip(x_sizes, dy_sizes, kernel, *each, strict=True))
     if transposed:
         # Sizes of a plain convolution.
-        fits = all(
-            known_equal(n, (m + 2 * p - d * (k - 1) - 1) // s + 1) for n, m, k, s, p, d in per_dim
-        )
+        made = [(m + 2 * p - d * (k - 1) - 1) // s + 1 for _, m, k, s, p, d in per_dim]
+        fits = same_sizes(x_sizes, made)
         return (None, stride, padding, dilation, False, [0] * len(kernel), groups) if fits else None
     if value_of(dy).is_cuda and groups != 1 and known_equal(value_of(weight).shape[1], 1):
         return None
     added = [_surely_in_range(output_padding(*sizes), sizes[3]) for sizes in per_dim]
-    if None in added:
-        return None
-    return (None, stride, padding, dilation, True, added, groups)
+    return None if None in added else (None, stride, padding, dilation, True, added, groups)
 
 
 def _surely_in_range(value: Any, stop: Any) -> int | None:
     """The number in ``range(stop)`` that ``value`` is for every input, None if it is unknown."""
-    found = (i for i in range(stop if isinstance(stop, int) else 1) if known_equal(value, i))
-    return next(found, None)
+    numbers = range(stop if isinstance(stop, int) else 1)
+    return next((i for i in numbers if known_equal(value, i)), None)
 
 
 def _stand_in(build: Builder, call: fx.Node) -> fx.Node:
     """An uninitialized tensor of the shape, dtype and order of strides of the second argument."""
-    dy, x = call.args[:2]
-    tensor = value_of(x)
+    args: Any = call.args
+    dy, x = args[:2]
+    tensor, sizes = value_of(x), build.sizes(x)
     strides = [compat.size_hint(s) for s in tensor.stride()]
     order = sorted(range(tensor.ndim), key=lambda d: -strides[d])
-    sizes = [
-        s if isinstance(s, int) else build.call(aten.sym_size.int, x, d)
-        for d, s in enumerate(tensor.shape)
-    ]
     # Of the gradient, so that it is made in backward.
     new = build.call(aten.new_empty.default, dy, [sizes[d] for d in order], dtype=tensor.dtype)
     inverse = [order.index(d) for d in range(tensor.ndim)]
-    is_in_order = inverse == list(range(tensor.ndim))
-    return new if is_in_order else build.call(aten.permute.default, new, inverse)
+    return new if inverse == sorted(inverse) else build.call(aten.permute.default, new, inverse)

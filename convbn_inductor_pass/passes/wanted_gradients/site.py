@@ -11,12 +11,12 @@ from torch import fx
 from ..._torch import compat, inductor
 from ...codes import Code
 from ...config import Options
-from ...graph import layers
 from ...graph.builder import Builder, erase_unused
-from ...graph.layers import bytes_of
-from ...graph.provenance import module_path, name_of, provenance_of, source_line
+from ...graph.layers import value_of
+from ...graph.provenance import provenance_of
 from ...graph.uses import backward_of
 from ...records import Kind, Record
+from ..decisions import denied, record_of
 
 __all__ = ["JointGraph", "Site", "apply", "record"]
 
@@ -25,12 +25,8 @@ __all__ = ["JointGraph", "Site", "apply", "record"]
 class Site:
     """A decision about one tensor.
 
-    Attributes:
-        kind: the rule.
-        node: the tensor.
-        code, detail: what was decided.
-        nbytes: bytes that are not saved for backward if it is rewritten, by estimate.
-        calls: what the rule rewrites.
+    ``kind`` is the rule; ``nbytes`` are not saved for backward if it is rewritten, by estimate;
+    ``calls`` are what the rule rewrites.
     """
 
     kind: Kind
@@ -50,7 +46,6 @@ class JointGraph:
 
     @functools.cached_property
     def backward(self) -> set[fx.Node]:
-        """What depends on a gradient of an output."""
         return backward_of(self.graph)
 
     @functools.cached_property
@@ -67,10 +62,7 @@ class JointGraph:
 
     def denied(self, *nodes: fx.Node) -> str | None:
         """The module paths of nodes that the options leave out, None if they do not."""
-        paths = [*map(module_path, nodes)]
-        if self.options.allows(*paths):
-            return None
-        return " and ".join(filter(None, dict.fromkeys(paths)))
+        return denied(self.options, *nodes)
 
 
 def apply(
@@ -87,7 +79,7 @@ def apply(
             build.meta = provenance_of(call)
             with (
                 graph.inserting_before(call),
-                compat.fake_mode_of(layers.value_of(site.node)),
+                compat.fake_mode_of(value_of(site.node)),
                 compat.plain_dispatch(),
             ):
                 rewrite(build, call, site)
@@ -99,14 +91,11 @@ def apply(
 
 def record(site: Site) -> Record:
     """What users read of a decision."""
-    return Record(
+    return record_of(
+        site.node,
         pass_name="mask_bits" if site.kind == "mask" else "wanted_gradients",
         kind=site.kind,
         code=site.code,
         detail=site.detail,
-        layer=name_of(site.node),
-        source=source_line(site.node),
-        output_shape=compat.shape_of(layers.value_of(site.node)),
-        output_bytes=bytes_of(site.node),
         bytes_saved=site.nbytes if site.code.rewritten else 0,
     )

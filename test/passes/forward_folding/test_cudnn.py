@@ -90,6 +90,24 @@ def test_one_of_two_branches_adds_the_other():
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("groups", [(1, 1), (2, 1), (1, 2)])
+def test_the_addition_is_a_step_of_the_other_branch(groups):
+    """As for maps of one element and a batch of one: it goes into one layer only."""
+    torch.manual_seed(0)
+    x, s = torch.randn(1, 4, 3, 3), torch.randn(4, 1, 1)
+    weights = (torch.randn(4, 4 // g, 3, 3) for g in groups)
+
+    def fn(x: Tensor, s: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        first, second = (F.conv2d(x, u, groups=g) for u, g in zip((v, w), groups, strict=True))
+        return F.relu(first * s + second * s)
+
+    inputs = x, s, *weights
+    out, records = folded(fn, *inputs)
+    assert codes(records) == ["FOLDED"] * 2
+    torch.testing.assert_close(out, fn(*inputs))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_convolution_without_a_batch_norm():
     torch.manual_seed(0)
     x, w, b = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3), torch.randn(4)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -165,3 +169,27 @@ def test_metadata_of_what_depends_on_a_folded_layer(through_inductor):
         out, _ = run(fn, x, v, w, s)
     torch.testing.assert_close(out, fn(x, v, w, s))
     assert sum(stride == (256, 1, 32, 4) for stride in seen) >= 5  # the layers' and their users'
+
+
+ON_CUDNN = """
+import torch
+from torch._dynamo.utils import counters
+import convbn_inductor_pass as cbn
+from convbn_inductor_pass._torch import inductor
+
+inductor.has_cudnn_epilogues = lambda device: True
+cbn.enable(forward="fold")
+conv_relu = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())
+with torch.no_grad():
+    torch.compile(conv_relu)(torch.randn(2, 3, 8, 8))
+print(*(r.kernel for r in cbn.records()), counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+def test_code_from_the_cache_has_cudnns_operator(tmp_path):
+    """In a process that finds the code there, no pass runs that would load it."""
+    root = pathlib.Path(__file__).parents[3]
+    env = {**os.environ, "PYTHONPATH": str(root), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", ON_CUDNN]
+    said = [subprocess.check_output(command, env=env, text=True) for _ in range(2)]
+    assert said == ["cudnn 0\n", "cudnn 1\n"]

@@ -12,9 +12,8 @@ from torch._subclasses import FakeTensorMode
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import testing
 from convbn_inductor_pass.graph.affine import find_chains
-from convbn_inductor_pass.passes.forward_folding.candidate import FoldCandidate
-from convbn_inductor_pass.passes.forward_folding.decide import Context, decide
-from convbn_inductor_pass.passes.forward_folding.kernels import bytes_moved
+from convbn_inductor_pass.passes.forward_folding.decide import bytes_moved, decide
+from convbn_inductor_pass.passes.forward_folding.find import FoldCandidate
 
 
 def test_exact_is_the_default_and_changes_nothing():
@@ -60,23 +59,21 @@ def candidate_on(device):
             each.meta["val"] = torch.empty(shape, device=device)
         conv.meta["val"] = node.meta["val"] = torch.empty(1, 4, 9, 9, device=device)
     (chain,) = find_chains(graph)
-    return FoldCandidate(chain, "aten"), graph
+    return FoldCandidate(chain, "aten")
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", (2 * 4 * 81 * 4, 0)), ("cuda", (0, 0))])
 def test_inductor_adds_a_bias_apart_on_cuda(device, expected):
     """In a generated kernel of its own, so that nothing is gained."""
-    candidate, _ = candidate_on(device)
-    assert bytes_moved(candidate) == expected
+    assert bytes_moved(candidate_on(device)) == expected
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("forward", ["auto", "fold"])
 def test_auto_folds_only_where_it_was_measured(device, forward):
-    candidate, graph = candidate_on(device)
-    decision = decide(candidate, Context.of(graph, cbn.Options(forward=forward)))
+    record = decide(candidate_on(device), cbn.Options(forward=forward))
     unknown = (device, forward) == ("cuda", "auto")
-    assert decision.code.name == ("NOT_MEASURED" if unknown else "FOLDED")
+    assert record.code.name == ("NOT_MEASURED" if unknown else "FOLDED")
 
 
 @pytest.mark.parametrize("which", [{"deny": ("convs.*",)}, {"allow": ("stem*", "down*")}])
