@@ -142,8 +142,6 @@ def counted(monkeypatch):
     ("trains", "autocast", "dynamic", "forward"),
     [
         (False, False, True, "exact"),
-        (False, True, False, "exact"),
-        (True, False, False, "exact"),
         (True, True, True, "exact"),
         (False, False, False, "fold"),
         (True, False, False, "fold"),

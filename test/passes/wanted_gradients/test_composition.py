@@ -71,8 +71,15 @@ def assert_close(model, x, **kwargs):
     return compared
 
 
-@pytest.mark.parametrize(("dynamic", "autocast"), [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    ("protocol", "dynamic", "autocast"),
+    [
+        *((protocol, False, False) for protocol in PROTOCOLS),
+        ("all", True, False),
+        ("bn-tuning", False, True),
+        ("adversarial", False, True),
+    ],
+)
 def test_with_tune_mode(protocol, dynamic, autocast, x):
     compared = assert_close(frozen(protocol), x, dynamic=dynamic, autocast=autocast)
     # In BN-tuning the mask is recomputed from the convolution's output.
@@ -93,8 +100,7 @@ def test_checkpointed(protocol, x):
     assert saved["tune"] <= saved["eval"]
 
 
-@pytest.mark.parametrize("budget", [0.1, 0.5])
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(("protocol", "budget"), [*zip(PROTOCOLS, (0.1, 0.5, 0.5), strict=True)])
 def test_activation_budget(protocol, budget, x):
     model = frozen(protocol)
     without = explain(model, x).saved_bytes["tune"]
