@@ -51,7 +51,6 @@ class Code(enum.Enum):
     )
     UNSUPPORTED_DTYPE = "this mix of dtypes is not supported"
     UNSUPPORTED_TENSOR = "a tensor is a subclass, or not a dense CPU/GPU tensor"
-    UNSUPPORTED_SHAPE = "a batch norm tensor is not one value per output channel"
     UNBATCHED = "dimension 1, which the batch norm normalizes, is not the layer's channels"
     CONSTANT_RANGE = "the constants between layer and result, multiplied, do not fit float32"
     INPUT_MUTATED = "a tensor that the gradient is computed from is, or may be, written to"

@@ -22,6 +22,8 @@ def decide(bn: BatchNormCall, layer: Event | None) -> tuple[Code, str]:
     """
     if bn.batch_statistics:
         return Code.BATCH_STATISTICS, ""
+    if bn.running_mean.requires_grad or bn.running_var.requires_grad:
+        return Code.STATISTICS_REQUIRE_GRAD, ""  # where PyTorch raises
     tensors = [t for t in (bn.input, bn.weight, bn.bias) if t is not None]
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return Code.NO_GRAD, ""

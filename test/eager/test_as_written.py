@@ -244,3 +244,12 @@ def test_memory_that_others_may_write_to(source):
     assert codes(model) == [Code.INPUT_MUTATED]
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     torch.testing.assert_close(tune_gradients, gradients)
+
+
+def test_statistics_that_require_a_gradient():
+    """PyTorch has no such gradient, and says so."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+    model[1].running_mean.requires_grad_()
+    turn_on(model)
+    with pytest.raises(RuntimeError, match="not differentiable with respect to argument"):
+        model(torch.randn(2, 3, 5, 5))
