@@ -174,24 +174,24 @@ def check_each(
 
 
 def test_random_gradients() -> None:
-    counts = check_each(check_gradients, 40, trained=True)
+    counts = check_each(check_gradients, 24, trained=True)
     assert counts["rewritten"] >= counts["functions"] // 8  # else the draws test nothing
 
 
 def test_random_chains() -> None:
-    counts = check_each(check_folding, 60)
+    counts = check_each(check_folding, 40)
     assert counts["folded"] > counts["functions"] // 4
 
 
 @pytest.mark.skipif(not inductor.has_onednn_epilogues(torch.float32), reason="needs oneDNN")
 def test_random_chains_before_relu() -> None:
     """Residuals and ReLUs after convolutions of images."""
-    counts = check_each(check_folding, 120, relu=True)
+    counts = check_each(check_folding, 60, relu=True)
     assert counts["onednn"]
 
 
 def test_random_chains_on_cudnn(monkeypatch) -> None:
     """The same around cuDNN's operator, which is computed by its parts here."""
     monkeypatch.setattr(inductor, "has_cudnn_epilogues", lambda device: True)
-    counts = check_each(check_folding, 60, relu=True)
+    counts = check_each(check_folding, 40, relu=True)
     assert counts["cudnn"] > counts["functions"] // 8
