@@ -8,7 +8,8 @@ same products, to the bit; Inductor makes one kernel of each list. Weights that 
 are alive together, so that a list ends at ``_MOST_BYTES``.
 
 Declines: other devices than CUDA's, where a call costs nothing worth mentioning; scales and weights
-that depend on what else the graph computes.
+that depend on what else the graph computes, or on another such product. Nothing moves across a call
+that may write to a tensor, or draws a random number.
 """
 
 from __future__ import annotations
@@ -40,33 +41,55 @@ class BatchedWeightsPass(Pass):
     def run(self, graph: fx.Graph) -> Outcome:
         ready = _computed_from_inputs(graph)
         lists: list[list[fx.Node]] = []
-        size = _MOST_BYTES
+        size, chosen, needed = 0, set[fx.Node](), set[fx.Node]()
         for node in graph.nodes:
             product = _scaled_weight(node, ready)
-            if product is None or (lists and product in lists[-1]):
+            if product is None or product in chosen or product in needed:
                 continue
-            size += compat.size_hint(value_of(product).nbytes)
-            if size > _MOST_BYTES:
+            sources = _sources(product)
+            if not chosen.isdisjoint(sources):
+                continue
+            chosen.add(product)
+            needed |= sources
+            nbytes = compat.size_hint(value_of(product).nbytes)
+            size += nbytes
+            if not lists or size > _MOST_BYTES or ready[product] != ready[lists[-1][0]]:
                 lists.append([])
-                size = compat.size_hint(value_of(product).nbytes)
+                size = nbytes
             lists[-1].append(product)
         lists = [products for products in lists if len(products) > 1]
         for products in lists:
-            _batch(products, ready, graph)
+            _batch(products, graph)
         return Outcome(sum(map(len, lists)))
 
 
-def _computed_from_inputs(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that nothing but pointwise calls and views leads to from the graph's inputs."""
-    found: set[fx.Node] = set()
+def _computed_from_inputs(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Nodes that nothing but pointwise calls and views leads to from the graph's inputs.
+
+    With the number of calls before each that may write to a tensor.
+    """
+    found: dict[fx.Node, int] = {}
+    writes = 0
     for node in graph.nodes:
+        writes += compat.is_mutable(node.target)
         known = compat.is_pointwise(node.target) or compat.is_view(node.target)
-        if node.op == "placeholder" or (known and found.issuperset(node.all_input_nodes)):
-            found.add(node)
+        known = known and compat.is_pure(node.target)
+        if node.op == "placeholder" or (known and all(n in found for n in node.all_input_nodes)):
+            found[node] = writes
     return found
 
 
-def _scaled_weight(node: fx.Node, ready: set[fx.Node]) -> fx.Node | None:
+def _sources(node: fx.Node) -> set[fx.Node]:
+    """What ``node`` is computed from."""
+    found, pending = set[fx.Node](), [node]
+    while pending:
+        new = [n for n in pending.pop().all_input_nodes if n not in found]
+        found.update(new)
+        pending += new
+    return found
+
+
+def _scaled_weight(node: fx.Node, ready: dict[fx.Node, int]) -> fx.Node | None:
     """The product that a convolution takes as its weight, up to casts and views."""
     place = _WEIGHT.get(node.target)
     if place is None:
@@ -80,15 +103,13 @@ def _scaled_weight(node: fx.Node, ready: set[fx.Node]) -> fx.Node | None:
     return product if value_of(product).device.type == "cuda" else None
 
 
-def _batch(products: list[fx.Node], ready: set[fx.Node], graph: fx.Graph) -> None:
-    needed = set(products)
-    for node in reversed(graph.nodes):
+def _batch(products: list[fx.Node], graph: fx.Graph) -> None:
+    """One call in the place of the first product, after what the others need."""
+    needed = set[fx.Node]().union(*map(_sources, products))
+    nodes = [*graph.nodes]
+    first = next(n for n in nodes if n in products)
+    for node in nodes[nodes.index(first) :]:
         if node in needed:
-            needed.update(node.all_input_nodes)
-    order = [n for n in graph.nodes if n in needed and n not in products]
-    first = next(n for n in graph.nodes if n in products)
-    for node in order:
-        if node.op != "placeholder":
             first.prepend(node)
     left, right = zip(*(product.args for product in products), strict=True)
     with graph.inserting_before(first):

@@ -110,6 +110,60 @@ def test_a_list_ends_where_it_is_large(monkeypatch):
     assert len(gm.graph.find_nodes(op="call_function", target=aten._foreach_mul.List)) == 1
 
 
+def written(x, a, b, s, t):
+    """The second product reads what was written."""
+    x = conv(x, a * s.view(-1, 1, 1, 1))
+    b.mul_(2)
+    return conv(x, b * t.view(-1, 1, 1, 1))
+
+
+def one_product_of_another(x, a, b, s, t):
+    weight = a * s.view(-1, 1, 1, 1)
+    return conv(conv(x, weight), weight * t.view(-1, 1, 1, 1))
+
+
+def the_other_product_first(x, a, b, s, t):
+    weight = a * s.view(-1, 1, 1, 1)
+    return conv(conv(x, weight * t.view(-1, 1, 1, 1)), weight)
+
+
+def random(x, a, b, s, t):
+    x = conv(x, a * s.view(-1, 1, 1, 1))
+    return conv(x, b * aten.bernoulli.p(b, 0.5))
+
+
+def test_a_product_of_two_lists_is_taken_once(monkeypatch):
+    """A weight that is used again after its list has ended."""
+    monkeypatch.setattr(batched_weights, "_MOST_BYTES", 2 * 4 * 4 * 9 * 4)
+
+    def function(x, a, b, c, s, t, u):
+        weight = a * s.view(-1, 1, 1, 1)
+        x = conv(conv(x, weight), b * t.view(-1, 1, 1, 1))
+        return conv(conv(x, c * u.view(-1, 1, 1, 1)), weight)
+
+    gm = traced(function)
+    assert BatchedWeightsPass().run(gm.graph).rewritten == 2
+    gm.graph.lint()
+
+
+def test_what_was_read_before_a_write_stays_there():
+    def function(x, a, b, s, t):
+        early = a.neg()
+        x = x + 1
+        a.mul_(2)
+        x = conv(x, early * s.view(-1, 1, 1, 1))
+        return conv(x, b * t.view(-1, 1, 1, 1))
+
+    shapes = [INPUTS[0], *WEIGHTS[:2], (4,), (4,)]
+    gm = traced(function, shapes)
+    inputs = [torch.randn(shape) for shape in shapes]
+    expected = function(*(t.clone() for t in inputs))
+    assert BatchedWeightsPass().run(gm.graph).rewritten == 2
+    gm.graph.lint()
+    gm.recompile()
+    assert torch.equal(gm(*inputs), expected)
+
+
 def on_what_is_computed(x, a, b, s, t):
     x = conv(x, a * s.view(-1, 1, 1, 1))
     return conv(x, b * x.mean((0, 2, 3)).view(-1, 1, 1, 1))
@@ -129,7 +183,11 @@ def the_same_weight_twice(x, a, b, s, t):
 
 
 @pytest.mark.parametrize(
-    "function", [on_what_is_computed, by_a_number, not_scaled, the_same_weight_twice]
+    "function",
+    [
+        *(on_what_is_computed, by_a_number, not_scaled, the_same_weight_twice),
+        *(written, one_product_of_another, the_other_product_first, random),
+    ],
 )
 def test_left_as_it_is(function):
     gm = traced(function, [INPUTS[0], *WEIGHTS[:2], (4,), (4,)])
