@@ -22,6 +22,7 @@ __all__ = [
     "Frozen",
     "assert_folded_right",
     "bump",
+    "check_residual_written_before_relu",
     "codes",
     "compiled",
     "folded",
@@ -135,3 +136,20 @@ class Frozen(nn.Module):
 def bump(x: Tensor) -> None:
     """A write that stays in the graph."""
     x.add_(1)
+
+
+def check_residual_written_before_relu() -> None:
+    """The kernel, in ReLU's place, would add what was written."""
+    torch.manual_seed(0)
+    x, w, s = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3), torch.randn(4, 1, 1)
+    other = torch.randn(2, 4, 6, 6)
+
+    def fn(x: Tensor, w: Tensor, s: Tensor, other: Tensor) -> Tensor:
+        y = F.conv2d(x, w, padding=1) * s + other
+        bump(other)
+        return F.relu(y)
+
+    expected = fn(x, w, s, other.clone())
+    out, records = folded(fn, x, w, s, other.clone())
+    assert codes(records) == ["INPUT_MUTATED"]
+    torch.testing.assert_close(out, expected)

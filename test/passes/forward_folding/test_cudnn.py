@@ -10,7 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import Residual, spread_statistics
-from passes.forward_folding.folding import bump, codes, compiled, folded
+from passes.forward_folding.folding import (
+    check_residual_written_before_relu,
+    codes,
+    compiled,
+    folded,
+)
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
@@ -150,20 +155,7 @@ def test_declined_for_the_epilogue(after):
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_declined_where_the_residual_is_written_to_before_relu():
-    """The kernel, in ReLU's place, would add what was written."""
-    torch.manual_seed(0)
-    x, w, s = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3), torch.randn(4, 1, 1)
-    other = torch.randn(2, 4, 6, 6)
-
-    def fn(x: Tensor, w: Tensor, s: Tensor, other: Tensor) -> Tensor:
-        y = F.conv2d(x, w, padding=1) * s + other
-        bump(other)
-        return F.relu(y)
-
-    expected = fn(x, w, s, other.clone())
-    out, records = folded(fn, x, w, s, other.clone())
-    assert codes(records) == ["INPUT_MUTATED"]
-    torch.testing.assert_close(out, expected)
+    check_residual_written_before_relu()
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
