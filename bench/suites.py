@@ -18,7 +18,7 @@ INFERENCE = ("eval", "ours", "deploy", "builtin", "freezing")
 FOLDED_INFERENCE = ("eval", "ours-auto", "freezing")
 FOLDED_TRAINING = ("eval", "ours", "ours-auto", "deploy")
 BUDGETED = tuple(f"{who}-budget-{b}" for b in BUDGETS for who in ("eval", "ours"))
-EAGER = ("eager-eval", "eager-tune")
+EAGER = ("eager-eval", "eager-tune", "eager-ours")
 
 _GB = 10**9
 _GPU_CAP = 20 * _GB
@@ -138,6 +138,14 @@ def forward(device: str) -> list[Job]:
     return [*inference(8, "ours"), *inference(1), *training, *inference(32)]
 
 
+def eager(device: str) -> list[Job]:
+    """Steps without ``torch.compile``: from where Python takes most of the time to where none."""
+    resnet18 = CASES["resnet18"]
+    sizes = [settings_of(CASES["resnet18_narrow"], device=device)]
+    sizes += [settings_of(resnet18, batch=8, shape=(3, s, s), device=device) for s in (96, 224)]
+    return [Job("measure", settings, EAGER) for settings in sizes]
+
+
 def gpu_forward(device: str = "cuda") -> list[Job]:
     """Forward folding on a GPU, most valuable first, for a run that may be cut off."""
 
@@ -184,7 +192,7 @@ def gpu(device: str = "cuda") -> list[Job]:
             for name in detectors
         ),
         _measured("resnet50", device, ("eval-budget-0.7", "eval-budget-0.3"), **plain),
-        _measured("resnet50", device, ("eager-eval", "eager-tune"), **plain),
+        _measured("resnet50", device, EAGER, **plain),
         *(_measured(name, device, TRAINING, **plain) for name in ("repvgg_a0", "mobilenet_v2")),
     ]
 
@@ -224,6 +232,7 @@ SUITES = {
     "paper": paper,
     "full": full,
     "forward": forward,
+    "eager": eager,
     "gpu": gpu,
     "gpu-forward": gpu_forward,
     "cuda-codegen": cuda_codegen,

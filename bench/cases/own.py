@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..models import other_ranks, parameter_free, repvgg, transposed
+from ..models import other_ranks, parameter_free, repvgg, resnet, transposed
 from .base import Case
 
 __all__ = ["CASES"]
@@ -40,6 +40,16 @@ CASES = [
         small_shape=(3, 224, 224),
         small_batch=2,
         note="no batch norm: a control",
+    ),
+    Case(
+        "resnet18_narrow",
+        "classification",
+        resnet.narrow_resnet18,
+        shape=(3, 32, 32),
+        batch=4,
+        small_shape=(3, 32, 32),
+        small_batch=4,
+        note="8 channels wide: Python's share of a step",
     ),
     Case("repvgg_a0", "classification", repvgg.repvgg_a0, first_stages=_FIRST_STAGES),
     Case("repvgg_b0", "classification", repvgg.repvgg_b0, first_stages=_FIRST_STAGES),

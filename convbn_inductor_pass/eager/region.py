@@ -22,6 +22,7 @@ A region steps aside
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +49,6 @@ class Region(TorchFunctionMode):
         super().__init__()
         self.hooks = torch_eager.saved_tensors_hooks()
         self.module = weakref.ref(module)
-        self.trains_convolutions = any(p.ndim > 2 and p.requires_grad for p in module.parameters())
         self.paused = False  # while another region is open inside this one
         self.before: dict[Any, Event] = ledger.forwards.pop(module, {})
         self.events: dict[Any, Event] = {}
@@ -86,6 +86,12 @@ class Region(TorchFunctionMode):
         if func in calls.VIEWS and events and events[0].linear:
             self._note(result, events[0])
         return result
+
+    @functools.cached_property
+    def trains_convolutions(self) -> bool:
+        module = self.module()
+        parameters = () if module is None else module.parameters()
+        return any(p.ndim > 2 and p.requires_grad for p in parameters)
 
     def _aside(self) -> bool:
         return calls.runs_as_written() or torch_eager.saved_tensors_hooks() != self.hooks
