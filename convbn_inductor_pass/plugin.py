@@ -107,6 +107,9 @@ def installation(installed: bool) -> Iterator[None]:
 
     That a hook was overwritten stays so, and so does the order of the passes in it.
     """
+    # Now, because what is loaded inside the block would be wrapped, or not, for good.
+    from torch._inductor.fx_passes import freezing_patterns, pre_grad  # noqa: F401
+
     from ._torch import registry
     from .passes import PASSES
 

@@ -157,6 +157,21 @@ print([cbn.is_installed(), config.pre_grad_custom_pass is None,
     assert done.stdout.strip() == "[True, True, True, True]", done.stderr
 
 
+def test_the_builtin_pass_stands_aside_after_its_bytes_were_counted_first():
+    """Counting them is the first to load Inductor's passes, while this package's are out."""
+    script = """
+import torch, convbn_inductor_pass as cbn
+from convbn_inductor_pass import plugin
+with plugin.installation(False):
+    torch.compile(torch.nn.Linear(1, 1))(torch.ones(1, 1))
+from torch._inductor.fx_passes import freezing_patterns, pre_grad
+print(["apply" in vars(theirs) for theirs in
+       (pre_grad.efficient_conv_bn_eval_pass, freezing_patterns.binary_folding_pass)])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "[True, True]", done.stderr
+
+
 def test_importing_loads_no_compiler_and_no_command_line():
     script = """
 import sys, torch
