@@ -70,9 +70,10 @@ class _TensorOutputs(nn.Module):
         self.features.append(output)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        self.features.clear()
         outputs = self.network(*inputs)
-        return tuple(self.features) or tuple(_tensors(outputs))
+        features = tuple(self.features)
+        self.features.clear()  # copies of the module must not hold results
+        return features or tuple(_tensors(outputs))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
