@@ -12,8 +12,8 @@ plain aten, which Inductor fuses with what makes the mask, and what uses it. The
 floats, which are exact and which Inductor's C++ vectorizes.
 
 Which dimension: the channels, neighbours in a channels-last tensor, so that on a GPU the kernel
-that makes the mask packs it as well. On a CPU the images first, with eight of them in a byte that
-lie far apart: then every loop runs along memory, whatever the layout.
+that makes the mask packs it as well. On a CPU the images, or else rows, before the channels, with
+eight of them in a byte that lie far apart: then every loop runs along memory, whatever the layout.
 
 Declines small masks, those that are in memory anyway (inputs and outputs), and those without such a
 dimension.
@@ -72,12 +72,11 @@ def _site(mask: fx.Node, options: Options) -> Site:
 def _split_of(mask: fx.Node) -> tuple[int, int] | None:
     """The dimension along which eight elements become a byte, and where the new one is put."""
     tensor = value_of(mask)
-    first = 0 if tensor.device.type == "cpu" else 1
-    dims = sorted(range(tensor.ndim), key=lambda d: (d != first, d != 1, d))
-    for dim in dims:
+    on_cpu, dims = tensor.device.type == "cpu", range(tensor.ndim)
+    for dim in sorted(dims, key=lambda d: (d == 1, d != 0) if on_cpu else (d != 1, d)):
         size = tensor.shape[dim]
         if isinstance(size, int) and size % 8 == 0 and size > 0:
-            return dim, dim if dim == 0 and tensor.ndim > 1 else dim + 1
+            return dim, dim if on_cpu or dim == 0 else dim + 1
     return None
 
 

@@ -36,6 +36,7 @@ def saved_masks(fn, *args, **kwargs):
     ("shape", "packed"),
     [
         ((4, 16, 12, 11), (4, 2, 12, 11)),  # channels
+        ((4, 16, 24, 11), (4, 16, 3, 11)),  # rows, which lie further apart
         ((4, 16, 300), (4, 2, 300)),
         ((64, 128), (8, 128)),  # images
         ((65, 128), (65, 16)),
