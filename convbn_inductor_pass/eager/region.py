@@ -184,7 +184,7 @@ class Region(TorchFunctionMode):
         before = None if self.hooks else self.before.get(key)
         saves_mask = not self.trains_convolutions if before is None else not before.used
         if saves_mask:
-            with functional.saves_mask(x.dtype):
+            with functional.saves_mask():
                 y = func(*args, **kwargs)
         else:
             y = func(*args, **kwargs)

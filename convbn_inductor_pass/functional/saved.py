@@ -66,10 +66,10 @@ def saves_shape_only(x: Tensor) -> saved_tensors_hooks:
     return saved_tensors_hooks(pack, unpack)
 
 
-def saves_mask(dtype: torch.dtype) -> saved_tensors_hooks:
-    """Within, a ReLU saves where its result, of ``dtype``, is positive or NaN: a byte for each."""
+def saves_mask() -> saved_tensors_hooks:
+    """Within, a ReLU saves where its result is positive or NaN, a byte for each element.
+
+    Its gradient compares with 0 what it saved, of whatever dtype.
+    """
     outer_pack, outer_unpack = _hooks_around()
-    return saved_tensors_hooks(
-        lambda y: outer_pack((y <= 0).logical_not_()),
-        lambda packed: outer_unpack(packed).to(dtype),
-    )
+    return saved_tensors_hooks(lambda y: outer_pack((y <= 0).logical_not_()), outer_unpack)
