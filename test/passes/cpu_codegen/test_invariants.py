@@ -141,10 +141,8 @@ def counted(monkeypatch):
 @pytest.mark.parametrize(
     ("trains", "autocast", "dynamic", "forward"),
     [
-        (False, False, True, "exact"),
         (True, True, True, "exact"),
         (False, False, False, "fold"),
-        (True, False, False, "fold"),
     ],
 )
 def test_same_bits(trains, autocast, dynamic, forward, counted, monkeypatch):

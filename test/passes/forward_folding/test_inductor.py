@@ -90,11 +90,10 @@ def test_residual_network(fmt):
     assert counters["inductor"]["mkldnn_conv_binary_unary_fusion_matcher_count"] >= 1
 
 
-@pytest.mark.parametrize("size", [8, 1])
-def test_autocast(size):
-    """bfloat16, with a residual after a grouped convolution, and on 1x1 maps: no raise."""
+def test_autocast():
+    """bfloat16, with a residual after a grouped convolution, on 1x1 maps: no raise."""
     torch.manual_seed(0)
-    model, x = Residual().eval(), torch.randn(2, 3, size, size)
+    model, x = Residual().eval(), torch.randn(2, 3, 1, 1)
     outputs = {}
     for forward in ("exact", "fold"):
         cbn.clear_records()

@@ -10,9 +10,10 @@ from passes.wanted_gradients.wanted import check_bits, codes, compare
 from torch import nn
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import Code, explain, options, testing
+from convbn_inductor_pass import Code, options, testing
 from convbn_inductor_pass._torch import registry
 from convbn_inductor_pass.passes.wanted_gradients import MaskBitsPass
+from convbn_inductor_pass.saved_tensors import saved_for_backward
 
 AS_BITS = ("mask", Code.MASK_AS_BITS)
 
@@ -29,7 +30,7 @@ def inputs(*shape, dtype=torch.float32):
 
 
 def saved_masks(fn, *args, **kwargs):
-    return [t for t in explain(fn, *args, **kwargs).saved["tune"].tensors if t.kind == "mask"]
+    return [t for t in saved_for_backward(fn, *args, **kwargs).tensors if t.kind == "mask"]
 
 
 @pytest.mark.parametrize(

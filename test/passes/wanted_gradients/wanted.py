@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from convbn_inductor_pass import Code, Record, explain, testing
+from convbn_inductor_pass import Code, Record, testing
+from convbn_inductor_pass._torch import tracing
+from convbn_inductor_pass.saved_tensors import saved_by_graph
 from convbn_inductor_pass.testing import PassResult
 
 __all__ = ["Compared", "check_bits", "codes", "compare", "wanted_records"]
@@ -64,9 +66,19 @@ def same(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def wanted_records(fn: Callable[..., Any], *inputs: Tensor, **options: Any) -> list[Record]:
-    """The records of ``explain`` that are about wanted gradients."""
-    return [r for r in explain(fn, *inputs, **options).records if r.kind in KINDS]
+def wanted_records(
+    fn: Callable[..., Any], *inputs: Tensor, dynamic: bool | None = None
+) -> list[Record]:
+    """What ``explain`` says of wanted gradients, without its other modes."""
+    records: list[Record] = []
+
+    def on_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> None:
+        found: list[Record] = []
+        saved_by_graph(gm, example_inputs, "tune", wanted=found.extend)
+        records.extend(r for r in found if r.kind in KINDS)  # now: Dynamo may have given up above
+
+    tracing.trace(fn, inputs, on_graph, dynamic=dynamic)
+    return records
 
 
 def codes(fn: Callable[..., Any], *inputs: Tensor, **options: Any) -> list[tuple[str, Code]]:
