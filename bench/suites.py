@@ -213,7 +213,8 @@ def cuda_codegen(device: str = "cuda") -> list[Job]:
         for name in _VARIED:
             if protocol == "frozen-stages" and not CASES[name].first_stages:
                 continue
-            precisions = ("float32", "bf16-autocast") if protocol == "all" else ("float32",)
+            both = protocol in ("all", "bn-tuning", "adversarial")
+            precisions = ("float32", "bf16-autocast") if both else ("float32",)
             jobs += [
                 Job("cuda-codegen", cuda_settings(CASES[name], protocol, precision), SAVED)
                 for precision in precisions

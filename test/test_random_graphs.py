@@ -26,6 +26,8 @@ class TestRandomGraphs:
             return contextlib.nullcontext()
 
         autocast = function.ambient_autocast or "autocast" in function.source
+        dtypes = {t.dtype for t in function.tensors} & {torch.bfloat16, torch.float16}
+        dtypes |= {torch.bfloat16 if autocast else torch.float32}
         with warnings.catch_warnings():
             # Autograd points at the operation that a raised error is about.
             warnings.simplefilter("ignore")
@@ -37,7 +39,7 @@ class TestRandomGraphs:
                 make_double_function=partial(function.function, double=True),
                 context=ambient,
                 always=False,
-                computed_in=torch.bfloat16 if autocast else torch.float32,
+                computed_in=max(dtypes, key=lambda dtype: torch.finfo(dtype).eps),
                 dynamic=function.dynamic,
             )
         codes.update(code.name for code in recorder.codes)
