@@ -5,6 +5,7 @@ from .batched_weights import BatchedWeightsPass
 from .cpu_codegen import CpuCodegenPass
 from .decision_log import DecisionLogPass
 from .forward_folding import ForwardFoldingPass
+from .repeated_casts import RepeatedCastsPass
 from .scale_gradient import ScaleGradientPass
 from .wanted_gradients import MaskBitsPass, WantedGradientsPass
 
@@ -16,6 +17,7 @@ PASSES: tuple[Pass, ...] = (
     MaskBitsPass(),
     ForwardFoldingPass(),
     BatchedWeightsPass(),
+    RepeatedCastsPass(),
     CpuCodegenPass(),
     DecisionLogPass(),
 )

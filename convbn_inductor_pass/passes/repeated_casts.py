@@ -1,0 +1,45 @@
+"""Store a masked gradient in half precision where it is used as float32 in several places.
+
+Before:  w = where(mask, 0, g);  f = float32(w);  sum(f);  f * scale      stores f, four bytes each
+After:   w = where(mask, 0, g);  sum(float32(w));  float32(w) * scale     stores w, two bytes each
+
+A value that several kernels use, and that takes more than a few reads to compute, Inductor stores
+as it is in the graph. So it is in BN-tuning under autocast, where a mask is computed anew from the
+batch norm's input. Nothing is rounded that was not: ``where`` only chooses.
+
+Declines: other devices than CUDA's, and casts of anything else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..graph.layers import is_cast, value_of
+from .base import Outcome, Pass
+
+__all__ = ["RepeatedCastsPass"]
+
+aten = torch.ops.aten
+
+
+class RepeatedCastsPass(Pass):
+    """Runs on every graph that code is generated for."""
+
+    name = "repeated_casts"
+    hook = "post_grad_custom_pre_pass"
+
+    def run(self, graph: fx.Graph) -> Outcome:
+        casts = [n for n in graph.nodes if len(n.users) > 1 and _widens_a_choice(n)]
+        for cast in casts:
+            for user in list(cast.users)[1:]:
+                with graph.inserting_before(user):
+                    user.replace_input_with(cast, graph.node_copy(cast))
+        return Outcome(len(casts))
+
+
+def _widens_a_choice(node: fx.Node) -> bool:
+    if not is_cast(node) or node.all_input_nodes[0].target is not aten.where.self:
+        return False
+    before, after = value_of(node.all_input_nodes[0]), value_of(node)
+    return before.itemsize < after.itemsize and after.device.type == "cuda"
