@@ -23,6 +23,7 @@ from typer import Argument, BadParameter, Exit, Option, Typer
 from typer.main import get_command
 
 from . import __version__
+from ._torch import tracing
 from .explanation import explain
 
 __all__ = ["main"]
@@ -127,8 +128,10 @@ def _explain(
         tensors = [torch.empty(shape, dtype=wanted) for shape in inputs]
     try:
         # Without Dynamo first: what fails here is the model's own, and says so more plainly.
-        with fake_mode, torch.no_grad():
+        with fake_mode, torch.no_grad(), torch.compiler.set_stance("force_eager"):
             module(*tensors)
+    except tracing.ValuesNeeded:
+        pass  # explain says so
     except Exception as error:
         shapes = ", ".join("x".join(map(str, shape)) for shape in inputs)
         raise _CannotDo(
@@ -148,6 +151,7 @@ def _explain(
             )
         if png:
             explanation.save_picture(png)
+            print(f"drawn: {png}", file=sys.stderr)
     except (ValueError, OSError) as error:
         raise _CannotDo(str(error)) from error
     except ModuleNotFoundError as error:

@@ -68,8 +68,9 @@ def _line(norms: int, fused: int, saved: int, left: collections.Counter[Code]) -
     from rich.filesize import decimal
 
     line = f"{fused} of {norms} batch norms in tune mode"
+    less = f"{decimal(saved, precision=2)} less saved for backward"
     if saved:
-        line += f", {decimal(saved, precision=2)} less saved for backward"
+        line = f"{line}, {less}" if fused else f"{less}; {line}"
     if not left:
         return line
     [(code, count)] = left.most_common(1)

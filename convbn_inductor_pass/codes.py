@@ -107,7 +107,7 @@ _REMEDIES = {
     ),
     Code.INSIDE_HIGHER_ORDER_OP: "take the block out of it",
     Code.BATCH_STATISTICS: (
-        "call model.eval() after the trainer's train(), or "
+        "call model.eval() after each model.train(), or "
         "convbn_inductor_pass.freeze_batch_norms(model)"
     ),
     Code.UNSUPPORTED_DTYPE: "give layer and batch norm one floating dtype, or use autocast",

@@ -131,7 +131,8 @@ def explain(
 
     Raises:
         TypeError: ``model`` is no module or function; or no module, where one is needed.
-        ValueError: it does not run on these inputs, or a pattern matches no parameter.
+        ValueError: it does not run on these inputs, or asks for values of tensors, as ``.item()``
+            does; or a pattern matches no parameter.
 
     Example::
 
@@ -184,6 +185,11 @@ def explain(
     try:
         with region:
             tracing.trace(model, inputs, on_graph, keywords, dynamic=dynamic)
+    except tracing.ValuesNeeded as error:
+        raise ValueError(
+            f"the model asks for values of tensors ({error}), as .item() does, which cannot be "
+            "traced without running it; explain the part that does not"
+        ) from error
     except tracing.ModelError as error:
         # Of Dynamo's many lines, what the model's own call has raised.
         raised = re.search(r"got (\w+\(.*\))", str(error))

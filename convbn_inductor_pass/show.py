@@ -35,7 +35,8 @@ def as_text(explanation: Explanation) -> str:
 def draw(explanation: Explanation, path: str | pathlib.Path) -> None:
     """Draw megabytes saved for backward by part of the model, in each mode.
 
-    A part is a module at the top or, where there is but one, the level below it.
+    A part is a module at the top or, where there is but one, the level below it. "(copies)" are
+    those that Inductor makes of weights and inputs in channels-last.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -50,13 +51,16 @@ def draw(explanation: Explanation, path: str | pathlib.Path) -> None:
         for tensor in saved.tensors:
             part = ".".join(tensor.module.split(".")[:depth]) or "(model)"
             sizes.setdefault(part, collections.Counter())[mode] += tensor.nbytes
+    for mode, saved in explanation.saved.items():
+        if saved.copied_bytes:
+            sizes.setdefault("(copies)", collections.Counter())[mode] = saved.copied_bytes
     figure = Figure(figsize=(8, 1.4 + 0.5 * len(sizes)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     colours = {"eval": "#999999", "tune": "#0072B2", "deploy": "#009E73"}
-    for i, (mode, saved) in enumerate(explanation.saved.items()):
+    for i, mode in enumerate(explanation.saved):
         heights = [size[mode] / 1e6 for size in sizes.values()]
-        label = f"{mode} mode: {saved.new_bytes / 1e6:,.1f} MB"
+        label = f"{mode} mode: {explanation.saved_bytes[mode] / 1e6:,.1f} MB"
         places = [y + 0.27 * (i - 1) for y in range(len(sizes))]
         axes.barh(places, heights, 0.25, label=label, color=colours[mode])
     axes.set_yticks(range(len(sizes)), [*sizes])
@@ -94,9 +98,9 @@ def _summary(explanation: Explanation) -> str:
             lines.append(f"{title}, {mode} mode: {size:,} bytes{share}")
     if copied := explanation.saved["tune"].copied_bytes:
         lines.append(
-            f"{copied:,} bytes of that are channels-last copies of weights and inputs, which "
-            "Inductor makes and saves; model.to(memory_format=torch.channels_last), and the "
-            "inputs likewise, saves them."
+            f"{copied:,} of tune mode's bytes are channels-last copies of weights and inputs that "
+            "Inductor makes; it makes none if the model and its inputs are channels-last: "
+            "model.to(memory_format=torch.channels_last)."
         )
     return "\n".join(lines)
 

@@ -51,8 +51,8 @@ def compiled(model, *inputs, **kwargs):
 
 ALL = f"{Residual.pairs} of {Residual.pairs} batch norms in tune mode, "
 TRAINING = (
-    "the batch norm is in training mode, or has no running statistics; call model.eval() after the "
-    "trainer's train(), or convbn_inductor_pass.freeze_batch_norms(model)"
+    "the batch norm is in training mode, or has no running statistics; call model.eval() after "
+    "each model.train(), or convbn_inductor_pass.freeze_batch_norms(model)"
 )
 
 
@@ -87,8 +87,9 @@ def test_nothing_to_gain_is_no_warning(x, lines):
     compiled(Residual().requires_grad_(False), x.requires_grad_())
     [(level, line)] = lines()
     assert level == "INFO"
-    assert line.startswith("0 of 6 batch norms in tune mode, ")
-    assert " less saved for backward: the batch norm's weight needs no gradient" in line
+    less, _, norms = line.partition(" less saved for backward; ")
+    assert less.endswith("kB")
+    assert norms.startswith("0 of 6 batch norms in tune mode: the batch norm's weight needs no ")
 
 
 def test_the_most_frequent_reason_without_a_remedy(x, lines):
@@ -129,6 +130,23 @@ def test_nothing_of_inference(x, lines, training):
 
 def test_nothing_without_batch_norms(x, lines):
     compiled(nn.Conv2d(3, 4, 3), x)
+    assert lines() == []
+
+
+def test_eager_mode_says_that_all_are_in_training_mode(x, lines):
+    """As after a trainer's ``model.train()``."""
+    model = cbn.turn_on(Residual())
+    model(x)
+    assert lines() == []
+    model.train()
+    with torch.no_grad():
+        model(x)
+    assert lines() == []
+    model(x)
+    model(x)
+    assert lines() == [("WARNING", f"0 of 6 batch norms in tune mode: {TRAINING}")]
+    model.eval()
+    model(x)
     assert lines() == []
 
 

@@ -15,19 +15,20 @@ import convbn_inductor_pass as cbn
 from common import ConvBN
 from torch._dynamo.utils import counters
 
-flag, changes = json.loads(sys.argv[1])
+flag, wrapped, changes = json.loads(sys.argv[1])
 torch._inductor.config.efficient_conv_bn_eval_fx_passes = flag
 cbn.set_options(**changes)
 torch.manual_seed(0)
 model = ConvBN(torch.nn.Conv2d(3, 4, 3))
 x = torch.randn(2, 3, 8, 8)
-y = torch.compile(model)(x)
+y = torch.compile(torch.nn.Sequential(model) if wrapped else model)(x)
 y.square().sum().backward()
 print(json.dumps({
     "hits": counters["aot_autograd"]["autograd_cache_hit"],
     "misses": counters["aot_autograd"]["autograd_cache_miss"],
     "bypasses": counters["aot_autograd"]["autograd_cache_bypass"],
     "fused": [r.code.name for r in cbn.records()],
+    "norms": [r.batch_norm for r in cbn.records()],
     "y": y.double().sum().item(),
     "gamma": model.bn.weight.grad.double().sum().item(),
 }))
@@ -39,11 +40,11 @@ def _run(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     here = os.path.dirname(os.path.abspath(__file__))
 
-    def run(flag=True, **changes):
+    def run(flag=True, wrapped=False, **changes):
         env = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(cache), OMP_NUM_THREADS="1")
         env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(here), here])
         done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(SCRIPT), json.dumps([flag, changes])],
+            [sys.executable, "-c", textwrap.dedent(SCRIPT), json.dumps([flag, wrapped, changes])],
             env=env,
             capture_output=True,
             text=True,
@@ -68,6 +69,10 @@ def test_warm_cache_and_other_configurations(run):
     silent = run(announce=False)
     assert (silent["hits"], silent["fused"], silent["said"]) == (1, ["FUSED"], [])
     assert (warm["y"], warm["gamma"]) == (cold["y"], cold["gamma"])
+    # Not in AOTAutograd's cache, since modules have other names; but in Inductor's.
+    wrapped = run(wrapped=True)
+    assert (wrapped["hits"], wrapped["misses"], wrapped["said"]) == (0, 1, [line])
+    assert (cold["norms"], wrapped["norms"]) == (["bn"], ["0.bn"])
     off = run(flag=False)
     assert (off["hits"], off["misses"], off["fused"]) == (0, 1, [])
     assert off["y"] == cold["y"]

@@ -42,6 +42,15 @@ def raises():
     raise ValueError("no weights here\nnor anywhere")
 
 
+def compiled():
+    return torch.compile(two_stages())
+
+
+class Reading(nn.Module):
+    def forward(self, x):
+        return instance(x) * x.sum().item()
+
+
 def train_mode_and_frozen():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
     model[1].weight.requires_grad_(False)
@@ -109,6 +118,20 @@ def test_explain_dynamic(capsys):
 def test_explain_takes_modules_and_dotted_names(capsys, name):
     out = run(capsys, "explain", f"{__name__}:{name}", "--input", "2x3x8x8")
     assert "1 of 1 batch norms in tune mode" in out
+
+
+def test_explain_of_a_compiled_model(capsys):
+    """It is not run as compiled, which on fake tensors reads memory that is not there."""
+    out = run(capsys, "explain", f"{__name__}:compiled", "--input", "2x1x8x8", "--json")
+    records = json.loads(out)["records"]
+    assert {r["code"] for r in records if r["kind"] == "batch norm"} == {"FUSED"}
+    assert not any("_orig_mod" in r["layer"] + r["batch_norm"] for r in records)
+
+
+def test_explain_says_that_values_are_asked_for(capsys):
+    message = fails(capsys, "explain", f"{__name__}:Reading", "--input", "2x3x8x8")
+    assert message.startswith("the model asks for values of tensors (")
+    assert ".item()" in message
 
 
 def test_explain_uses_eval_mode_and_keeps_requires_grad(capsys):

@@ -3,7 +3,9 @@
 On a hit in Inductor's cache no pass runs. What Inductor does then is to count again what was
 counted while the code was made, in ``counters["inductor"]``. So a text is written to a file in
 Inductor's cache folder, named after its content, and a count of that name is made. A count that
-this process did not make itself means that stored code is in use.
+this process did not make itself means that stored code is in use. Unless the passes ran all the
+same, and decided for themselves: where a model's modules have other names than when the code was
+made, AOTAutograd's cache, which is asked first, does not have it, and Inductor's has.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 __all__ = ["put", "take"]
 
 _PREFIX = "convbn_inductor_pass_decisions_"
+_HITS = "hits"
 _known: Counter[str] = Counter()  # counts that this process made or has told of
 
 
@@ -44,11 +47,13 @@ def take() -> list[str]:
 
     A text whose file is gone is left out.
     """
+    hits = counters["aot_autograd"]["autograd_cache_hit"]
+    ran, _known[_HITS] = hits == _known[_HITS], hits
     found = []
     for name, count in list(counters["inductor"].items()):
         if name.startswith(_PREFIX):
             path = pathlib.Path(cache_dir()) / "convbn_inductor_pass" / f"{name}.json"
             with contextlib.suppress(FileNotFoundError):
-                found += [path.read_text(encoding="utf-8")] * (count - _known[name])
+                found += [] if ran else [path.read_text("utf-8")] * (count - _known[name])
             _known[name] = count
     return found

@@ -14,11 +14,13 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import TorchRuntimeError, Unsupported, UserError
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
-__all__ = ["ModelError", "copy_graph_module", "graph_modules", "trace"]
+__all__ = ["ModelError", "ValuesNeeded", "copy_graph_module", "graph_modules", "trace"]
 
+ValuesNeeded = (DataDependentOutputException, DynamicOutputShapeException)
 ModelError = (TorchRuntimeError, Unsupported, UserError, TypeError)
 
 
@@ -37,6 +39,7 @@ def trace(
 
     Raises:
         ModelError: ``fn`` cannot be traced, or raises on these inputs.
+        ValuesNeeded: its Python code asks for values of tensors, which fake ones do not have.
     """
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .. import functional
+from .. import announce, functional
 from .._torch import eager as torch_eager
 from ..codes import Code
 from ..config import get_options
@@ -197,6 +197,10 @@ class Region(TorchFunctionMode):
         if not completed:  # by an error, as when checkpoint has recomputed what it needs
             self.events.clear()
             self.events.update(self.before)
+        elif torch.is_grad_enabled():
+            norms = [e for e in self.events.values() if e.code is not None]
+            if all(e.code is Code.BATCH_STATISTICS for e in norms):  # a trainer's ``train()``
+                announce.say(e.record({}) for e in norms)
         for _, event in self.outputs.values():
             if (event.relu or event.code is Code.FUSED) and event.output() is not None:
                 event.mark_used()

@@ -31,7 +31,8 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = str(next(reversed(stack.values()))[0])
-    return _ROOT.sub("", path.replace("._modules['", ".").replace("']", "").replace("['", "."))
+    path = _ROOT.sub("", path.replace("._modules['", ".").replace("']", "").replace("['", "."))
+    return path.replace("_orig_mod.", "")  # torch.compile's wrapper
 
 
 def name_of(node: fx.Node) -> str:
