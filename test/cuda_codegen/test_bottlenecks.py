@@ -162,6 +162,26 @@ frozen | 9 + 9 | 1,221,968,896 | 35 + 10 | 1,870,388,896 | 207,192,064 | 412,589
 """,
             )
 
+    def test_batch_norms_alone_bfloat16(self):
+        """Of masked gradients what is stored is in bfloat16 (passes/repeated_casts.py)."""
+        found = self.lower("bf16-autocast", "bn-tuning", "eval", "ours")
+        if VERSION == "2.11":
+            self.assertExpectedInline(
+                found,
+                """\
+eval | 19 + 9 | 638,339,056 | 34 + 9 | 1,101,871,008 | 450,408,448 | 483,293,088
+ours | 20 + 9 | 678,479,856 | 36 + 9 | 1,121,186,720 | 240,070,656 | 332,828,576
+""",
+            )
+        else:
+            self.assertExpectedInline(
+                found,
+                """\
+eval | 19 + 9 | 638,339,056 | 36 + 9 | 1,974,816,160 | 347,648,000 | 515,094,432
+ours | 20 + 9 | 678,479,856 | 37 + 9 | 1,583,608,736 | 240,070,656 | 412,333,984
+""",
+            )
+
 
 @needs_cuda_build
 class TestValues(TestCase):
@@ -190,3 +210,6 @@ class TestValues(TestCase):
 
     def test_frozen_layers(self):
         self.interpret("float32", "bn-tuning", "eval", "frozen")
+
+    def test_batch_norms_alone_bfloat16(self):
+        self.interpret("bf16-autocast", "bn-tuning", "ours")
