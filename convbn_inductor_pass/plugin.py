@@ -30,6 +30,8 @@ __all__ = ["disable", "enable", "install", "installation", "is_installed", "unin
 _FLAG = "efficient_conv_bn_eval_fx_passes"
 _CONFIG = "torch._inductor.config"
 _PASSES = f"{__package__}.passes"
+_PRE_GRAD = "torch._inductor.fx_passes.pre_grad"
+_FREEZING = "torch._inductor.fx_passes.freezing_patterns"
 
 
 class _State:
@@ -77,8 +79,8 @@ def install() -> None:
     when_imported(_PASSES, _add_passes)
     if first:
         when_imported(_CONFIG, _load_passes)
-        when_imported("torch._inductor.fx_passes.pre_grad", _wrap_builtin)
-        when_imported("torch._inductor.fx_passes.freezing_patterns", _wrap_freezing)
+        when_imported(_PRE_GRAD, _wrap_builtin)
+        when_imported(_FREEZING, _wrap_freezing)
 
 
 def uninstall() -> None:
@@ -108,8 +110,8 @@ def installation(installed: bool) -> Iterator[None]:
     That a hook was overwritten stays so, and so does the order of the passes in it.
     """
     # Now, because what is loaded inside the block would be wrapped, or not, for good.
-    from torch._inductor.fx_passes import freezing_patterns, pre_grad  # noqa: F401
-
+    for name in (_PRE_GRAD, _FREEZING):
+        importlib.import_module(name)
     from ._torch import registry
     from .passes import PASSES
 

@@ -33,7 +33,7 @@ class RepeatedCastsPass(Pass):
         casts = [n for n in graph.nodes if len(n.users) > 1 and _widens_a_choice(n)]
         for cast in casts:
             for user in list(cast.users)[1:]:
-                with graph.inserting_before(user):
+                with graph.inserting_after(cast):  # not across what may write to its input
                     user.replace_input_with(cast, graph.node_copy(cast))
         return Outcome(len(casts))
 

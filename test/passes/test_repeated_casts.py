@@ -58,6 +58,18 @@ def test_values_are_the_same():
     torch.testing.assert_close(gm(*values), expected, rtol=0, atol=0)
 
 
+def test_nothing_moves_across_a_write():
+    gm = traced(masked)
+    (cast,) = casts(gm)
+    chosen = cast.args[0]
+    with gm.graph.inserting_after(cast):
+        write = gm.graph.call_function(aten.zero_.default, (chosen,))
+    write.meta = dict(chosen.meta)
+    assert RepeatedCastsPass().run(gm.graph).rewritten == 1
+    nodes = [*gm.graph.nodes]
+    assert max(nodes.index(c) for c in casts(gm)) < nodes.index(write)
+
+
 def one_user(mask, zero, g, scale):
     return widened(torch.where(mask, zero, g)).sum()
 

@@ -73,7 +73,7 @@ def _split_of(mask: fx.Node) -> tuple[int, int] | None:
     """The dimension along which eight elements become a byte, and where the new one is put."""
     tensor = value_of(mask)
     on_cpu, dims = tensor.device.type == "cpu", range(tensor.ndim)
-    for dim in sorted(dims, key=lambda d: (d == 1, d != 0) if on_cpu else (d != 1, d)):
+    for dim in sorted(dims, key=lambda d: (d == 1) == on_cpu):  # channels last on CPU, else first
         size = tensor.shape[dim]
         if isinstance(size, int) and size % 8 == 0 and size > 0:
             return dim, dim if on_cpu or dim == 0 else dim + 1
