@@ -73,6 +73,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "recognition": networks.count_recognised,
     "readers": networks.list_readers,
     "selective": networks.measure_selective,
+    "real-bytes": networks.compare_real_bytes,
     "gradient-error": errors.measure_gradients,
     "forward-error": errors.measure_forward,
     "experiment": experiment,

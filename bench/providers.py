@@ -120,6 +120,20 @@ def _budget(budget: float) -> dict[str, Any]:
     return {"activation_memory_budget": budget}
 
 
+# What a user may turn on beside: mode="reduce-overhead", and the two halves of "max-autotune".
+_TEMPLATES = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON"}
+_MORE: dict[str, dict[str, Any]] = {
+    "graphs": {"triton.cudagraphs": True},
+    "gemm-templates": {**_TEMPLATES, "max_autotune_conv_backends": "ATEN"},
+    "conv-templates": {**_TEMPLATES, "max_autotune_conv_backends": "ATEN,TRITON"},
+}
+_WITH_MORE: tuple[tuple[str, str, Mode, Transform | None], ...] = (
+    ("eval", "eval mode", "eval", None),
+    ("builtin", "PyTorch's pass", "builtin", None),
+    ("ours", "ours", "tune", None),
+    ("deploy", "deploy mode", "deploy", merge),
+)
+
 PROVIDERS: dict[str, Provider] = {
     p.name: p
     for p in (
@@ -162,6 +176,17 @@ PROVIDERS: dict[str, Provider] = {
             transform=merge,
             inductor={"combo_kernels": True},
             infers=False,
+        ),
+        *(
+            Provider(
+                f"{who}-{how}",
+                f"{title}, {how.replace('-', ' ')}",
+                mode=mode,
+                transform=transform,
+                inductor=inductor,
+            )
+            for who, title, mode, transform in _WITH_MORE
+            for how, inductor in _MORE.items()
         ),
         Provider("eager-eval", "eval mode, eager", compiled=False),
         Provider(

@@ -1,4 +1,4 @@
-"""Commands on networks: ``eager-coverage``, ``recognition``, ``readers``, ``selective``."""
+"""Commands on networks: coverage and recognition, and what is saved for backward, in detail."""
 
 from __future__ import annotations
 
@@ -12,13 +12,28 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .. import cases, eager_coverage, protocols, readers, recognition, selective, suites
+from .. import (
+    cases,
+    eager_coverage,
+    protocols,
+    readers,
+    real_bytes,
+    recognition,
+    selective,
+    suites,
+)
 from ..libraries import MissingLibrary
 from ..models.covered import NETWORKS
 from ..reporting import tables
 from .options import RESULTS, Cases, Markdown, console, one_of
 
-__all__ = ["count_recognised", "cover_eager_mode", "list_readers", "measure_selective"]
+__all__ = [
+    "compare_real_bytes",
+    "count_recognised",
+    "cover_eager_mode",
+    "list_readers",
+    "measure_selective",
+]
 
 _errors = Console(stderr=True)
 
@@ -96,3 +111,18 @@ def measure_selective(
     output.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
     console.print(selective.table(rows), soft_wrap=True)
     console.print(f"wrote {output}")
+
+
+def compare_real_bytes(
+    case: Cases = None,
+    batch: Annotated[int, typer.Option(help="Of each case.")] = 16,
+    size: Annotated[int, typer.Option(help="Height and width of the images.")] = 64,
+    markdown: Markdown = False,
+) -> None:
+    """Bytes that a compiled network gives autograd to save, beside what explain says."""
+    rows = []
+    for name in case or ("resnet18", "mobilenet_v2"):
+        for each in real_bytes.compare(name, batch, (3, size, size)):
+            rows.append(each.row())
+            _errors.print(*rows[-1])
+    tables.show(real_bytes.HEADER, rows, as_markdown=markdown, width=120)

@@ -105,6 +105,9 @@ class _Interpreted:
 
     def run(self, *args: Any, stream: Any = None) -> None:
         grid = GridExpr.from_meta(self.meta, self.constants, mode="python")
-        known = {**dict(zip(self.function.arg_names, args, strict=False)), **self.constants}
+        of_grid = self.meta.get("extra_launcher_args", [])  # templates are told theirs, last
+        own = len(args) - len(of_grid)
+        names = [*self.function.arg_names[:own], *of_grid]
+        known = {**dict(zip(names, args, strict=True)), **self.constants}
         sizes = [eval(str(g), {}, known) for g in (grid.x_grid, grid.y_grid, grid.z_grid)]
-        self.function[tuple(sizes)](*args, **self.constants)
+        self.function[tuple(sizes)](*args[:own], **self.constants)

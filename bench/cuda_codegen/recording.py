@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
-from torch._inductor import async_compile, config, output_code
+from torch._inductor import async_compile, config, output_code, select_algorithm
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -218,7 +218,10 @@ def _identity(value: Any) -> Any:
 
 @contextlib.contextmanager
 def recording(result: Lowered) -> Iterator[Recorder]:
-    """Compile with stand-ins for kernels inside; caches are off, nothing is tried out."""
+    """Compile with stand-ins for kernels inside; caches are off, nothing is tried out.
+
+    Where Inductor would time a library's call beside its templates, the first template is taken.
+    """
     recorder = Recorder(result)
     codegen, call = GraphLowering.codegen, output_code.CompiledFxGraph.__call__
 
@@ -236,6 +239,13 @@ def recording(result: Lowered) -> Iterator[Recorder]:
     def empty(size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
         return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
 
+    def made_up_times(*args: Any, **kwargs: Any) -> Callable[..., dict[Any, float]]:
+        template = select_algorithm.TritonTemplateCaller
+        return lambda choices: {
+            c: float(i if isinstance(c, template) else len(choices)) + 1
+            for i, c in enumerate(choices)
+        }
+
     def nothing(*args: Any) -> None:  # a mock would keep the tensors that it was called with
         pass
 
@@ -244,10 +254,19 @@ def recording(result: Lowered) -> Iterator[Recorder]:
         mock.patch.object(GraphLowering, "codegen", codegen_noted),
         mock.patch.object(output_code.CompiledFxGraph, "__call__", call_noted),
         mock.patch.object(async_compile.AsyncCompile, "triton", triton),
+        mock.patch.object(
+            select_algorithm.AlgorithmSelectorCache, "make_benchmark_fn", made_up_times
+        ),
         mock.patch.object(guards, "_empty_strided_cuda", empty),
         mock.patch.object(guards, "_reinterpret_tensor", torch.as_strided),
         mock.patch.object(guards, "assert_alignment", nothing),
-        config.patch(force_disable_caches=True, shape_padding=False, compile_threads=1),
+        config.patch(
+            force_disable_caches=True,
+            shape_padding=False,
+            compile_threads=1,
+            benchmark_epilogue_fusion=False,
+            autotune_num_choices_displayed=0,
+        ),
         functorch_config.patch(enable_autograd_cache=False),
     ):
         yield recorder

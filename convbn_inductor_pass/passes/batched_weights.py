@@ -1,20 +1,22 @@
-"""Scale the weights of many layers by one kernel on a GPU, not by one each.
+"""Scale the weights of many layers by one kernel on a GPU, not by one each; and shift biases.
 
 Before:  W1' = W1 * s1;  W2' = W2 * s2;  ...      a launch each, of a few microseconds
 After:   [W1', W2', ...] = _foreach_mul([W1, W2, ...], [s1, s2, ...])
 
-For the weights that convolutions and their gradients take, in training as in forward folding. The
-same products, to the bit; Inductor makes one kernel of each list. Weights that are scaled together
-are alive together, so that a list ends at ``_MOST_BYTES``.
+For the weights that convolutions and their gradients take, in training as in forward folding, and
+the biases of cuDNN's convolutions with a ReLU, which end in a product or a sum. The same values, to
+the bit; Inductor makes one kernel of each list. What is computed together is alive together, so
+that a list ends at ``_MOST_BYTES``.
 
-Declines: other devices than CUDA's, where a call costs nothing worth mentioning; scales and weights
-that depend on what else the graph computes, or on another such product. Nothing moves across a call
-that may write to a tensor, or draws a random number.
+Declines: other devices than CUDA's, where a call costs nothing worth mentioning; what depends on
+other results of the graph than pointwise ones of its inputs, or on another list. Nothing moves
+across a call that may write to a tensor, or draws a random number.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,13 +24,23 @@ from torch import fx
 
 from .._torch import compat
 from ..graph.layers import is_cast, tensor_of, value_of
+from ..graph.operators import convolution_relu
 from .base import Outcome, Pass
 
 __all__ = ["BatchedWeightsPass"]
 
 aten = torch.ops.aten
 
-_WEIGHT: dict[Any, int] = {aten.convolution.default: 1, aten.convolution_backward.default: 2}
+# Which arguments of a call are computed in lists, and by what.
+_TAKEN: dict[Any, tuple[int, ...]] = {
+    aten.convolution.default: (1,),
+    aten.convolution_backward.default: (2,),
+    convolution_relu: (1, 2),
+}
+_LISTS: dict[Any, Any] = {
+    aten.mul.Tensor: aten._foreach_mul.List,
+    aten.add.Tensor: aten._foreach_add.List,
+}
 _MOST_BYTES = 16 << 20
 
 
@@ -39,27 +51,29 @@ class BatchedWeightsPass(Pass):
     hook = "post_grad_custom_pre_pass"
 
     def run(self, graph: fx.Graph) -> Outcome:
+        from .._torch import inductor  # here, because registering must not load a compiler
+
         ready = _computed_from_inputs(graph)
         lists: list[list[fx.Node]] = []
-        size, chosen, needed = 0, set[fx.Node](), set[fx.Node]()
-        for node in graph.nodes:
-            product = _scaled_weight(node, ready)
-            if product is None or product in chosen or product in needed:
+        open_lists: dict[Any, tuple[list[fx.Node], int]] = {}  # and their bytes
+        chosen, needed = set[fx.Node](), set[fx.Node]()
+        for node in (n for taker in graph.nodes for n in _computed_for(taker, ready)):
+            sources = _sources(node)
+            if node in chosen or node in needed or not chosen.isdisjoint(sources):
                 continue
-            sources = _sources(product)
-            if not chosen.isdisjoint(sources):
-                continue
-            chosen.add(product)
+            chosen.add(node)
             needed |= sources
-            nbytes = compat.size_hint(value_of(product).nbytes)
-            size += nbytes
-            if not lists or size > _MOST_BYTES or ready[product] != ready[lists[-1][0]]:
-                lists.append([])
-                size = nbytes
-            lists[-1].append(product)
-        lists = [products for products in lists if len(products) > 1]
-        for products in lists:
-            _batch(products, graph)
+            nbytes, key = compat.size_hint(value_of(node).nbytes), (node.target, ready[node])
+            nodes, size = open_lists.get(key, ([], 0))
+            if not nodes or size + nbytes > _MOST_BYTES:
+                nodes, size = [], 0
+                lists.append(nodes)
+            nodes.append(node)
+            open_lists[key] = nodes, size + nbytes
+        lists = [nodes for nodes in lists if len(nodes) > 1]
+        channels_last = bool(lists) and inductor.makes_channels_last(graph)
+        for nodes in lists:
+            _batch(nodes, graph, channels_last)
         return Outcome(sum(map(len, lists)))
 
 
@@ -89,34 +103,61 @@ def _sources(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _scaled_weight(node: fx.Node, ready: dict[fx.Node, int]) -> fx.Node | None:
-    """The product that a convolution takes as its weight, up to casts and views."""
-    place = _WEIGHT.get(node.target)
-    if place is None:
-        return None
-    product: Any = node.args[place]
-    while (is_cast(product) or compat.is_view(product.target)) and len(product.users) == 1:
-        (product,) = product.all_input_nodes
-    factors = product.args if product.target is aten.mul.Tensor else ()
-    if product not in ready or any(tensor_of(f) is None for f in factors) or not factors:
-        return None
-    return product if value_of(product).device.type == "cuda" else None
+def _computed_for(taker: fx.Node, ready: dict[fx.Node, int]) -> Iterator[fx.Node]:
+    """The products and sums that a convolution takes, up to casts, views and strides."""
+    for place in _TAKEN.get(taker.target, ()):
+        node: Any = taker.args[place]
+        while node is not None and len(node.users) == 1 and _keeps_values(node):
+            node = node.all_input_nodes[0]
+        if node not in ready or node.target not in _LISTS or node.kwargs:
+            continue
+        on_cuda = value_of(node).device.type == "cuda"
+        if on_cuda and all(tensor_of(n) is not None for n in node.args):
+            yield node
 
 
-def _batch(products: list[fx.Node], graph: fx.Graph) -> None:
-    """One call in the place of the first product, after what the others need."""
-    needed = set[fx.Node]().union(*map(_sources, products))
-    nodes = [*graph.nodes]
-    first = next(n for n in nodes if n in products)
-    for node in nodes[nodes.index(first) :]:
+def _keeps_values(node: fx.Node) -> bool:
+    from .._torch import inductor
+
+    is_laid_out = node.target is inductor.force_stride_order
+    return is_cast(node) or is_laid_out or compat.is_view(node.target)
+
+
+def _batch(nodes: list[fx.Node], graph: fx.Graph, channels_last: bool) -> None:
+    """One call in the place of the first of ``nodes``, after what the others need."""
+    needed = set[fx.Node]().union(*map(_sources, nodes))
+    every = [*graph.nodes]
+    first = next(n for n in every if n in nodes)
+    for node in every[every.index(first) :]:
         if node in needed:
             first.prepend(node)
-    left, right = zip(*(product.args for product in products), strict=True)
+    left, right = zip(*(node.args for node in nodes), strict=True)
     with graph.inserting_before(first):
-        made = graph.call_function(aten._foreach_mul.List, (list(left), list(right)))
-        parts = [graph.call_function(operator.getitem, (made, i)) for i in range(len(products))]
-    made.meta = {**first.meta, "val": [value_of(p) for p in products]}
-    for product, part in zip(products, parts, strict=True):
-        part.meta = dict(product.meta)
-        product.replace_all_uses_with(part)
-        graph.erase_node(product)
+        made = graph.call_function(_LISTS[first.target], (list(left), list(right)))
+        made.meta = {**first.meta, "val": [value_of(n) for n in nodes]}
+        for i, node in enumerate(nodes):
+            part = graph.call_function(operator.getitem, (made, i))
+            part.meta = dict(node.meta)
+            if channels_last and value_of(node).ndim == 4:
+                part = _in_channels_last(part)
+            node.replace_all_uses_with(part)
+    for node in nodes:
+        graph.erase_node(node)
+
+
+def _in_channels_last(node: fx.Node) -> fx.Node:
+    """``node``, stored as convolutions take it: else a cast in between is a kernel of its own.
+
+    One that reads in another order than the list writes, at which torch 2.11 even fails.
+    """
+    from .._torch import inductor
+
+    value = value_of(node)
+    like = torch.empty(value.shape, device="meta", memory_format=torch.channels_last)
+    made = node.graph.call_function(inductor.force_stride_order, (node, list(like.stride())))
+    with compat.fake_mode_of(value):
+        laid_out = torch.empty_strided(
+            value.shape, like.stride(), dtype=value.dtype, device=value.device
+        )
+    made.meta = {**node.meta, "val": laid_out}
+    return made

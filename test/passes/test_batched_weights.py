@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from convbn_inductor_pass.graph.operators import convolution_relu
 from convbn_inductor_pass.passes import batched_weights
 from convbn_inductor_pass.passes.batched_weights import BatchedWeightsPass
 
@@ -33,7 +34,7 @@ def three(x, a, b, c, s, t, u):
     """In the order of a backward, with a scale that is computed late."""
     x = conv(x, a * s.view(-1, 1, 1, 1))
     x = input_gradient(x, x, b * t.reciprocal().view(-1, 1, 1, 1))
-    return conv(x, c * u.exp().to(torch.float32).view(-1, 1, 1, 1))
+    return conv(x, c * u.neg().to(torch.float32).view(-1, 1, 1, 1))
 
 
 WEIGHTS = [(4, 4, 3, 3)] * 3
@@ -48,7 +49,14 @@ def traced(function, shapes=INPUTS, device: str = "cuda") -> fx.GraphModule:
 def text(gm: fx.GraphModule) -> str:
     """The calls, with at most three arguments each."""
     calls = [n for n in gm.graph.nodes if n.op == "call_function"]
-    return "\n".join(f"{n.name} = {n.target}{n.args[:3]}" for n in calls)
+    found = "\n".join(f"{n.name} = {n.target}{n.args[:3]}" for n in calls)
+    for long, short in (
+        ("convbn_inductor_pass.convolution_relu.default", "convolution_relu"),
+        ("prims.inductor_force_stride_order.default", "force_stride_order"),
+        ("inductor_force_stride_order_default", "laid_out"),
+    ):
+        found = found.replace(long, short)
+    return found
 
 
 class TestGraph(TestCase):
@@ -65,26 +73,76 @@ class TestGraph(TestCase):
 view = aten.view.default(s_1, [-1, 1, 1, 1])
 reciprocal = aten.reciprocal.default(t_1,)
 view_1 = aten.view.default(reciprocal, [-1, 1, 1, 1])
-exp = aten.exp.default(u_1,)
-view_2 = aten.view.default(exp, [-1, 1, 1, 1])
+neg = aten.neg.default(u_1,)
+view_2 = aten.view.default(neg, [-1, 1, 1, 1])
 _foreach_mul_list = aten._foreach_mul.List([a_1, b_1, c_1], [view, view_1, view_2])
 getitem_3 = <built-in function getitem>(_foreach_mul_list, 0)
+laid_out = force_stride_order(getitem_3, [36, 1, 12, 4])
 getitem_4 = <built-in function getitem>(_foreach_mul_list, 1)
+laid_out_1 = force_stride_order(getitem_4, [36, 1, 12, 4])
 getitem_5 = <built-in function getitem>(_foreach_mul_list, 2)
-convolution = aten.convolution.default(x_1, getitem_3, None)
-convolution_backward = aten.convolution_backward.default(convolution, convolution, getitem_4)
+laid_out_2 = force_stride_order(getitem_5, [36, 1, 12, 4])
+convolution = aten.convolution.default(x_1, laid_out, None)
+convolution_backward = aten.convolution_backward.default(convolution, convolution, laid_out_1)
 getitem = <built-in function getitem>(convolution_backward, 0)
-convolution_1 = aten.convolution.default(getitem, getitem_5, None)""",
+convolution_1 = aten.convolution.default(getitem, laid_out_2, None)""",
         )
         (product,) = gm.graph.find_nodes(op="call_function", target=aten._foreach_mul.List)
         assert [tuple(v.shape) for v in product.meta["val"]] == WEIGHTS
 
+    def test_biases_of_cudnn(self):
+        """In a list of sums, and with products of their own in that of the weights."""
+        gm = traced(folded, FOLDED)
+        assert BatchedWeightsPass().run(gm.graph).rewritten == 6
+        gm.graph.lint()
+        gm.graph.eliminate_dead_code()
+        self.assertExpectedInline(
+            text(gm),
+            """\
+view = aten.view.default(s_1, [-1, 1, 1, 1])
+view_1 = aten.view.default(t_1, [-1, 1, 1, 1])
+view_2 = aten.view.default(t_1, [-1, 1, 1, 1])
+neg_2 = aten.neg.default(t_1,)
+_foreach_mul_list = aten._foreach_mul.List([a_1, b_1, a_1, neg_2], [view, view_1, view_2, m_1])
+getitem = <built-in function getitem>(_foreach_mul_list, 0)
+getitem_1 = <built-in function getitem>(_foreach_mul_list, 1)
+getitem_2 = <built-in function getitem>(_foreach_mul_list, 2)
+getitem_3 = <built-in function getitem>(_foreach_mul_list, 3)
+neg = aten.neg.default(s_1,)
+mul_1 = aten.mul.Tensor(neg, m_1)
+neg_1 = aten.neg.default(t_1,)
+mul_3 = aten.mul.Tensor(neg_1, m_1)
+_foreach_add_list = aten._foreach_add.List([mul_1, mul_3], [m_1, n_1])
+getitem_4 = <built-in function getitem>(_foreach_add_list, 0)
+getitem_5 = <built-in function getitem>(_foreach_add_list, 1)
+convolution_relu = convolution_relu(x_1, getitem, getitem_4)
+convolution_relu_1 = convolution_relu(convolution_relu, getitem_1, getitem_5)
+convolution_relu_2 = convolution_relu(convolution_relu_1, getitem_2, getitem_3)""",
+        )
 
-def test_same_bits():
-    gm = traced(three)
-    inputs = [torch.randn(shape).abs() + 0.1 for shape in INPUTS]
-    expected = three(*inputs)
-    BatchedWeightsPass().run(gm.graph)
+
+def folded(x, a, b, s, t, m, n):
+    """As forward folding leaves three layers, the last without a shift of its own."""
+    for weight, scale, shift in ((a, s, m), (b, t, n), (a, t, None)):
+        product = weight * scale.view(-1, 1, 1, 1)
+        bias = -scale * m if shift is None else -scale * m + shift
+        geometry = ([1, 1], [1, 1], [1, 1], 1)
+        x = convolution_relu(x, product, bias, None, *geometry)
+    return x
+
+
+FOLDED = [INPUTS[0], *WEIGHTS[:2], (4,), (4,), (4,), (4,)]
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"), [(three, INPUTS), (folded, FOLDED)], ids=["three", "folded"]
+)
+def test_same_bits(function, shapes):
+    gm = traced(function, shapes)
+    # Of such numbers every sum is exact, in whatever order.
+    inputs = [torch.randint(1, 3, shape).float() for shape in shapes]
+    expected = function(*inputs)
+    assert BatchedWeightsPass().run(gm.graph).rewritten > 1
     gm.recompile()
     assert torch.equal(gm(*inputs), expected)
 

@@ -48,7 +48,6 @@ class ForwardFoldingPass(Pass):
     def uuid(self) -> Any:
         """Decisions depend on settings of PyTorch's, too, that are in no cache key."""
         from ..._torch import inductor
-        from . import operators  # noqa: F401  code from the cache calls it, and no pass runs then
 
         return f"{super().uuid()} {inductor.library_settings()}"
 

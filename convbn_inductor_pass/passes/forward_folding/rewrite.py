@@ -14,8 +14,8 @@ from ..._torch import compat, inductor
 from ...graph import affine, layers
 from ...graph.builder import Builder, erase_unused
 from ...graph.layers import Layer, value_of
+from ...graph.operators import convolution_relu
 from ...graph.strides import views_of
-from . import operators
 from .find import FoldCandidate
 
 __all__ = ["rewrite"]
@@ -83,7 +83,7 @@ def _call(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builde
     if c.kernel == "cudnn":
         other = c.epilogue and c.epilogue.other
         return build.call(
-            operators.convolution_relu,
+            convolution_relu,
             *(_channels_last(build.current(layer.input), build), _channels_last(weight, build)),
             *(bias and _dense(bias, build), other and _channels_last(other, build)),
             *(stride, padding, dilation, layer.layout.groups),

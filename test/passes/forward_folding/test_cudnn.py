@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
 from convbn_inductor_pass._torch import inductor
-from convbn_inductor_pass.passes.forward_folding import operators
+from convbn_inductor_pass.graph import operators
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -1,0 +1,85 @@
+"""What autograd is really given to save, beside what ``explain`` says: under Inductor, compiled.
+
+    python -m bench real-bytes
+
+``explain`` reads bytes off traced graphs. Here the network is compiled and run, and saved-tensor
+hooks see what its forward hands to autograd: each storage once, without parameters, buffers and
+inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from convbn_inductor_pass import explain, testing
+
+from .cases import CASES
+from .protocols import PROTOCOLS, NotApplicable
+from .workload import Settings, Workload, setup
+
+__all__ = ["HEADER", "Comparison", "compare", "given_to_save"]
+
+HEADER = ["case", "protocol", "memory format", "mode", "explain", "given to save", "difference"]
+FORMATS = ("contiguous", "channels_last")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Bytes of one workload in one mode ("eval", "tune"), as explained and as given to autograd."""
+
+    settings: Settings
+    mode: str
+    explained: int
+    given: int
+
+    @property
+    def difference(self) -> float:
+        """Of ``given`` from ``explained``, relative to that."""
+        return self.given / self.explained - 1 if self.explained else float(self.given > 0)
+
+    def row(self) -> list[str]:
+        s = self.settings
+        names = [s.case, s.protocol, s.memory_format, self.mode]
+        return [*names, f"{self.explained:,}", f"{self.given:,}", f"{self.difference:+.2%}"]
+
+
+def compare(case: str, batch: int, shape: tuple[int, ...]) -> Iterator[Comparison]:
+    """Both figures in every protocol of the case and both memory formats, with and without us.
+
+    Raises:
+        MissingLibrary: the case's library is not installed.
+    """
+    for protocol in (p.name for p in PROTOCOLS.values() if p.trains):
+        for memory_format in FORMATS:
+            settings = Settings(CASES[case].name, batch, shape, protocol, "float32", memory_format)
+            try:
+                workload = setup(settings)
+            except NotApplicable:
+                continue
+            explained = explain(workload.model, *workload.inputs).saved_bytes
+            for mode in ("eval", "tune"):
+                with testing.fresh_compile(flag=mode == "tune"):
+                    given = given_to_save(workload)
+                yield Comparison(settings, mode, explained[mode], given)
+
+
+def given_to_save(workload: Workload) -> int:
+    """Bytes that the compiled forward hands to autograd, run once."""
+    alive = [*workload.model.parameters(), *workload.model.buffers(), *workload.inputs]
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = workload.forward(torch.compile(workload.model))
+    for tensor in alive:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    workload.backward(outputs)
+    return sum(storages.values())
