@@ -19,12 +19,13 @@ from convbn_inductor_pass import explain, testing
 
 from .cases import CASES
 from .protocols import PROTOCOLS, NotApplicable
+from .reporting.tables import markdown
 from .workload import Settings, Workload, setup
 
-__all__ = ["HEADER", "Comparison", "compare", "given_to_save"]
+__all__ = ["Comparison", "compare", "given_to_save", "report"]
 
-HEADER = ["case", "protocol", "memory format", "mode", "explain", "given to save", "difference"]
-FORMATS = ("contiguous", "channels_last")
+_HEADER = ["case", "protocol", "memory format", "mode", "explain", "given to save", "difference"]
+_FORMATS = ("contiguous", "channels_last")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def compare(case: str, batch: int, shape: tuple[int, ...]) -> Iterator[Compariso
         MissingLibrary: the case's library is not installed.
     """
     for protocol in (p.name for p in PROTOCOLS.values() if p.trains):
-        for memory_format in FORMATS:
+        for memory_format in _FORMATS:
             settings = Settings(CASES[case].name, batch, shape, protocol, "float32", memory_format)
             try:
                 workload = setup(settings)
@@ -83,3 +84,14 @@ def given_to_save(workload: Workload) -> int:
         storages.pop(tensor.untyped_storage().data_ptr(), None)
     workload.backward(outputs)
     return sum(storages.values())
+
+
+def report(rows: list[list[str]], size: str) -> str:
+    """A Markdown document with the rows of comparisons at ``size``."""
+    parts = [
+        "# What autograd is given to save, and what explain says",
+        f"Made by `python -m bench real-bytes`, torch {torch.__version__}. Bytes at {size}, under "
+        "Inductor, once per storage, without parameters, buffers and inputs.",
+        markdown(_HEADER, rows),
+    ]
+    return "\n\n".join(parts) + "\n"

@@ -178,6 +178,9 @@ def gpu(device: str = "cuda") -> list[Job]:
     plain = {"memory_format": "channels_last"}
     fast = {"precision": "bf16-autocast", **plain}
     everyone = (*TRAINING, "eval-budget-0.5")
+    # At a batch of their own, so that each takes turns with those that it is compared with.
+    graphs = ("eval", "eval-graphs", "ours", "ours-graphs", "deploy-graphs")
+    templates = ("eval", "ours-fold", "eval-gemm-templates", "eval-conv-templates")
     detectors = ("resnet101", "resnext101", "regnetx", "hrnet_w32", "repvgg_fp16")
     return [
         _measured("resnet50", device, everyone, **fast),
@@ -187,6 +190,8 @@ def gpu(device: str = "cuda") -> list[Job]:
         _measured("faster_rcnn_resnet50", device, TRAINING, **plain),
         _measured("resnet50", device, INFERENCE, protocol="inference", **fast),
         *_capacity(device),
+        _at_batch("resnet50", 32, device, graphs, **fast),
+        _at_batch("resnet50", 32, device, templates, protocol="inference", **fast),
         *(
             _measured(f"faster_rcnn_{name}", device, ("eval", "ours", "deploy"), **plain)
             for name in detectors

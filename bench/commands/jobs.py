@@ -39,6 +39,7 @@ def run(
     seconds: Annotated[float, typer.Option(help="Timing ends after so long, per job.")] = 60,
     minutes: Annotated[float, typer.Option(help="The whole run ends after about so long.")] = 1e9,
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch on CPU.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Note the slowest kernels.")] = False,
     output: Output = None,
 ) -> None:
     """Run a suite, or the cases that are named, into a result file."""
@@ -65,7 +66,7 @@ def run(
             jobs = [Job(j.metric, j.settings, p, j.cap_bytes) for j, p in chosen if p]
     if threads is not None:
         torch.set_num_threads(threads)
-    budget = Budget(rounds, seconds, time.monotonic() + 60 * minutes)
+    budget = Budget(rounds, seconds, time.monotonic() + 60 * minutes, profile)
     path = output or RESULTS / f"{'custom' if case else suite}-{device}.jsonl"
     _execute(jobs, path, budget, {"suite": None if case else suite, "rounds": rounds})
 
@@ -89,7 +90,7 @@ def gpu(
         raise typer.Exit(any(row.problem for row in read(path)[1]))
     if not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device here")
-    budget = Budget(rounds=30, seconds=20, deadline=time.monotonic() + 60 * minutes - 20)
+    budget = Budget(30, 20, time.monotonic() + 60 * minutes - 20, profile=True)
     path = output or RESULTS / f"{suite}-cuda.jsonl"
     _execute(jobs, path, budget, {"suite": suite, "minutes": minutes})
 

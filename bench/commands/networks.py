@@ -117,12 +117,13 @@ def compare_real_bytes(
     case: Cases = None,
     batch: Annotated[int, typer.Option(help="Of each case.")] = 16,
     size: Annotated[int, typer.Option(help="Height and width of the images.")] = 64,
-    markdown: Markdown = False,
+    output: Annotated[Path, typer.Option(help="Markdown file.")] = RESULTS / "real_bytes.md",
 ) -> None:
     """Bytes that a compiled network gives autograd to save, beside what explain says."""
-    rows = []
+    rows: list[list[str]] = []
     for name in case or ("resnet18", "mobilenet_v2"):
         for each in real_bytes.compare(name, batch, (3, size, size)):
             rows.append(each.row())
-            _errors.print(*rows[-1])
-    tables.show(real_bytes.HEADER, rows, as_markdown=markdown, width=120)
+            console.print(*rows[-1])
+    output.write_text(real_bytes.report(rows, f"{batch}x3x{size}x{size}"), encoding="utf-8")
+    console.print(f"wrote {output}")

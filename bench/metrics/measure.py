@@ -24,6 +24,7 @@ from torch._inductor.utils import fresh_cache
 from ..providers import Provider
 from ..workload import Settings, Workload, setup
 from . import codegen, memory
+from .profile import kernels
 
 __all__ = ["Budget", "keep_freed_memory", "measure"]
 
@@ -33,12 +34,14 @@ class Budget:
     """How long to measure: at most ``rounds``, and no new one after ``seconds`` of timing.
 
     ``deadline``, on the clock of :func:`time.monotonic`, is for a run that must end: no
-    provider is begun that is likely to compile beyond it, and no round after it.
+    provider is begun that is likely to compile beyond it, and no round after it. With ``profile``
+    one more step of each provider is profiled.
     """
 
     rounds: int = 20
     seconds: float = 60.0
     deadline: float = math.inf
+    profile: bool = False
 
 
 @dataclasses.dataclass
@@ -52,7 +55,13 @@ class _Runner:
     values: dict[str, Any]
     samples: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
+    def begin(self) -> None:
+        """Tell CUDA graphs that the last step's results are done with."""
+        if self.workload.settings.device == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+
     def step(self) -> tuple[Tensor, ...]:
+        self.begin()
         outputs = self.workload.forward(self.function)
         if self.workload.protocol.trains:
             self.workload.backward(outputs)
@@ -64,6 +73,7 @@ class _Runner:
     def timed_step(self) -> None:
         """One step, timed; gradients are cleared before, outside the time."""
         self.clear()
+        self.begin()
         workload, clock = self.workload, _Clock(self.workload.settings.device)
         clock.mark()
         outputs = workload.forward(self.function)
@@ -131,6 +141,9 @@ def measure(
         yield provider.name, dict(runner.values)
     _take_turns(runners, budget)
     for runner in runners:
+        if budget.profile:
+            runner.values["kernels"] = kernels(runner.step, settings.device)
+            runner.clear()
         yield runner.provider.name, {**runner.values, **runner.samples}
 
 

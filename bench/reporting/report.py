@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..results import Row, read
-from . import generated, plots, tables
+from . import generated, kernels, plots, tables
 
 __all__ = ["write_report"]
 
@@ -57,6 +57,7 @@ def _page(rows: list[Row], runs: list[dict[str, Any]], pictures: dict[str, Path]
             section(f"Inference, {name}", tables.measured(rows, device, trains=False))
         else:
             parts.append(f"## {name}\n\n{tables.NONE}\n")
+    section("Slowest kernels of a step", kernels.slowest(rows))
     section("Code for a GPU, generated and not run", generated.cuda_code(rows))
     section("Largest batch under a memory cap", tables.capacities(rows))
     section("Pictures", "\n\n".join(f"![{t}]({p.name})" for t, p in pictures.items()))

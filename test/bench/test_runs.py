@@ -8,15 +8,17 @@ import json
 import pytest
 import torch
 
-from bench import cases, results, runner, suites
+from bench import cases, real_bytes, results, runner, suites
 from bench.metrics import codegen
 from bench.metrics.capacity import largest_batch
 from bench.metrics.measure import Budget
+from bench.metrics.profile import kernels
 from bench.metrics.saved import saved_bytes
 from bench.providers import PROVIDERS
 from bench.reporting import analysis
 from bench.results import Row
 from bench.workload import Settings, setup
+from convbn_inductor_pass import explain, testing
 
 TINY = Settings("timeseries_fcn", batch=2, shape=(12, 16))
 
@@ -119,7 +121,23 @@ def test_kernels_and_passes_are_seen_while_compiling():
     assert code.pass_seconds > 0
 
 
-def _measured(provider, factor):
+def test_given_to_save_is_what_explain_says():
+    workload = setup(TINY)
+    with testing.fresh_compile():
+        given = real_bytes.given_to_save(workload)
+    assert given == explain(workload.model, *workload.inputs).saved_bytes["tune"] > 0
+
+
+def test_a_profile_names_the_slowest_kernels():
+    model, x = torch.nn.Linear(256, 256), torch.randn(64, 256)
+    found = kernels(lambda: model(x).relu(), "cpu")
+    assert "aten::addmm" in [name for name, _, _ in found]
+    milliseconds = [ms for _, _, ms in found]
+    assert milliseconds == sorted(milliseconds, reverse=True)
+    assert all(calls > 0 for _, calls, _ in found)
+
+
+def _measured(provider, factor, **more):
     values = {
         "step_ms": [10 * factor, 12 * factor, 11 * factor],
         "forward_ms": [4.0, 4.0, 4.0],
@@ -132,6 +150,7 @@ def _measured(provider, factor):
         "bytes_moved": 10**6,
         "pass_seconds": 0.001,
         "output_error": 0.0,
+        **more,
     }
     return Row("measure", TINY, provider, values)
 
@@ -147,6 +166,7 @@ def test_report_renders(tmp_path):
     file.add(Row("saved", TINY, "eval-budget-0.5", {"bytes": 120}))
     for provider, factor in (("eval", 1.0), ("ours", 0.5), ("eval-budget-0.5", 1.2)):
         file.add(_measured(provider, factor))
+    file.add(_measured("ours-fold", 0.5, kernels=[["triton_poi_fused_relu_0", 3, 1.5]]))
     file.add(Row("measure", TINY, "deploy", problem="RuntimeError: out of luck"))
     generated = {
         "forward_kernels": 3,
@@ -161,6 +181,7 @@ def test_report_renders(tmp_path):
     page = written[0].read_text()
     assert "timeseries_fcn 2x12x16 | 0.0 | 0.0 | 0.0 | 0.0 | -50.0%" in page
     assert "| convbn_inductor_pass | 5.5 (5.2-5.8) | 4.0 | 7.0 | 0.500 | not measured |" in page
+    assert "| ours, forward=fold | `triton_poi_fused_relu_0` | 3 | 1.500 |" in page
     assert "RuntimeError: out of luck" in page
     assert "## GPU\n\nnot measured" in page
     assert "| convbn_inductor_pass | 3 + 4 | 5.00 |  |  | 0.0 | 3.0 |" in page
