@@ -17,6 +17,7 @@ TRAINING = ("eval", "ours", "deploy", "builtin")  # those worth most first
 INFERENCE = ("eval", "ours", "deploy", "builtin", "freezing")
 FOLDED_INFERENCE = ("eval", "ours-auto", "freezing")
 FOLDED_TRAINING = ("eval", "ours", "ours-auto", "deploy")
+FORWARD = ("eval", "ours-fold", "freezing", "eval-gemm-templates", "eval-conv-templates")
 BUDGETED = tuple(f"{who}-budget-{b}" for b in BUDGETS for who in ("eval", "ours"))
 EAGER = ("eager-eval", "eager-tune", "eager-ours")
 
@@ -224,6 +225,10 @@ def cuda_codegen(device: str = "cuda") -> list[Job]:
                 Job("cuda-codegen", cuda_settings(CASES[name], protocol, precision), SAVED)
                 for precision in precisions
             ]
+    jobs += [
+        Job("cuda-codegen", cuda_settings(CASES["resnet50"], "inference", precision), FORWARD)
+        for precision in ("float32", "bf16-autocast")
+    ]
     return jobs
 
 
