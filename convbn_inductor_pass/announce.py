@@ -41,7 +41,7 @@ def _on_end(_compilation: object) -> None:
     try:
         say(take_new())
     except Exception:  # a user's compilation must not fail because of a line
-        log.warning("cannot say what was done", exc_info=True)
+        log.warning("convbn_inductor_pass: cannot say what was done", exc_info=True)
 
 
 def say(made: Iterable[Record]) -> None:
@@ -71,11 +71,12 @@ def _line(norms: int, fused: int, saved: int, left: collections.Counter[Code]) -
     less = f"{decimal(saved, precision=2)} less saved for backward"
     if saved:
         line = f"{line}, {less}" if fused else f"{less}; {line}"
+    line = f"convbn_inductor_pass: {line}"  # for loggers whose format has no names, too
     if not left:
         return line
     [(code, count)] = left.most_common(1)
     if fused or count < norms:
-        line += f"; {count} are not"
+        line += f"; {count} {'is' if count == 1 else 'are'} not"
     line += f": {code.value}"
     return f"{line}; {code.remedy}" if code.remedy else line
 
@@ -84,4 +85,4 @@ def _write(level: int, line: str) -> None:
     if log.hasHandlers():
         log.log(level, "%s", line)
     elif log.isEnabledFor(level):
-        print(f"convbn_inductor_pass: {line}", file=sys.stderr)
+        print(line, file=sys.stderr)

@@ -69,7 +69,7 @@ class Code(enum.Enum):
     STRIDES_OBSERVED = "something observes the result's strides, which would change"
 
     # Rewriting is legal, but does not pay, or is not wanted.
-    SAVED_ANYWAY = "what would not be saved, or what it is computed from, is saved anyway"
+    SAVED_ANYWAY = "backward needs that tensor, or what it is computed from, for something else too"
     OUTPUT_NOT_SAVED = "the activation's output is not saved for backward, so its mask has to be"
     NOT_DIVISIBLE = "no dimension of the mask is known to be a multiple of 8"
     WEIGHT_COMPUTED = "the weight is computed in the graph, and would have to be saved instead"

@@ -13,6 +13,7 @@ import convbn_inductor_pass as cbn
 from convbn_inductor_pass import announce, testing
 
 LOGGER = "convbn_inductor_pass"
+PREFIX = f"{LOGGER}: "
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +31,13 @@ def _x():
 
 @pytest.fixture(name="lines")
 def _lines(caplog):
-    """What was logged since the last call, with the level."""
+    """What was logged since the last call, with the level, after the name that each begins with."""
 
     def lines():
         found = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == LOGGER]
         caplog.clear()
-        return found
+        assert all(message.startswith(PREFIX) for _, message in found)
+        return [(level, message.removeprefix(PREFIX)) for level, message in found]
 
     return lines
 
@@ -78,7 +80,7 @@ def test_some_in_tune_mode(x, lines):
     model.down.requires_grad_(False)
     compiled(model, x)
     # The frozen layer's input, less its mask, is not saved either.
-    text = "5 of 6 batch norms in tune mode, 23.55 kB less saved for backward; 1 are not: "
+    text = "5 of 6 batch norms in tune mode, 23.55 kB less saved for backward; 1 is not: "
     assert lines() == [("INFO", text + cbn.Code.LAYER_FROZEN.value)]
 
 
@@ -221,18 +223,18 @@ exec(sys.argv[1])
 for code in (cbn.Code.FUSED, cbn.Code.NOT_AFTER_LAYER):
     announce.say([cbn.Record("scale_gradient", "batch norm", code, batch_norm="bn", bytes_saved=7)])
 """
-FUSED = "1 of 1 batch norms in tune mode, 7 bytes less saved for backward\n"
-LEFT = f"0 of 1 batch norms in tune mode: {cbn.Code.NOT_AFTER_LAYER.value}\n"
-PLAIN, INFO, WARNING = f"{LOGGER}: ", f"INFO:{LOGGER}:", f"WARNING:{LOGGER}:"
+FUSED = f"{PREFIX}1 of 1 batch norms in tune mode, 7 bytes less saved for backward\n"
+LEFT = f"{PREFIX}0 of 1 batch norms in tune mode: {cbn.Code.NOT_AFTER_LAYER.value}\n"
+INFO, WARNING = f"INFO:{LOGGER}:", f"WARNING:{LOGGER}:"
 
 
 @pytest.mark.parametrize(
     ("setup", "stderr"),
     [
-        ("", PLAIN + FUSED + PLAIN + LEFT),
+        ("", FUSED + LEFT),
         ("logging.basicConfig(level='WARNING')", INFO + FUSED + WARNING + LEFT),
         ("logger.addHandler(logging.StreamHandler())", FUSED + LEFT),
-        ("logger.setLevel('WARNING')", PLAIN + LEFT),
+        ("logger.setLevel('WARNING')", LEFT),
         ("logger.setLevel('ERROR')", ""),
         ("cbn.set_options(announce=False)", ""),
     ],
