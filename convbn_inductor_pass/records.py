@@ -83,6 +83,13 @@ class Record:
     bytes_exact: int = 0
     bytes_folded: int = 0
 
+    def __str__(self) -> str:
+        """In a line: which pass, what it is about, the decision, where the user called it."""
+        norm = f" -> {self.batch_norm}" if self.kind == "batch norm" else ""
+        detail = f" {self.detail}" if self.detail else ""
+        name = f"{self.layer or '-'}{norm}"
+        return f"{self.pass_name}: {name} {self.code.name}{detail} ({self.source})"
+
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON."""
         return {**dataclasses.asdict(self), "code": self.code.name, "reason": self.code.value}
@@ -154,5 +161,4 @@ def publish(made: Iterable[Record]) -> None:
     if any(r.kind == "batch norm" for r in made):
         log.debug("%s", summary(made))
     for r in made:
-        name = f"{r.layer or '-'} -> {r.batch_norm}" if r.kind == "batch norm" else r.layer
-        log.debug("%s: %s %s %s (%s)", r.pass_name, name, r.code.name, r.detail, r.source)
+        log.debug("%s", r)

@@ -112,6 +112,12 @@ def _decision(r: Record) -> str:
     return f"{r.code.name}: {r.code.value}{why}"
 
 
+def _shape(r: Record) -> str:
+    """The shape, with a question mark for a size that is computed from others."""
+    known = (isinstance(s, int) or s.isidentifier() for s in r.output_shape)
+    return "x".join(str(s) if k else "?" for s, k in zip(r.output_shape, known, strict=True))
+
+
 def _size(size: int) -> str:
     return decimal(size) if size >= 0 else f"-{decimal(-size)}"
 
@@ -119,7 +125,7 @@ def _size(size: int) -> str:
 _Column = tuple[str, Callable[[Record], str]]
 _LAYER: _Column = ("layer", lambda r: r.layer)
 _DECISION: _Column = ("decision", _decision)
-_SHAPE: _Column = ("layer's output", lambda r: "x".join(map(str, r.output_shape)))
+_SHAPE: _Column = ("layer's output", _shape)
 _BYTES: _Column = ("bytes", lambda r: _size(r.output_bytes) if r.output_bytes else "")
 _SAVED: _Column = (
     "bytes less",
@@ -148,7 +154,7 @@ _TABLES: tuple[tuple[Sequence[str], str, tuple[_Column, ...]], ...] = (
         (
             ("tensor of", lambda r: r.layer),
             ("rule", lambda r: _WANTED[r.kind]),
-            ("tensor", lambda r: "x".join(map(str, r.output_shape))),
+            ("tensor", _shape),
             _SAVED,
             _DECISION,
         ),

@@ -29,6 +29,21 @@ class TestExplain:
         copied = explanation.saved["tune"].copied_bytes
         assert sum(t["nbytes"] for t in data["saved_tensors"]["tune"]) + copied == saved["tune"]
 
+    def test_symbolic_sizes_are_short(self):
+        """In the table: what is computed from other sizes is a question mark."""
+        explanation = cbn.explain(Residual(), torch.randn(4, 3, 16, 16), dynamic=True)
+        shapes = [r.output_shape for r in explanation.batch_norms]
+        assert any("//" in str(size) for shape in shapes for size in shape)
+        text = str(explanation)
+        assert "//" not in text
+        assert "x?x?" in text
+
+    def test_a_record_is_a_line(self):
+        record = cbn.Record("scale_gradient", "batch norm", cbn.Code.FUSED, "mul", "c", "bn", "f:1")
+        assert str(record) == "scale_gradient: c -> bn FUSED mul (f:1)"
+        mask = cbn.Record("mask_bits", "mask", cbn.Code.MASK_AS_BITS, layer="relu", source="f:2")
+        assert str(mask) == "mask_bits: relu MASK_AS_BITS (f:2)"
+
     def test_keyword_inputs(self):
         class Masked(ConvBN):
             def forward(self, x, *, mask):
