@@ -12,12 +12,11 @@ Can go: once the check compares the operand with the layer's output channels.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from .._torch import inductor
 from ..graph import layers
 
 __all__ = ["fold_what_is_right", "why_wrong"]
@@ -27,9 +26,11 @@ _log = logging.getLogger("convbn_inductor_pass")
 _LAYERS = (aten.convolution.default, aten.mm.default, aten.addmm.default)
 
 
-def fold_what_is_right(builtin_apply: Callable[[Any], int], graph: Any) -> int:
+def fold_what_is_right(
+    graph: Any, builtin_apply: Callable[[Any], int], patterns: Mapping[Any, list[Any]]
+) -> int:
     """Run Inductor's binary folding on ``graph`` where :func:`why_wrong` has no objection."""
-    every = [e for found in inductor.binary_folding_pass().patterns.values() for e in found]
+    every = [entry for found in patterns.values() for entry in found]
     checks = [(entry, entry.extra_check) for entry in {id(e): e for e in every}.values()]
     try:
         for entry, check in checks:
