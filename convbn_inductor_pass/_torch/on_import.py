@@ -13,6 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 __all__ = ["when_imported"]
 
@@ -27,23 +28,6 @@ def when_imported(name: str, callback: Callable[[], None]) -> None:
     _finder.waiting.setdefault(name, []).append(callback)
 
 
-class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader, callbacks: list[Callable[[], None]]) -> None:
-        self.loader, self.callbacks = loader, callbacks
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        # From here on the module is as if it had been found without us.
-        module.__loader__ = self.loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
-        self.loader.exec_module(module)
-        for callback in self.callbacks:
-            callback()
-
-
 class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self) -> None:
         self.waiting: dict[str, list[Callable[[], None]]] = {}
@@ -55,8 +39,16 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         callbacks = self.waiting.pop(name)
         spec = importlib.util.find_spec(name)  # by those after us
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, callbacks)
+        loader: Any = spec and spec.loader
+
+        def exec_module(module: ModuleType) -> None:
+            del loader.exec_module  # from here on the module is as if it had been found without us
+            loader.exec_module(module)
+            for callback in callbacks:
+                callback()
+
+        if loader is not None:
+            loader.exec_module = exec_module
         return spec
 
 
