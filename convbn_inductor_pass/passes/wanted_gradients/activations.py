@@ -77,9 +77,7 @@ def _site(joint: JointGraph, activation: Activation, readers: set[fx.Node]) -> S
     if not calls:
         return None
     code, detail = Code.MASK_FROM_OUTPUT, str(y)
-    if (denial := joint.denied(y)) is not None:
-        code, detail = Code.DENIED, denial
-    elif len(calls) < len(in_backward) or is_available(z, joint.forward, {*readers, *calls}):
+    if len(calls) < len(in_backward) or is_available(z, joint.forward, {*readers, *calls}):
         code, detail = Code.SAVED_ANYWAY, str(z)
     elif not read_in_backward(y, joint.forward, readers):
         code = Code.OUTPUT_NOT_SAVED

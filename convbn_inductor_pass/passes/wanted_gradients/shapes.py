@@ -84,9 +84,7 @@ def find_sites(joint: JointGraph) -> list[Site]:
     sites = []
     for source, calls in by_source.items():
         code, detail = Code.SHAPE_ONLY, ", ".join(str(n.target).split(".")[1] for n in calls)
-        if (denial := joint.denied(source, *calls)) is not None:
-            code, detail = Code.DENIED, denial
-        elif _is_saved(joint, source, readers):
+        if _is_saved(joint, source, readers):
             code, detail = Code.SAVED_ANYWAY, str(source)
         nbytes = _bytes_less(joint, source)
         sites.append(Site("shape", source, code, detail, nbytes, tuple(calls)))

@@ -18,7 +18,7 @@ from ...graph.uses import backward_of
 from ...records import Kind, Record
 from ..decisions import denied, record_of
 
-__all__ = ["JointGraph", "Site", "apply", "record"]
+__all__ = ["JointGraph", "Site", "apply", "record", "unless_denied"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,9 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class JointGraph:
-    """A joint graph and the options, with what the rules ask of them."""
+    """A joint graph, with what the rules ask of it."""
 
     graph: fx.Graph
-    options: Options
 
     @functools.cached_property
     def backward(self) -> set[fx.Node]:
@@ -60,9 +59,11 @@ class JointGraph:
             pending += new
         return found
 
-    def denied(self, *nodes: fx.Node) -> str | None:
-        """The module paths of nodes that the options leave out, None if they do not."""
-        return denied(self.options, *nodes)
+
+def unless_denied(site: Site, options: Options) -> Site:
+    """``site``, denied if the options leave out its modules."""
+    paths = denied(options, site.node, *site.calls)
+    return site if paths is None else dataclasses.replace(site, code=Code.DENIED, detail=paths)
 
 
 def apply(
