@@ -22,6 +22,7 @@ A region steps aside
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable
@@ -183,11 +184,8 @@ class Region(TorchFunctionMode):
             return func(*args, **kwargs)
         key = ("ReLU", self._count(None)[1])
         before = None if self.hooks else self.before.get(key)
-        saves_mask = not self.trains_convolutions if before is None else not before.used
-        if saves_mask:
-            with saved.saves_mask():
-                y = func(*args, **kwargs)
-        else:
+        is_saved = self.trains_convolutions if before is None else before.used
+        with contextlib.nullcontext() if is_saved else saved.saves_mask():
             y = func(*args, **kwargs)
         event = self.events[key] = Event(output=weakref.ref(y), relu=True)
         self._note(y, event)

@@ -11,6 +11,8 @@ Can go: once the check compares the operand with the layer's output channels.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,15 +32,12 @@ def fold_what_is_right(
     graph: Any, builtin_apply: Callable[[Any], int], patterns: Mapping[Any, list[Any]]
 ) -> int:
     """Run Inductor's binary folding on ``graph`` where :func:`why_wrong` has no objection."""
-    every = [entry for found in patterns.values() for entry in found]
-    checks = [(entry, entry.extra_check) for entry in {id(e): e for e in every}.values()]
-    try:
-        for entry, check in checks:
+    with contextlib.ExitStack() as stack:
+        for entry in itertools.chain(*patterns.values()):
+            check = entry.extra_check
+            stack.callback(setattr, entry, "extra_check", check)
             entry.extra_check = lambda match, check=check: _is_right(match) and check(match)
         return builtin_apply(graph)
-    finally:
-        for entry, check in checks:
-            entry.extra_check = check
 
 
 def _is_right(match: Any) -> bool:

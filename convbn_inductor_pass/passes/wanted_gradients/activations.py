@@ -145,11 +145,8 @@ def _threshold(condition: Any, value: Any, z: Any) -> _Found | None:
 
 def constant_of(node: Any) -> float | None:
     """The number that every element of a tensor is, if the graph says so."""
-    value = None
-    if node.target is aten.scalar_tensor.default:
-        (value,) = node.args
-    elif node.target is aten.full.default:
-        value = node.args[1]
+    place = {aten.scalar_tensor.default: 0, aten.full.default: 1}.get(node.target)
+    value = None if place is None else node.args[place]
     return value if _is_number(value) else None
 
 

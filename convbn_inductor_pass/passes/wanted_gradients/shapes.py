@@ -29,14 +29,7 @@ from torch import fx
 from ..._torch import compat
 from ...codes import Code
 from ...graph.builder import Builder
-from ...graph.layers import (
-    bytes_of,
-    known_equal,
-    numel_of,
-    same_sizes,
-    tensor_of,
-    value_of,
-)
+from ...graph.layers import bytes_of, known_equal, numel_of, same_sizes, tensor_of, value_of
 from ...graph.layout import output_padding
 from ...graph.uses import is_available, is_recomputed, read_in_backward, source_of, users_of
 from .site import JointGraph, Site
