@@ -116,8 +116,7 @@ def installation(installed: bool) -> Iterator[None]:
 
 
 def _load_passes() -> None:
-    # Not if they are being imported, which is what has loaded Inductor: then they are added after.
-    if _State.installed and _PASSES not in sys.modules:
+    if _State.installed:
         importlib.import_module(_PASSES)
 
 
