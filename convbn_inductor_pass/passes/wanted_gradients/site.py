@@ -50,13 +50,10 @@ class JointGraph:
     @functools.cached_property
     def forward(self) -> set[fx.Node]:
         """What the outputs of the forward are computed from."""
-        (output,) = self.graph.find_nodes(op="output")
-        pending = [n for n in output.all_input_nodes if n not in self.backward]
-        found = set(pending)
-        while pending:
-            new = [n for n in pending.pop().all_input_nodes if n not in found]
-            found.update(new)
-            pending += new
+        found: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            if node.op == "output" or node in found:
+                found.update(n for n in node.all_input_nodes if n not in self.backward)
         return found
 
 
