@@ -7,7 +7,6 @@ back once they are executed.
 
 from __future__ import annotations
 
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
@@ -17,27 +16,27 @@ from typing import Any
 
 __all__ = ["when_imported"]
 
+_waiting: dict[str, list[Callable[[], None]]] = {}
+
 
 def when_imported(name: str, callback: Callable[[], None]) -> None:
     """Call ``callback()`` once module ``name`` is there: now, or right after its import."""
     if name in sys.modules:
         callback()
         return
-    if _finder not in sys.meta_path:
-        sys.meta_path.insert(0, _finder)
-    _finder.waiting.setdefault(name, []).append(callback)
+    if _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)
+    _waiting.setdefault(name, []).append(callback)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    def __init__(self) -> None:
-        self.waiting: dict[str, list[Callable[[], None]]] = {}
-
+class _Finder:
+    @staticmethod
     def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+        name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name not in self.waiting:
+        if name not in _waiting:
             return None
-        callbacks = self.waiting.pop(name)
+        callbacks = _waiting.pop(name)
         spec = importlib.util.find_spec(name)  # by those after us
         loader: Any = spec and spec.loader
 
@@ -50,6 +49,3 @@ class _Finder(importlib.abc.MetaPathFinder):
         if loader is not None:
             loader.exec_module = exec_module
         return spec
-
-
-_finder = _Finder()
