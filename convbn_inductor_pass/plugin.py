@@ -3,7 +3,8 @@
 ``install``, called by importing the package, adds our passes (``passes.PASSES``) to Inductor's
 hooks, after the passes that are there, in every thread. Two passes of PyTorch's are wrapped: its
 own pass of the same flag steps aside, since it runs first and would take the pairs, and freezing's
-folding is held back where it is wrong. ``uninstall`` undoes all of it.
+folding is held back where it is wrong. ``uninstall`` takes ours out again; the two stay wrapped,
+and run as they are.
 
 None of this loads Inductor: it happens as soon as somebody does (``_torch.on_import``).
 
@@ -35,10 +36,7 @@ _FREEZING = "torch._inductor.fx_passes.freezing_patterns"
 
 
 class _State:
-    """Whether we are installed, and what was in the place of each ``apply`` that we wrapped."""
-
     installed = False
-    wrapped: dict[str, tuple[Any, Callable[..., Any] | None]] = {}  # noqa: RUF012
 
 
 def enable(**options: object) -> None:
@@ -75,12 +73,11 @@ def install() -> None:
 
     Call it again if other code has overwritten one of the hooks since.
     """
-    first, _State.installed = not _State.installed, True
+    _State.installed = True
     when_imported(_PASSES, _add_passes)
-    if first:
-        when_imported(_CONFIG, _load_passes)
-        when_imported(_PRE_GRAD, _wrap_builtin)
-        when_imported(_FREEZING, _wrap_freezing)
+    when_imported(_CONFIG, _load_passes)
+    for module, name, ours in _WRAPPED:
+        when_imported(module, functools.partial(_wrap, module, name, ours))
 
 
 def uninstall() -> None:
@@ -92,15 +89,11 @@ def uninstall() -> None:
 
         for each in PASSES:
             registry.remove_pass(each.hook, each)
-    _restore(_State.wrapped)
-    _State.wrapped = {}
 
 
 def is_installed() -> bool:
     """Whether Inductor will run the passes (given the flag) in this thread."""
-    if _PASSES not in sys.modules:
-        return _State.installed
-    return _State.installed and not _missing_hooks()
+    return _State.installed and (_PASSES not in sys.modules or not _missing_hooks())
 
 
 @contextlib.contextmanager
@@ -109,27 +102,21 @@ def installation(installed: bool) -> Iterator[None]:
 
     That a hook was overwritten stays so, and so does the order of the passes in it.
     """
-    # Now, because what is loaded inside the block would be wrapped, or not, for good.
-    for name in (_PRE_GRAD, _FREEZING):
-        importlib.import_module(name)
+    importlib.import_module(_CONFIG)  # first: it adds the passes, if they are to be added
     from ._torch import registry
     from .passes import PASSES
 
+    before = _State.installed
     with registry.hooks_restored({p.hook for p in PASSES}):
-        before = _State.installed, dict(_State.wrapped)
-        applies = {name: (p, p.__dict__.get("apply")) for name, (p, _) in before[1].items()}
         try:
             (install if installed else uninstall)()
             yield
         finally:
-            _restore(_State.wrapped)
-            _State.installed, _State.wrapped = before
-            _restore(applies)
+            _State.installed = before
 
 
 def _load_passes() -> None:
-    # Not if they are being imported, which is what has loaded Inductor: then they are added after.
-    if _State.installed and _PASSES not in sys.modules:
+    if _State.installed:
         importlib.import_module(_PASSES)
 
 
@@ -150,42 +137,29 @@ def _missing_hooks() -> dict[str, str]:
     return {p.hook: p.name for p in PASSES if p not in registry.passes_of(p.hook)}
 
 
-def _wrap_builtin() -> None:
-    from torch._inductor.fx_passes import pre_grad
+def _wrap(module: str, name: str, ours: Callable[..., int]) -> None:
+    """Have ``ours`` called instead of a pass of PyTorch's wherever we are installed and on."""
+    theirs: Any = getattr(sys.modules[module], name)
+    builtin = theirs.apply
+    if getattr(builtin, "__module__", "") == __name__:
+        return  # it is wrapped
 
-    _wrap("builtin", pre_grad.efficient_conv_bn_eval_pass, _instead_of_builtin)
+    def apply(graph: Any) -> int:
+        from ._torch import registry
 
+        if _State.installed and registry.is_enabled():
+            return ours(graph, builtin, theirs)
+        return builtin(graph)
 
-def _wrap_freezing() -> None:
-    from torch._inductor.fx_passes import freezing_patterns
-
-    _wrap("freezing", freezing_patterns.binary_folding_pass, _around_freezing)
-
-
-def _wrap(name: str, theirs: Any, ours: Callable[..., int]) -> None:
-    if _State.installed and name not in _State.wrapped:
-        _State.wrapped[name] = (theirs, theirs.__dict__.get("apply"))
-        theirs.apply = functools.partial(ours, theirs.apply)
-
-
-def _restore(applies: dict[str, tuple[Any, Callable[..., Any] | None]]) -> None:
-    for theirs, apply in applies.values():
-        if apply is not None:
-            theirs.apply = apply
-        elif "apply" in theirs.__dict__:
-            del theirs.apply
+    theirs.apply = apply
 
 
-def _instead_of_builtin(builtin_apply: Callable[..., Any], graph: Any) -> int:
+def _instead_of_builtin(*_: Any) -> int:
     """Runs where PyTorch's pass of this flag would; leaves the pairs to ours.
 
     If ours was overwritten, the pairs are left alone rather than given to a pass that is
     known to be wrong on some of them, and the user is told; so of the other hooks.
     """
-    from ._torch import registry
-
-    if not registry.is_enabled():
-        return builtin_apply(graph)
     for hook, name in _missing_hooks().items():
         warnings.warn(
             f"convbn_inductor_pass is installed, but {hook} was overwritten since, so that its "
@@ -197,11 +171,14 @@ def _instead_of_builtin(builtin_apply: Callable[..., Any], graph: Any) -> int:
     return 0
 
 
-def _around_freezing(builtin_apply: Callable[..., Any], graph: Any) -> int:
+def _around_freezing(graph: Any, builtin: Callable[[Any], int], theirs: Any) -> int:
     """Runs where Inductor folds constants under ``freezing=True``."""
-    from ._torch import registry
     from .passes import freezing
 
-    if not registry.is_enabled():
-        return builtin_apply(graph)
-    return freezing.fold_what_is_right(builtin_apply, graph)
+    return freezing.fold_what_is_right(graph, builtin, theirs.patterns)
+
+
+_WRAPPED = (
+    (_PRE_GRAD, "efficient_conv_bn_eval_pass", _instead_of_builtin),
+    (_FREEZING, "binary_folding_pass", _around_freezing),
+)

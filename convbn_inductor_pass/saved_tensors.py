@@ -164,17 +164,17 @@ def saved_by_graph(
         if wanted is not None:
             wanted(MaskBitsPass().run(forward, backward).records)
 
-    ours = mode == "tune"
+    ours, is_builtin = mode == "tune", mode == "builtin"
     gm = copy_graph_module(gm)
     if mode == "deploy":
         for module in graph_modules(gm):
             merge_pairs(module.graph)
             module.recompile()
     with (
-        _only_builtin_pass() if mode == "builtin" else _no_pass(),
+        plugin.installation(False) if is_builtin else contextlib.nullcontext(),
         registry.passes_added("joint_custom_pre_pass", *([rewrite] if ours else [])),
         registry.passes_added(registry.PARTITIONER, *([pack] if ours else [])),
-        inductor.caches_off(freezing=False),
+        inductor.caches_off(freezing=False, efficient_conv_bn_eval_fx_passes=is_builtin),
         inductor.functorch_config.patch(force_non_lazy_backward_lowering=True),
         inductor.tracing(copy.copy(inductor.TracingContext.get())),
     ):
@@ -192,20 +192,6 @@ def saved_by_graph(
     old = {n for n in inputs[1] if n.name not in new and not n.name.startswith("tangents_")}
     peaks = (inductor.most_alive(forward, inputs[0]), inductor.most_alive(backward, old))
     return SavedForBackward(tensors, copied, copied + max(peaks))
-
-
-def _no_pass() -> contextlib.AbstractContextManager[None]:
-    return inductor.config.patch(efficient_conv_bn_eval_fx_passes=False)
-
-
-@contextlib.contextmanager
-def _only_builtin_pass() -> Iterator[None]:
-    """PyTorch's own pass on, ours not there."""
-    with (
-        plugin.installation(False),
-        inductor.config.patch(efficient_conv_bn_eval_fx_passes=True),
-    ):
-        yield
 
 
 _BOOLS = ("bool", "uint8")

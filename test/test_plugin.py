@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import types
 import warnings
 
 import pytest
@@ -16,7 +17,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import convbn_inductor_pass as cbn
-from convbn_inductor_pass import testing
+from convbn_inductor_pass import plugin, testing
 from convbn_inductor_pass._torch import registry
 from convbn_inductor_pass.passes import PASSES, base, scale_gradient
 from convbn_inductor_pass.passes.scale_gradient import rewrite
@@ -160,13 +161,13 @@ print([cbn.is_installed(), config.pre_grad_custom_pass is None,
 def test_the_builtin_pass_stands_aside_after_its_bytes_were_counted_first():
     """Counting them is the first to load Inductor's passes, while this package's are out."""
     script = """
-import torch, convbn_inductor_pass as cbn
+import sys, torch, convbn_inductor_pass as cbn
 from convbn_inductor_pass import plugin
 with plugin.installation(False):
     torch.compile(torch.nn.Linear(1, 1))(torch.ones(1, 1))
-from torch._inductor.fx_passes import freezing_patterns, pre_grad
-print(["apply" in vars(theirs) for theirs in
-       (pre_grad.efficient_conv_bn_eval_pass, freezing_patterns.binary_folding_pass)])
+import torch._inductor.fx_passes.freezing_patterns
+theirs = [getattr(sys.modules[module], name) for module, name, _ in plugin._WRAPPED]
+print([getattr(each, "apply", each).__module__ == plugin.__name__ for each in theirs])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "[True, True]", done.stderr
@@ -197,15 +198,36 @@ def test_builtin_pass_stands_aside_and_comes_back(x):
     assert [r.code for r in cbn.records()] == [cbn.Code.FUSED] * Residual.pairs
 
 
-def test_uninstall_restores_everything():
-    from torch._inductor.fx_passes import freezing_patterns, pre_grad
-
-    wrapped = pre_grad.efficient_conv_bn_eval_pass, freezing_patterns.binary_folding_pass
-    assert all("apply" in vars(builtin) for builtin in wrapped)
+def test_uninstall_leaves_no_pass():
     for _ in range(2):
         cbn.uninstall()
         assert [getattr(config, p.hook) for p in PASSES] == [None] * len(PASSES)
-        assert not any("apply" in vars(builtin) for builtin in wrapped)
+
+
+def test_a_wrapped_pass_is_pytorchs_own_where_we_are_not_installed_or_off(monkeypatch):
+    calls = []
+    theirs = types.SimpleNamespace(apply=lambda graph: calls.append(("theirs", graph)))
+    monkeypatch.setitem(sys.modules, "theirs", types.SimpleNamespace(theirs=theirs))
+    for _ in range(2):  # again is harmless
+        plugin._wrap("theirs", "theirs", lambda graph, *_: calls.append(("ours", graph)))
+    for flag in (True, False):
+        with config.patch({FLAG: flag}):
+            theirs.apply(1)
+            with plugin.installation(False):
+                theirs.apply(2)
+    assert calls == [("ours", 1), ("theirs", 2), ("theirs", 1), ("theirs", 2)]
+
+
+def test_installing_again_wraps_what_was_loaded_again():
+    script = """
+import importlib, torch, convbn_inductor_pass as cbn
+from torch._inductor.fx_passes import freezing_patterns
+importlib.reload(freezing_patterns)
+cbn.install()
+print("apply" in vars(freezing_patterns.binary_folding_pass))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_records_hang_on_all_calls_as_one_tuple(x):

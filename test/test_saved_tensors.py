@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from common import CONVS, LAYERS, ConvBN, Residual, UNet, example_input, freeze
 from torch import nn
 from torch._inductor.fx_passes import pre_grad
+from torch._inductor.fx_passes.freezing_patterns import binary_folding_pass
 from torch._subclasses import FakeTensorMode
 
 import convbn_inductor_pass as cbn
 from bench.providers import PROVIDERS
 from convbn_inductor_pass import testing
-from convbn_inductor_pass._torch import inductor, registry
+from convbn_inductor_pass._torch import registry
 from convbn_inductor_pass.passes import PASSES
 from convbn_inductor_pass.saved_tensors import SavedForBackward, SavedTensor, saved_for_backward
 
@@ -153,7 +154,7 @@ def test_what_runs_in_inductors_hooks_is_left_as_it_was(overwritten):
         pass
 
     def state():
-        wrapped = (pre_grad.efficient_conv_bn_eval_pass, inductor.binary_folding_pass())
+        wrapped = (pre_grad.efficient_conv_bn_eval_pass, binary_folding_pass)
         return (
             [getattr(registry.config, name) for name in HOOKS],
             [p.apply for p in wrapped],

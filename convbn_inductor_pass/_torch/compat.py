@@ -80,10 +80,8 @@ def is_pure(target: Any) -> bool:
     """Whether ``target`` always computes the same from the same tensors, and does nothing else."""
     if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
         return False
-    return torch.Tag.nondeterministic_seeded not in target.tags and target.namespace in (
-        "aten",
-        "prims",
-    )
+    is_random = torch.Tag.nondeterministic_seeded in target.tags
+    return target.namespace in ("aten", "prims") and not is_random
 
 
 def fake_mode_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -31,7 +31,6 @@ from . import compat
 
 __all__ = [
     "TracingContext",
-    "binary_folding_pass",
     "boxed",
     "caches_off",
     "compile_with",
@@ -262,10 +261,3 @@ def compile_with(inner: Callable[..., Any], gm: torch.fx.GraphModule, inputs: li
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, inputs, inner_compile=inner)
-
-
-def binary_folding_pass() -> Any:
-    """The patterns with which ``freezing=True`` folds constants into layers."""
-    from torch._inductor.fx_passes import freezing_patterns
-
-    return freezing_patterns.binary_folding_pass

@@ -7,14 +7,16 @@ back once they are executed.
 
 from __future__ import annotations
 
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 __all__ = ["when_imported"]
+
+_waiting: dict[str, list[Callable[[], None]]] = {}
 
 
 def when_imported(name: str, callback: Callable[[], None]) -> None:
@@ -22,42 +24,28 @@ def when_imported(name: str, callback: Callable[[], None]) -> None:
     if name in sys.modules:
         callback()
         return
-    if _finder not in sys.meta_path:
-        sys.meta_path.insert(0, _finder)
-    _finder.waiting.setdefault(name, []).append(callback)
+    if _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)
+    _waiting.setdefault(name, []).append(callback)
 
 
-class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader, callbacks: list[Callable[[], None]]) -> None:
-        self.loader, self.callbacks = loader, callbacks
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        # From here on the module is as if it had been found without us.
-        module.__loader__ = self.loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
-        self.loader.exec_module(module)
-        for callback in self.callbacks:
-            callback()
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    def __init__(self) -> None:
-        self.waiting: dict[str, list[Callable[[], None]]] = {}
-
+class _Finder:
+    @staticmethod
     def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+        name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name not in self.waiting:
+        if name not in _waiting:
             return None
-        callbacks = self.waiting.pop(name)
+        callbacks = _waiting.pop(name)
         spec = importlib.util.find_spec(name)  # by those after us
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, callbacks)
+        loader: Any = spec and spec.loader
+
+        def exec_module(module: ModuleType) -> None:
+            del loader.exec_module  # from here on the module is as if it had been found without us
+            loader.exec_module(module)
+            for callback in callbacks:
+                callback()
+
+        if loader is not None:
+            loader.exec_module = exec_module
         return spec
-
-
-_finder = _Finder()

@@ -88,20 +88,19 @@ def passes_of(hook: str) -> tuple[GraphPass, ...]:
 
 def add_pass(hook: str, ours: GraphPass) -> None:
     """Add a pass after those that are there, in this context and in every other thread's."""
-    if ours not in passes_of(hook):
-        setattr(config, hook, _as_value(hook, (*passes_of(hook), ours)))
-    default = _as_tuple(_entry(hook).default)
-    if ours not in default:
-        _set_default(hook, (*default, ours))
+    _change(hook, lambda passes: passes if ours in passes else (*passes, ours))
 
 
 def remove_pass(hook: str, ours: GraphPass) -> None:
     """Undo :func:`add_pass`; the passes of others stay."""
-    if ours in passes_of(hook):
-        setattr(config, hook, _as_value(hook, tuple(p for p in passes_of(hook) if p is not ours)))
-    default = _as_tuple(_entry(hook).default)
-    if ours in default:
-        _set_default(hook, tuple(p for p in default if p is not ours))
+    _change(hook, lambda passes: tuple(p for p in passes if p is not ours))
+
+
+def _change(hook: str, change: Callable[[tuple[GraphPass, ...]], tuple[GraphPass, ...]]) -> None:
+    for owner, name in ((config, hook), (_entry(hook), "default")):
+        passes = _as_tuple(getattr(owner, name))
+        if change(passes) != passes:
+            setattr(owner, name, _as_value(hook, change(passes)))
 
 
 @contextlib.contextmanager
@@ -140,10 +139,6 @@ def set_everywhere(name: str, value: Any) -> None:
 def _entry(hook: str) -> Any:
     # What a thread that set nothing itself reads: there is no public way to set it.
     return config._config[hook]  # type: ignore[attr-defined]
-
-
-def _set_default(hook: str, passes: tuple[GraphPass, ...]) -> None:
-    _entry(hook).default = _as_value(hook, passes)
 
 
 def _as_tuple(value: Any) -> tuple[GraphPass, ...]:

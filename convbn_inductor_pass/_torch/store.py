@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import pathlib
-import tempfile
 from collections import Counter
 
 from torch._dynamo.utils import counters
@@ -32,12 +30,10 @@ def put(text: str) -> None:
     """Keep ``text`` with the code that is being made; to be called in a post-grad pass."""
     if config.force_disable_caches or not config.fx_graph_cache:
         return
+    from torch._inductor.codecache import write_atomic  # here, since this loads no compiler
+
     name = _PREFIX + hashlib.sha256(text.encode()).hexdigest()[:32]
-    folder = pathlib.Path(cache_dir()) / "convbn_inductor_pass"
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, folder / f"{name}.json")  # whole, whoever else writes it
+    write_atomic(str(_path(name)), text, make_dirs=True, encode_utf_8=True)
     counters["inductor"][name] += 1
     _known[name] += 1
 
@@ -52,8 +48,11 @@ def take() -> list[str]:
     found = []
     for name, count in list(counters["inductor"].items()):
         if name.startswith(_PREFIX):
-            path = pathlib.Path(cache_dir()) / "convbn_inductor_pass" / f"{name}.json"
             with contextlib.suppress(FileNotFoundError):
-                found += [] if ran else [path.read_text("utf-8")] * (count - _known[name])
+                found += [] if ran else [_path(name).read_text("utf-8")] * (count - _known[name])
             _known[name] = count
     return found
+
+
+def _path(name: str) -> pathlib.Path:
+    return pathlib.Path(cache_dir()) / "convbn_inductor_pass" / f"{name}.json"

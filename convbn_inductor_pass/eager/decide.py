@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import functional
 from ..codes import Code
 from ..config import get_options
+from ..functional.conv_bn import layer_before
 from .calls import BatchNormCall, is_plain
 from .events import Event
 
@@ -37,7 +37,7 @@ def decide(bn: BatchNormCall, layer: Event | None) -> tuple[Code, str]:
 
 def _why_not_from_layer(c: Tensor, layer: Event | None) -> tuple[Code, str] | None:
     """Why the gradient of a batch norm's weight cannot come from the layer that gave ``c``."""
-    node = functional.layer_before(c)
+    node = layer_before(c)
     if layer is None:
         return (Code.NOT_AFTER_LAYER, "") if node is None else (Code.REGION, "the layer's ended")
     x, weight = layer.input(), layer.weight()

@@ -1,8 +1,8 @@
 """Tune mode for the layers and batch norms of a forward, while it runs.
 
-In it layers run in :func:`functional.layer`, and a batch norm after one runs as
-:func:`functional.batch_norm`, which does not save its input. Every tensor is a true one, computed
-when eval mode computes it.
+In it layers run in :func:`conv_bn.layer`, and a batch norm after one runs as
+:func:`conv_bn.batch_norm`, which does not save its input. Every tensor is a true one, computed when
+eval mode computes it.
 
 Other uses of a layer's output are right, too, but cost a second weight gradient. So a region
 watches outputs: one used before its batch norm is left as written; one used after it, or stored, or
@@ -22,6 +22,7 @@ A region steps aside
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable
@@ -31,10 +32,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .. import announce, functional
+from .. import announce
 from .._torch import eager as torch_eager
 from ..codes import Code
 from ..config import get_options
+from ..functional import conv_bn, saved
 from . import calls
 from .decide import decide
 from .events import Event, Ledger, nothing
@@ -80,7 +82,7 @@ class Region(TorchFunctionMode):
             and calls.is_plain(x := args[0] if args else kwargs["input"])
             and not (x.is_mps or self._aside())
         ):
-            with functional.saves_shape_only(x):
+            with saved.saves_shape_only(x):
                 return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if func in calls.VIEWS and events and events[0].linear:
@@ -111,7 +113,7 @@ class Region(TorchFunctionMode):
         return event if reference() is value else None
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x, weight, bias = functional.layer_tensors(*args, **kwargs)
+        x, weight, bias = conv_bn.layer_tensors(*args, **kwargs)
         as_is = self._aside() or not all(t is None or calls.is_plain(t) for t in (x, weight, bias))
         saves_input = as_is or weight.requires_grad or get_options().fuse_frozen_layers
         for t in (x, weight, bias):
@@ -126,9 +128,9 @@ class Region(TorchFunctionMode):
         if as_written:
             c = func(*args, **kwargs)
         elif saves_input:
-            c = functional.layer(func, *args, **kwargs)
+            c = conv_bn.layer(func, *args, **kwargs)
         else:
-            with functional.saves_shape_only(x):
+            with saved.saves_shape_only(x):
                 c = func(*args, **kwargs)
         event = self.events[key] = Event(
             input=weakref.ref(x),
@@ -171,8 +173,8 @@ class Region(TorchFunctionMode):
             return func(*args, **kwargs)
         if bn.weight is not None and bn.weight.requires_grad:
             c, mean, var, weight, bias = bn[:5]
-            return functional.batch_norm(c, mean, var, weight, bias, bn.eps)
-        with functional.saves_shape_only(bn.input):
+            return conv_bn.batch_norm(c, mean, var, weight, bias, bn.eps)
+        with saved.saves_shape_only(bn.input):
             return func(*args, **kwargs)
 
     def _relu(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -182,11 +184,8 @@ class Region(TorchFunctionMode):
             return func(*args, **kwargs)
         key = ("ReLU", self._count(None)[1])
         before = None if self.hooks else self.before.get(key)
-        saves_mask = not self.trains_convolutions if before is None else not before.used
-        if saves_mask:
-            with functional.saves_mask():
-                y = func(*args, **kwargs)
-        else:
+        is_saved = self.trains_convolutions if before is None else before.used
+        with contextlib.nullcontext() if is_saved else saved.saves_mask():
             y = func(*args, **kwargs)
         event = self.events[key] = Event(output=weakref.ref(y), relu=True)
         self._note(y, event)

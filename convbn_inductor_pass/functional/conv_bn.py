@@ -110,15 +110,9 @@ def batch_norm(
 ) -> Tensor:
     """Batch norm in eval mode of a ``c`` [N, C, ...] that is not saved. Twice differentiable.
 
-    The weight of the layer before it must be there in the backward of the batch norm already.
-
-    Raises:
-        ValueError: ``c`` has no :func:`layer_before`.
+    There must be a :func:`layer_before`, and its weight in the backward of the batch norm already.
     """
-    node = layer_before(c)
-    if node is None:
-        raise ValueError("the gradient of a batch norm's weight comes from the layer before it")
-    return _BatchNorm.apply(c, mean, var, weight, bias, eps, node)
+    return _BatchNorm.apply(c, mean, var, weight, bias, eps, layer_before(c))
 
 
 @dataclasses.dataclass(eq=False)

@@ -19,11 +19,11 @@ from .layout import Layout
 __all__ = [
     "DTYPES_TOGETHER",
     "Layer",
+    "RESHAPES",
     "Operand",
     "Step",
     "bytes_of",
     "is_cast",
-    "is_reshape",
     "known_equal",
     "layer_of",
     "numel_of",
@@ -40,7 +40,7 @@ prims = torch.ops.prims
 
 _CASTS = (prims.convert_element_type.default, aten._to_copy.default)
 # The same elements in the same order, in other dimensions.
-_RESHAPES = (
+RESHAPES = (
     aten.view.default,
     aten._unsafe_view.default,
     aten.reshape.default,
@@ -183,7 +183,7 @@ def operand_per_channel(value: Any, shape: Sequence[Any], dim: int) -> Operand |
         return None
     if not known_equal(along, 1) and not known_equal(along, shape[dim]):
         return None
-    while node.target in _RESHAPES and tensor_of(node.args[0]) is not None:
+    while node.target in RESHAPES and tensor_of(node.args[0]) is not None:
         node = node.args[0]  # the same numbers in the same order
     return Operand(node=node)
 
@@ -206,11 +206,6 @@ def is_cast(node: fx.Node) -> bool:
         return False
     tensor = tensor_of(node)
     return node.target in _CASTS and tensor is not None and tensor.dtype.is_floating_point
-
-
-def is_reshape(node: fx.Node) -> bool:
-    """Whether ``node`` has the elements of its input, in the same order, in other dimensions."""
-    return node.target in _RESHAPES
 
 
 Kind = Literal["scale", "divide", "shift", "cast", "move"]
@@ -287,7 +282,7 @@ def _moved(node: fx.Node, before: Tensor, after: Tensor, dim: int) -> int | None
         return [d % before.ndim for d in dims].index(dim)
     if node.target is aten.clone.default:
         return dim
-    if node.target not in _RESHAPES:
+    if node.target not in RESHAPES:
         return None
 
     # What is left and right of the channels may be split and joined, the channels may not.

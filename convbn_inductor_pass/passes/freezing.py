@@ -11,13 +11,14 @@ Can go: once the check compares the operand with the layer's output channels.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from .._torch import inductor
 from ..graph import layers
 
 __all__ = ["fold_what_is_right", "why_wrong"]
@@ -27,17 +28,16 @@ _log = logging.getLogger("convbn_inductor_pass")
 _LAYERS = (aten.convolution.default, aten.mm.default, aten.addmm.default)
 
 
-def fold_what_is_right(builtin_apply: Callable[[Any], int], graph: Any) -> int:
+def fold_what_is_right(
+    graph: Any, builtin_apply: Callable[[Any], int], patterns: Mapping[Any, list[Any]]
+) -> int:
     """Run Inductor's binary folding on ``graph`` where :func:`why_wrong` has no objection."""
-    every = [e for found in inductor.binary_folding_pass().patterns.values() for e in found]
-    checks = [(entry, entry.extra_check) for entry in {id(e): e for e in every}.values()]
-    try:
-        for entry, check in checks:
+    with contextlib.ExitStack() as stack:
+        for entry in itertools.chain(*patterns.values()):
+            check = entry.extra_check
+            stack.callback(setattr, entry, "extra_check", check)
             entry.extra_check = lambda match, check=check: _is_right(match) and check(match)
         return builtin_apply(graph)
-    finally:
-        for entry, check in checks:
-            entry.extra_check = check
 
 
 def _is_right(match: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from convbn_inductor_pass import Code, decisions, options, turn_on
-from convbn_inductor_pass.functional import saves_mask, saves_shape_only
+from convbn_inductor_pass.functional.saved import saves_mask, saves_shape_only
 
 N, C, SIZE = 2, 4, 8
 ELEMENTS = N * C * SIZE * SIZE

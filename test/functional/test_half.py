@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from common import fuzz
 from hypothesis import strategies as st
 
-from convbn_inductor_pass.functional import batch_norm, layer
+from convbn_inductor_pass.functional.conv_bn import batch_norm, layer
 from convbn_inductor_pass.functional.half import gradient_scale
 
 GAMMAS = (0.0, 1e-4, 1e-3, 1.0, 100.0, 6e4)

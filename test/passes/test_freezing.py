@@ -11,6 +11,7 @@ from torch._inductor.fx_passes.freezing_patterns import binary_folding_pass
 
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import testing
+from convbn_inductor_pass.passes import freezing
 
 
 def transposed(c_out: int = 4, groups: int = 1, spatial: int = 2) -> nn.Module:
@@ -142,25 +143,30 @@ def test_right_folding_goes_on():
     assert counters["inductor"]["binary_folding"] > 0
 
 
-def test_the_guard_goes_with_the_flag():
-    def entries():
-        return [e for found in binary_folding_pass.patterns.values() for e in found]
-
+def test_the_guard_goes_with_the_flag(monkeypatch):
+    guarded = []
+    fold = freezing.fold_what_is_right
+    monkeypatch.setattr(freezing, "fold_what_is_right", lambda *a: guarded.append(flag) or fold(*a))
     graph = torch.fx.Graph()
     graph.output(graph.placeholder("x"))
     gm = torch.fx.GraphModule(nn.Module(), graph)
-    frozen(nn.Conv2d(4, 4, 1).eval(), torch.randn(1, 4, 2, 2))  # registers the patterns
-    plain = [e.extra_check for e in entries()]
-    assert plain
-    seen = []
+    for flag in (True, False):
+        with torch._inductor.config.patch(efficient_conv_bn_eval_fx_passes=flag):
+            binary_folding_pass.apply(gm.graph)
+    assert guarded == [True]
 
-    def spy(_graph):
-        seen.append([e.extra_check for e in entries()] == plain)
+
+def test_the_guard_is_gone_after_a_failure():
+    def checks():
+        return [e.extra_check for found in binary_folding_pass.patterns.values() for e in found]
+
+    def fail(_graph):
+        assert checks() != plain
         raise KeyError
 
-    for flag in (False, True):
-        config = torch._inductor.config.patch(efficient_conv_bn_eval_fx_passes=flag)
-        with config, pytest.raises(KeyError):
-            binary_folding_pass.apply.func(spy, gm.graph)
-        assert [e.extra_check for e in entries()] == plain
-    assert seen == [True, False]
+    frozen(nn.Conv2d(4, 4, 1).eval(), torch.randn(1, 4, 2, 2))  # registers the patterns
+    plain = checks()
+    assert plain
+    with pytest.raises(KeyError):
+        freezing.fold_what_is_right(torch.fx.Graph(), fail, binary_folding_pass.patterns)
+    assert checks() == plain

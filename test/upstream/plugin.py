@@ -21,59 +21,29 @@ EDITS = (
     Edit(
         _PLUGIN,
         "",
-        "def _wrap_builtin",
+        '_PRE_GRAD = "',
         "instead",
-        '''
-        def _wrap_builtin() -> None:
-            from torch._inductor.fx_passes import pre_grad
-
-            if hasattr(pre_grad, "efficient_conv_bn_eval_pass"):
-                _wrap("builtin", pre_grad.efficient_conv_bn_eval_pass, _instead_of_builtin)
-            else:
-                when_imported("torch._inductor.fx_passes.joint_graph", _wrap_joint_builtin)
-
-
-        def _wrap_joint_builtin() -> None:
-            from torch._inductor.fx_passes import joint_graph
-
-            _wrap("builtin", _JointPass(joint_graph), _instead_of_builtin)
-
-
-        class _JointPass:
-            """PyTorch's pass where it is a function: as an object whose ``apply`` that is."""
-
-            def __init__(self, module: Any) -> None:
-                self.__dict__.update(module=module, original=module.efficient_conv_bn_eval_pass)
-
-            def __getattr__(self, name: str) -> Any:
-                if name != "apply":
-                    raise AttributeError(name)
-                return self.original
-
-            def __setattr__(self, name: str, value: Any) -> None:
-                self.__dict__[name] = self.module.efficient_conv_bn_eval_pass = value
-
-            def __delattr__(self, name: str) -> None:
-                del self.__dict__[name]
-                self.module.efficient_conv_bn_eval_pass = self.original
-        ''',
+        '_PRE_GRAD = "torch._inductor.fx_passes.joint_graph"',
+    ),
+    # There it is a function.
+    Edit(
+        _PLUGIN,
+        "_wrap",
+        "builtin = theirs",
+        "instead",
+        'builtin = getattr(theirs, "apply", theirs)',
     ),
     Edit(
-        "test/test_plugin.py",
-        "test_uninstall_restores_everything",
-        "wrapped = pre_grad",
+        _PLUGIN,
+        "_wrap",
+        "theirs.apply = apply",
         "instead",
         """
-        wrapped = [theirs for theirs, _ in cbn.plugin._State.wrapped.values()]
-        assert len(wrapped) == 2
+        if builtin is theirs:
+            setattr(sys.modules[module], name, apply)
+        else:
+            theirs.apply = apply
         """,
-    ),
-    Edit(
-        "test/test_plugin.py",
-        "test_uninstall_restores_everything",
-        "import freezing_patterns, pre_grad",
-        "swap",
-        "import freezing_patterns, joint_graph, pre_grad  # noqa: F401",
     ),
 )
 

@@ -7,6 +7,7 @@ subtracts the mean from the input once, which tells one call from the next.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -56,8 +57,7 @@ def find_batch_norms(
         source = source_of(minuend, casts=True)
         layer = layers.layer_of(source)
         if _is_of_batch_norm(node) or (without_origin and layer is not None):
-            trains = _depends_on(mean, minuend)
-            yield BatchNormCall(node, source, layer, tuple(_scales(node)), trains)
+            yield BatchNormCall(node, source, layer, tuple(_scales(node)), _is_of_the_batch(mean))
 
 
 def subgraphs_of(graph: fx.Graph, backward: Collection[fx.Node] = ()) -> Iterator[fx.Graph]:
@@ -85,15 +85,7 @@ def _scales(node: fx.Node) -> Iterator[fx.Node]:
         node = user
 
 
-def _depends_on(node: Any, source: fx.Node) -> bool:
-    """Whether the few nodes that make the mean go back to what it is the mean of."""
-    seen: set[fx.Node] = set()
-    pending = [node] if isinstance(node, fx.Node) else []
-    while pending:
-        node = pending.pop()
-        if node is source or node in source.all_input_nodes:
-            return True
-        if node not in seen and _is_of_batch_norm(node):
-            seen.add(node)
-            pending += node.all_input_nodes
-    return False
+def _is_of_the_batch(mean: Any) -> bool:
+    """Whether a mean is a result of ``var_mean``, as batch statistics are in decompositions."""
+    is_result = isinstance(mean, fx.Node) and mean.target is operator.getitem
+    return is_result and mean.args[0].target is aten.var_mean.correction

@@ -34,7 +34,7 @@ import functools
 
 from torch import fx
 
-from ..._torch import compat, inductor
+from ..._torch import inductor
 from ...codes import Code
 from ...config import Options
 from ...graph import affine, layers
@@ -183,9 +183,7 @@ def _copies_weight(s: _Site) -> bool:
 
 
 def _weight_computed(s: _Site) -> str | None:
-    source = s.layer.weight
-    while layers.is_cast(source) or compat.is_view(source.target):
-        source = source.all_input_nodes[0]
+    source = source_of(s.layer.weight, casts=True)
     is_larger = numel_of(s.layer.weight) > numel_of(s.layer.node)
     return str(s.layer.weight) if is_larger and source.op != "placeholder" else None
 

@@ -25,12 +25,11 @@ def saved_by(candidate: Candidate, match: Match, backward: set[fx.Node]) -> fx.N
     element, and not from something that is saved for a reason of its own.
     """
     layer = candidate.layer
-    # What each sum is over is computed from these.
-    computing = [(layer.node, *(s.node for s in r.affine.steps)) for r in match.reductions]
-    reasons = [
-        next((u for n in nodes for u in users_of(n) if _is_library_call(u, backward)), None)
-        for nodes in computing
-    ]
+    reasons = []
+    for r in match.reductions:
+        computing = (layer.node, *(s.node for s in r.affine.steps))  # what it sums
+        users = (u for n in computing for u in users_of(n) if u in backward)
+        reasons.append(next((u for u in users if not compat.is_pointwise(u.target)), None))
     if all(reasons):
         return reasons[0]
     products = {r.product for r in match.reductions}
@@ -54,7 +53,3 @@ def saved_by(candidate: Candidate, match: Match, backward: set[fx.Node]) -> fx.N
                 if not is_saved(user, backward):
                     pending.append(user)
     return None
-
-
-def _is_library_call(node: fx.Node, backward: set[fx.Node]) -> bool:
-    return node in backward and not compat.is_pointwise(node.target)

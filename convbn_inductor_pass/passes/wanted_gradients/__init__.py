@@ -29,13 +29,14 @@ class WantedGradientsPass(Pass):
         # Here, because registering must not load a compiler.
         from ...config import get_options
         from . import activations, pooling, shapes
-        from .site import JointGraph, apply, record
+        from .site import JointGraph, apply, record, unless_denied
 
         records: list[Record] = []
         rewritten = 0
         # One after the other: what one rule leaves unsaved, the next does not count as saved.
         for rule in (pooling, activations, shapes):
-            sites = rule.find_sites(JointGraph(graph, get_options()))
+            found = rule.find_sites(JointGraph(graph))
+            sites = [unless_denied(site, get_options()) for site in found]
             records += map(record, sites)
             rewritten += apply(sites, graph, rule.rewrite)
         return Outcome(rewritten, tuple(records))
@@ -50,7 +51,8 @@ class MaskBitsPass(Pass):
     def run(self, graph: fx.Graph, backward: fx.Graph) -> Outcome:
         from ...config import get_options
         from .bits import find_masks, pack
-        from .site import record
+        from .site import record, unless_denied
 
-        sites = find_masks(graph, backward, get_options())
+        found = find_masks(graph, backward, get_options())
+        sites = [unless_denied(site, get_options()) for site in found]
         return Outcome(pack(sites, graph, backward), tuple(map(record, sites)))

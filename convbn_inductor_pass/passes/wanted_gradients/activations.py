@@ -77,9 +77,7 @@ def _site(joint: JointGraph, activation: Activation, readers: set[fx.Node]) -> S
     if not calls:
         return None
     code, detail = Code.MASK_FROM_OUTPUT, str(y)
-    if (denial := joint.denied(y)) is not None:
-        code, detail = Code.DENIED, denial
-    elif len(calls) < len(in_backward) or is_available(z, joint.forward, {*readers, *calls}):
+    if len(calls) < len(in_backward) or is_available(z, joint.forward, {*readers, *calls}):
         code, detail = Code.SAVED_ANYWAY, str(z)
     elif not read_in_backward(y, joint.forward, readers):
         code = Code.OUTPUT_NOT_SAVED
@@ -147,11 +145,8 @@ def _threshold(condition: Any, value: Any, z: Any) -> _Found | None:
 
 def constant_of(node: Any) -> float | None:
     """The number that every element of a tensor is, if the graph says so."""
-    value = None
-    if node.target is aten.scalar_tensor.default:
-        (value,) = node.args
-    elif node.target is aten.full.default:
-        value = node.args[1]
+    place = {aten.scalar_tensor.default: 0, aten.full.default: 1}.get(node.target)
+    value = None if place is None else node.args[place]
     return value if _is_number(value) else None
 
 

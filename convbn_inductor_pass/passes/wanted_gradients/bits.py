@@ -33,7 +33,6 @@ from ...config import Options
 from ...graph.builder import Builder
 from ...graph.layers import numel_of, value_of
 from ...graph.provenance import provenance_of
-from ..decisions import denied
 from .site import Site
 
 __all__ = ["find_masks", "pack"]
@@ -62,8 +61,6 @@ def _site(mask: fx.Node, options: Options) -> Site:
     code, detail = Code.MASK_AS_BITS, ""
     if not options.bit_masks:
         code, detail = Code.DENIED, "bit_masks=False"
-    elif (denial := denied(options, mask)) is not None:
-        code, detail = Code.DENIED, denial
     elif _split_of(mask) is None:
         code = Code.NOT_DIVISIBLE
     return Site("mask", mask, code, detail, numel_of(mask) * 7 // 8, (mask,))

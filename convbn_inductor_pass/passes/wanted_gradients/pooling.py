@@ -58,6 +58,7 @@ _UNPOOLS: dict[Any, int] = {
     aten.adaptive_max_pool3d_backward.default: 0,
     aten.scatter_add.default: 3,
 }
+_SAME_ORDER = (*layers.RESHAPES, aten.clone.default)
 _LOGIC = (
     aten.bitwise_or.Tensor,
     aten.bitwise_and.Tensor,
@@ -89,9 +90,7 @@ def find_sites(joint: JointGraph) -> list[Site]:
             continue
         y, pooled = found.y, found.pooled
         code, detail = Code.MASK_AFTER_POOLING, str(pooled)
-        if (denial := joint.denied(y)) is not None:
-            code, detail = Code.DENIED, denial
-        elif is_available(y, joint.forward, {found.unpool, *readers}):
+        if is_available(y, joint.forward, {found.unpool, *readers}):
             code, detail = Code.SAVED_ANYWAY, str(y)
         is_saved = read_in_backward(pooled, joint.forward, readers)
         nbytes = numel_of(y) - (0 if is_saved else numel_of(pooled))  # one byte per element
@@ -150,11 +149,7 @@ def _is_zero(node: Any) -> bool:
 def _in_same_order(node: Any, *, casts: bool = False) -> list[fx.Node]:
     """``node`` last, before it what it holds the elements of in the same order."""
     path = [node]
-    while (
-        layers.is_reshape(path[0])
-        or path[0].target is aten.clone.default
-        or (casts and layers.is_cast(path[0]))
-    ):
+    while path[0].target in _SAME_ORDER or (casts and layers.is_cast(path[0])):
         path.insert(0, path[0].args[0])
     return path
 

@@ -29,14 +29,7 @@ from torch import fx
 from ..._torch import compat
 from ...codes import Code
 from ...graph.builder import Builder
-from ...graph.layers import (
-    bytes_of,
-    known_equal,
-    numel_of,
-    same_sizes,
-    tensor_of,
-    value_of,
-)
+from ...graph.layers import bytes_of, known_equal, numel_of, same_sizes, tensor_of, value_of
 from ...graph.layout import output_padding
 from ...graph.uses import is_available, is_recomputed, read_in_backward, source_of, users_of
 from .site import JointGraph, Site
@@ -84,9 +77,7 @@ def find_sites(joint: JointGraph) -> list[Site]:
     sites = []
     for source, calls in by_source.items():
         code, detail = Code.SHAPE_ONLY, ", ".join(str(n.target).split(".")[1] for n in calls)
-        if (denial := joint.denied(source, *calls)) is not None:
-            code, detail = Code.DENIED, denial
-        elif _is_saved(joint, source, readers):
+        if _is_saved(joint, source, readers):
             code, detail = Code.SAVED_ANYWAY, str(source)
         nbytes = _bytes_less(joint, source)
         sites.append(Site("shape", source, code, detail, nbytes, tuple(calls)))

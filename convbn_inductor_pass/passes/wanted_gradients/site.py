@@ -18,7 +18,7 @@ from ...graph.uses import backward_of
 from ...records import Kind, Record
 from ..decisions import denied, record_of
 
-__all__ = ["JointGraph", "Site", "apply", "record"]
+__all__ = ["JointGraph", "Site", "apply", "record", "unless_denied"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,9 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class JointGraph:
-    """A joint graph and the options, with what the rules ask of them."""
+    """A joint graph, with what the rules ask of it."""
 
     graph: fx.Graph
-    options: Options
 
     @functools.cached_property
     def backward(self) -> set[fx.Node]:
@@ -51,18 +50,17 @@ class JointGraph:
     @functools.cached_property
     def forward(self) -> set[fx.Node]:
         """What the outputs of the forward are computed from."""
-        (output,) = self.graph.find_nodes(op="output")
-        pending = [n for n in output.all_input_nodes if n not in self.backward]
-        found = set(pending)
-        while pending:
-            new = [n for n in pending.pop().all_input_nodes if n not in found]
-            found.update(new)
-            pending += new
+        found: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            if node.op == "output" or node in found:
+                found.update(n for n in node.all_input_nodes if n not in self.backward)
         return found
 
-    def denied(self, *nodes: fx.Node) -> str | None:
-        """The module paths of nodes that the options leave out, None if they do not."""
-        return denied(self.options, *nodes)
+
+def unless_denied(site: Site, options: Options) -> Site:
+    """``site``, denied if the options leave out its modules."""
+    paths = denied(options, site.node, *site.calls)
+    return site if paths is None else dataclasses.replace(site, code=Code.DENIED, detail=paths)
 
 
 def apply(

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import testing
 from convbn_inductor_pass._torch import inductor
-from convbn_inductor_pass.passes.cpu_codegen import invariants
+from convbn_inductor_pass.passes import cpu_codegen
 
 aten = torch.ops.aten
 
@@ -22,7 +22,7 @@ def stored(fn, *args):
     """The targets of what is stored when ``fn`` is traced with ``args``."""
     graph = make_fx(fn, tracing_mode="fake")(*args).graph
     before = [n for n in graph.nodes if n.op == "call_function"]
-    count = invariants.store_invariants(graph)
+    count = cpu_codegen.store_invariants(graph)
     graph.lint()
     added = [n for n in graph.nodes if n.op == "call_function" and n not in before]
     assert len(added) == count
@@ -128,13 +128,13 @@ class Squeezed(nn.Module):
 @pytest.fixture
 def counted(monkeypatch):
     """The number of values that each graph has stored."""
-    store, counts = invariants.store_invariants, []
+    store, counts = cpu_codegen.store_invariants, []
 
     def counting(graph):
         counts.append(store(graph))
         return counts[-1]
 
-    monkeypatch.setattr(invariants, "store_invariants", counting)
+    monkeypatch.setattr(cpu_codegen, "store_invariants", counting)
     return counts
 
 
@@ -164,7 +164,7 @@ def test_same_bits(trains, autocast, dynamic, forward, counted, monkeypatch):
     results = step()
     if forward == "exact":
         assert sum(counted) >= 3 + (not autocast)  # its gate is in bfloat16
-    monkeypatch.setattr(invariants, "store_invariants", lambda graph: 0)
+    monkeypatch.setattr(cpu_codegen, "store_invariants", lambda graph: 0)
     for mine, plain in zip(results, step(), strict=True):
         assert torch.equal(mine, plain)
 

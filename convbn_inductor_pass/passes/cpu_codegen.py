@@ -23,10 +23,12 @@ import operator
 import torch
 from torch import fx
 
-from ..._torch import compat, inductor
-from ...graph.layers import numel_of, tensor_of, value_of
+from .._torch import compat
+from ..graph.layers import numel_of, tensor_of, value_of
+from ..graph.uses import source_of
+from .base import Outcome, Pass
 
-__all__ = ["store_invariants"]
+__all__ = ["CpuCodegenPass", "store_invariants"]
 
 aten = torch.ops.aten
 
@@ -39,6 +41,16 @@ _LEAST_ELEMENTS = 1 << 14  # of what is computed from it: some microseconds
 _LEAST_REUSE = 16
 
 
+class CpuCodegenPass(Pass):
+    """Runs on every graph that code is generated for, after other passes have changed it."""
+
+    name = "cpu_codegen"
+    hook = "post_grad_custom_pre_pass"
+
+    def run(self, graph: fx.Graph) -> Outcome:
+        return Outcome(store_invariants(graph))
+
+
 def store_invariants(graph: fx.Graph) -> int:
     """Have small values that large ones are computed from stored if they are slow; how many."""
     found: dict[fx.Node, None] = {}
@@ -46,7 +58,7 @@ def store_invariants(graph: fx.Graph) -> int:
         size = numel_of(node)
         if size < _LEAST_ELEMENTS or not _is_in_a_loop(node):
             continue
-        for source in map(_behind_views, node.all_input_nodes):
+        for source in map(source_of, node.all_input_nodes):
             is_small = size >= _LEAST_REUSE * numel_of(source)
             if is_small and _can_be_stored(source) and _is_slow(source, found):
                 found[source] = None
@@ -59,12 +71,6 @@ def _is_in_a_loop(node: fx.Node) -> bool:
     """Whether C++ code is generated that computes ``node`` element by element."""
     value = tensor_of(node) if compat.is_pointwise(node.target) else None
     return value is not None and value.device.type == "cpu"
-
-
-def _behind_views(node: fx.Node) -> fx.Node:
-    while compat.is_view(node.target):
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _can_be_stored(node: fx.Node) -> bool:
@@ -84,7 +90,7 @@ def _is_slow(node: fx.Node, stored: dict[fx.Node, None]) -> bool:
     while todo:
         node = todo.pop()
         is_slow |= node.target in _SLOW
-        for source in map(_behind_views, node.all_input_nodes):
+        for source in map(source_of, node.all_input_nodes):
             if source in seen or source in stored:
                 continue
             seen.add(source)
@@ -96,12 +102,16 @@ def _is_slow(node: fx.Node, stored: dict[fx.Node, None]) -> bool:
 
 
 def _is_reduction(node: fx.Node) -> bool:
+    from .._torch import inductor  # here, because registering must not load a compiler
+
     if node.target is operator.getitem:
         (node,) = node.all_input_nodes
     return inductor.is_generated(node.target)
 
 
 def _store(node: fx.Node) -> None:
+    from .._torch import inductor
+
     strides = list(value_of(node).stride())
     with node.graph.inserting_after(node):
         stored = node.graph.call_function(inductor.force_stride_order, (node, strides))
