@@ -169,7 +169,7 @@ class _Emitter:
     def replay(self, steps: Iterable[Step], value: Value) -> Value:
         """What the steps make of ``value``."""
         for step in steps:
-            if step.operand is None:
+            if step.operand is None or (value == 0 and step.kind != "shift"):
                 continue
             o = self.vector(step.operand)
             if step.kind == "scale":
@@ -211,7 +211,7 @@ class _Emitter:
         if isinstance(a, fx.Node):
             return self.build.call(aten.div.Tensor, a, b)
         if isinstance(b, fx.Node):
-            return a if a == 0 else self.mul(self.build.call(aten.reciprocal.default, b), a)
+            return self.mul(self.build.call(aten.reciprocal.default, b), a)
         return a / b
 
     def add(self, a: Value, b: Value) -> Value:

@@ -1,4 +1,4 @@
-"""Add calls to a graph in aten IR, each computation once."""
+"""Add calls to a graph in aten IR."""
 
 from __future__ import annotations
 
@@ -17,41 +17,24 @@ aten = torch.ops.aten
 
 
 class Builder:
-    """Adds calls to a graph, with metadata, and each computation once.
+    """Adds calls to a graph at its insertion point, with metadata. Call :meth:`finish` at the end.
 
-    Calls go to the graph's insertion point, which may only move forwards: a call that was
-    made before with inputs that are computed in the same way is used again, unless ``share`` is
-    False, as for graphs that write to tensors midway. Call :meth:`finish` at the end.
+    Of what is computed twice in a joint graph, the partitioner leaves one.
     """
 
-    def __init__(self, graph: fx.Graph, *, share: bool = True) -> None:
-        self.graph, self.share = graph, share
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
         self.meta: dict[str, Any] = {}  # metadata of the calls to come, beside "val"
         self.replaced: dict[fx.Node, fx.Node] = {}
-        self._numbers: dict[fx.Node, int] = {}  # equal for what is computed in the same way
-        self._interned: dict[str, int] = {}
-        self._made: dict[int, fx.Node] = {}
         self._sizes: dict[Any, fx.Node] = {}
         self._values: dict[Any, Any] = {}
-        for node in graph.nodes if share else ():
-            if node.op == "call_function" and compat.is_pure(node.target):
-                self._numbers[node] = self._number(node.target, node.args, node.kwargs)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Call ``target`` at the insertion point, unless that was done."""
+        """Call ``target`` at the insertion point."""
         args, kwargs = map_aggregate((args, kwargs), self._as_argument)
-        number = self._number(target, args, kwargs)
-        if self.share and number in self._made:
-            return self._made[number]
         node = self.graph.call_function(target, args, kwargs)
         node.meta = {**self.meta, "val": self._value(target, args, kwargs)}
-        self._made[number], self._numbers[node] = node, number
         return node
-
-    def _number(self, target: Any, args: Any, kwargs: Any) -> int:
-        # Not the bare number, which a constant might equal.
-        inputs = fx.map_arg((args, kwargs), lambda n: f"%{self._numbers.get(n, n)}")
-        return self._interned.setdefault(f"{target} {inputs}", len(self._interned))
 
     def current(self, node: fx.Node) -> fx.Node:
         """``node``, or what has replaced it."""

@@ -12,6 +12,7 @@ from torch import fx
 
 from ..._torch import compat, inductor
 from ...graph import affine, layers
+from ...graph.affine import AffineChain
 from ...graph.builder import Builder, erase_unused
 from ...graph.layers import Layer, value_of
 from ...graph.operators import convolution_relu
@@ -28,28 +29,54 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def rewrite(graph: fx.Graph, candidates: Sequence[FoldCandidate]) -> None:
     """Fold each of ``candidates``, in place; a head that is applied twice is scaled once."""
     writes = any(compat.is_mutable(n.target) for n in graph.nodes)
-    build = Builder(graph, share=not writes)
+    build, names = Builder(graph), _names(graph)
+    made: dict[str, tuple[fx.Node, fx.Node | None]] = {}
     with inductor.update_metadata(graph):
         for candidate in sorted(candidates, key=lambda c: c.end):
             out = candidate.layer.out
             with graph.inserting_before(candidate.end), compat.fake_mode_of(out):
-                _fold(candidate, build)
+                key = _key(candidate.chain, names)
+                if writes or key not in made:
+                    made[key] = _parameters(candidate.chain, build)
+                _fold(candidate, *made[key], build)
 
 
-def _fold(candidate: FoldCandidate, build: Builder) -> None:
+def _names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """The name of each node, or of the first that is computed in the same way."""
+    names: dict[fx.Node, str] = {}
+    first: dict[str, str] = {}
+    for node in graph.nodes:
+        names[node] = node.name
+        if compat.is_pure(node.target):
+            call = f"{node.target} {fx.map_arg((node.args, node.kwargs), names.get)}"
+            names[node] = first.setdefault(call, node.name)
+    return names
+
+
+def _key(chain: AffineChain, names: dict[fx.Node, str]) -> str:
+    """Equal for chains whose weight and bias are folded in the same way."""
+    layer, steps = chain.layer, [(s.kind, s.operand, s.factor) for s in chain.steps]
+    read = [(kind, o.node, o.number, factor) for kind, o, factor in steps if o is not None]
+    return str(fx.map_arg((layer.weight, layer.bias, layer.layout, read), names.get))
+
+
+def _parameters(chain: AffineChain, build: Builder) -> tuple[fx.Node, fx.Node | None]:
+    """The folded layer's weight and bias."""
+    layer = chain.layer
+    if not chain.steps:
+        return layer.weight, layer.bias
+    scale = affine.emit_scale(layer, chain.steps, build)
+    bias = affine.emit_shift(layer, chain.steps, build, narrowed=False)
+    weight = layer.weight if scale is None else _scaled_weight(layer, scale, build)
+    return weight, bias and build.cast(bias, layer.out.dtype)
+
+
+def _fold(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builder) -> None:
     """Replace one candidate; the builder's insertion point is before the node that is replaced."""
-    layer, chain, replaced = candidate.layer, candidate.chain, candidate.end
-    weight, bias = layer.weight, layer.bias
-    if chain.steps:
-        scale = affine.emit_scale(layer, chain.steps, build)
-        bias = affine.emit_shift(layer, chain.steps, build, narrowed=False)
-        if bias is not None:
-            bias = build.cast(bias, layer.out.dtype)
-        if scale is not None:
-            weight = _scaled_weight(layer, scale, build)
-    new = _call(candidate, weight, bias, build)
+    layer, replaced = c.layer, c.end
+    new = _call(c, weight, bias, build)
     new.meta = {**layer.node.meta, "val": new.meta["val"]}
-    for step in chain.steps:
+    for step in c.chain.steps:
         if step.kind == "move":
             new = build.call(step.node.target, new, *step.node.args[1:], **step.node.kwargs)
     new = build.cast(new, value_of(replaced).dtype)

@@ -88,7 +88,7 @@ def pack(sites: list[Site], forward: fx.Graph, backward: fx.Graph) -> int:
     """
     taken = {n.name: n for n in backward.find_nodes(op="placeholder")}
     pairs = [(s.node, taken[s.node.name]) for s in sites if s.code.rewritten]
-    builders = Builder(forward, share=False), Builder(backward, share=False)
+    builders = Builder(forward), Builder(backward)
     before = {given: given.meta for _, given in pairs}
     made = []
     try:

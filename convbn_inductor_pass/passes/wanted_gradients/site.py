@@ -73,7 +73,7 @@ def apply(
     ``rewrite`` has a builder that puts new calls before the call that it is given.
     """
     wanted = [s for s in sites if s.code.rewritten]
-    build = Builder(graph, share=False)
+    build = Builder(graph)
     for site in wanted:
         for call in site.calls:
             build.meta = provenance_of(call)
