@@ -11,7 +11,7 @@ or wider.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import fx
@@ -56,28 +56,31 @@ class AffineChain:
         return any(s.kind == "shift" for s in self.steps)
 
 
-def find_chains(graph: fx.Graph) -> Iterator[AffineChain]:
+def find_chains(
+    graph: fx.Graph, ends_before: Callable[[fx.Node], object] = lambda node: False
+) -> Iterator[AffineChain]:
     """Every layer of ``graph`` in order, with the longest affine chain that follows it.
 
-    No call is a step of two chains. Where two layers' outputs are added that are one number per
-    channel, as for a batch of one, the addition could be: each output is an operand of the other.
+    A chain ends before a call of which ``ends_before`` says so. No call is a step of two chains.
+    Where two layers' outputs are added that are one number per channel, as for a batch of one, the
+    addition could be: each output is an operand of the other.
     """
     taken: set[fx.Node] = set()
     for node in graph.nodes:
         layer = layers.layer_of(node)
         if layer is not None:
-            chain = _follow(layer, taken)
+            chain = _follow(layer, lambda n: n in taken or ends_before(n))
             taken.update(step.node for step in chain.steps)
             yield chain
 
 
-def _follow(layer: Layer, taken: set[fx.Node]) -> AffineChain:
+def _follow(layer: Layer, ends_before: Callable[[fx.Node], object]) -> AffineChain:
     steps: list[Step] = []
     node, dim = layer.node, layer.dim
     while len(node.users) == 1:
         (user,) = node.users
         found = layers.read_step(user, node, dim)
-        if found is None or user in taken:
+        if found is None or ends_before(user):
             break
         steps += found
         node, dim = user, found[-1].dim

@@ -98,7 +98,7 @@ def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
 
 
 def _call(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builder) -> fx.Node:
-    """The candidate's kernel, with the epilogue that is its own."""
+    """The candidate's kernel; oneDNN's gets its epilogue from Inductor."""
     layer, args = c.layer, c.layer.node.args
     if c.kernel == "aten" and layer.is_conv:
         return build.call(aten.convolution.default, layer.input, weight, bias, *args[3:])
@@ -115,14 +115,11 @@ def _call(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builde
             *(bias and _dense(bias, build), other and _channels_last(other, build)),
             *(stride, padding, dilation, layer.layout.groups),
         )
-    epilogue: tuple[object, ...] = ("none", [], "")
-    if c.epilogue is not None and c.epilogue.other is None:
-        epilogue = c.epilogue.name, list(c.epilogue.scalars), c.epilogue.algorithm
     return build.call(
         torch.ops.mkldnn._convolution_pointwise.default,
         # oneDNN takes any weight that has no gaps or repeats, but reorders others slowly.
         *(_input(layer, build), _channels_last(weight, build), bias and _dense(bias, build)),
-        *(padding, stride, dilation, layer.layout.groups, *epilogue),
+        *(padding, stride, dilation, layer.layout.groups, "none", [], ""),
     )
 
 
