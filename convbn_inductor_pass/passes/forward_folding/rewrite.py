@@ -13,7 +13,7 @@ from torch import fx
 from ..._torch import compat, inductor
 from ...graph import affine, layers
 from ...graph.affine import AffineChain
-from ...graph.builder import Builder, erase_unused
+from ...graph.builder import Builder
 from ...graph.layers import Layer, value_of
 from ...graph.operators import convolution_relu
 from ...graph.strides import views_of
@@ -29,12 +29,11 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def rewrite(graph: fx.Graph, candidates: Sequence[FoldCandidate]) -> None:
     """Fold each of ``candidates``, in place; a head that is applied twice is scaled once."""
     writes = any(compat.is_mutable(n.target) for n in graph.nodes)
-    build, names = Builder(graph), _names(graph)
+    names = _names(graph)
     made: dict[str, tuple[fx.Node, fx.Node | None]] = {}
-    with inductor.update_metadata(graph):
+    with inductor.update_metadata(graph), Builder(graph) as build:
         for candidate in sorted(candidates, key=lambda c: c.end):
-            out = candidate.layer.out
-            with graph.inserting_before(candidate.end), compat.fake_mode_of(out):
+            with graph.inserting_before(candidate.end):
                 key = _key(candidate.chain, names)
                 if writes or key not in made:
                     made[key] = _parameters(candidate.chain, build)
@@ -80,11 +79,8 @@ def _fold(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builde
         if step.kind == "move":
             new = build.call(step.node.target, new, *step.node.args[1:], **step.node.kwargs)
     new = build.cast(new, value_of(replaced).dtype)
-    if new is not replaced:
-        new.meta = {**replaced.meta, "val": new.meta["val"]}
+    new.meta = {**replaced.meta, "val": new.meta["val"]}
     build.replace(replaced, new)
-    build.finish()  # now, since the next candidates ask what the graph returns
-    erase_unused(replaced)
 
 
 def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
@@ -133,7 +129,8 @@ def _input(layer: Layer, build: Builder) -> fx.Node:
     if node.op == "placeholder":
         needed = any(compat.is_mutable(u.target) for u in node.users)
     else:
-        needed = any(u.op == "output" for n in (node, *views_of(node)) for u in n.users)
+        given = (node, layer.input, *views_of(node))
+        needed = any(u.op == "output" for n in given for u in n.users)
     memory_format = _CHANNELS_LAST[layer.out.ndim]
     if not needed or value_of(node).is_contiguous(memory_format=memory_format):
         return node
