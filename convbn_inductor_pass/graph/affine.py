@@ -93,35 +93,17 @@ def _follow(layer: Layer, ends_before: Callable[[fx.Node], object]) -> AffineCha
     return AffineChain(layer, tuple(steps[:end]))
 
 
-# float32 reaches from 1e-38 to 3e38; this leaves room for the weights.
-_RANGE = (1e-30, 1e30)
-
-
 def constants_fit(chain: AffineChain) -> bool:
-    """Whether the constants in the chain, multiplied with each other, stay numbers of float32.
+    """Whether products of a few of the chain's constants surely stay numbers of float32.
 
     As written they need not: what is scaled by 1e-20 twice may have been large.
     """
-
-    def fits(value: float) -> bool:
-        return value == 0 or _RANGE[0] <= abs(value) <= _RANGE[1]  # not a NaN either
-
-    scale, shift = 1.0, 0.0
-    for step in chain.steps:
-        if step.operand is None or step.operand.node is not None:
-            continue
-        number = step.operand.number
-        if step.kind == "shift":
-            shift += number * step.factor
-        elif step.kind == "scale":
-            scale, shift = scale * number, shift * number
-        elif number == 0:
-            return False
-        else:
-            scale, shift = scale / number, shift / number
-        if not (fits(scale) and fits(shift)):
-            return False
-    return True
+    constants = [(s, s.operand) for s in chain.steps if not s.reads_a_tensor]
+    numbers = [(s.kind, abs(o.number * s.factor)) for s, o in constants if o is not None]
+    return all(
+        n <= 1e30 if kind == "shift" else 1e-6 <= n <= 1e6 or (kind, n) == ("scale", 0)
+        for kind, n in numbers
+    )
 
 
 def emit_scale(layer: Layer, steps: Sequence[Step], build: Builder) -> fx.Node | None:
