@@ -23,9 +23,10 @@ __all__ = ["FoldCandidate", "find_candidates"]
 
 aten = torch.ops.aten
 
-# Those that Inductor has oneDNN's convolution compute, besides ReLU.
-_ACTIVATIONS = (
-    *(aten.sigmoid, aten.tanh, aten.silu, aten.gelu, aten.leaky_relu),
+# Activations that Inductor has oneDNN's convolution compute: one call each, and several.
+_CALLS = {aten.relu.default: "relu", aten.sigmoid.default: "sigmoid", aten.tanh.default: "tanh"}
+_DECOMPOSED = (
+    *(aten.silu, aten.gelu, aten.leaky_relu),
     *(aten.hardswish, aten.hardsigmoid, aten.hardtanh),
 )
 
@@ -34,7 +35,7 @@ class Epilogue(NamedTuple):
     """What the layer's kernel computes after the affine map.
 
     An activation; or the addition of ``other``, a residual: "add", or "add+relu" with a ReLU.
-    ``last`` is the addition or the ReLU; of other activations, which are several calls, the input.
+    ``last`` is the last call of it; but the input of an activation that is several calls.
     """
 
     name: str
@@ -141,22 +142,23 @@ def _may_add_and_raise(chain: AffineChain) -> bool:
 
 def _epilogue(chain: AffineChain, taken: set[fx.Node]) -> Epilogue | None:
     """What follows a chain, where it can as well be computed of the layer's own elements."""
-    node, users = chain.last, chain.last.users
-    is_moved = any(s.kind == "move" for s in chain.steps)
-    if is_moved or value_of(node).dtype != chain.layer.out.dtype:
+    node, user = chain.last, _only_user(chain.last)
+    if any(s.kind == "move" for s in chain.steps):
         return None
-    user, names = _only_user(node), {_activation_of(u) for u in users}
-    if user is not None and user.target is aten.relu.default:
-        return Epilogue("relu", user)
+    names = {_activation_of(u) for u in node.users}
     if len(names) == 1 and "" not in names:
         return Epilogue(names.pop(), node)
-    return _residual_after(node) if taken.isdisjoint(users) else None
+    if value_of(node).dtype != chain.layer.out.dtype:
+        return None
+    if user is not None and user.target in _CALLS:
+        return Epilogue(_CALLS[user.target], user)
+    return _residual_after(node) if taken.isdisjoint(node.users) else None
 
 
 def _activation_of(node: fx.Node) -> str:
-    """The activation that ``node`` is a part of; "" if it is of none."""
+    """The activation of several calls that ``node`` is one of; "" if it is of none."""
     packet = getattr(node.meta.get("original_aten"), "overloadpacket", None)
-    return packet.__name__ if packet in _ACTIVATIONS else ""
+    return packet.__name__ if packet in _DECOMPOSED else ""
 
 
 def _residual_after(node: fx.Node) -> Epilogue | None:

@@ -78,9 +78,12 @@ def _fold(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builde
     for step in c.chain.steps:
         if step.kind == "move":
             new = build.call(step.node.target, new, *step.node.args[1:], **step.node.kwargs)
-    new = build.cast(new, value_of(replaced).dtype)
-    new.meta = {**replaced.meta, "val": new.meta["val"]}
-    build.replace(replaced, new)
+    out = build.cast(new, value_of(replaced).dtype)
+    for cast in filter(layers.is_cast, list(replaced.users) if out is not new else ()):
+        # One cast of the layer's own result, as Inductor's patterns for oneDNN have it.
+        build.replace(cast, build.cast(new, value_of(cast).dtype))
+    out.meta = {**replaced.meta, "val": out.meta["val"]}
+    build.replace(replaced, out)
 
 
 def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
