@@ -84,10 +84,12 @@ def update_metadata(graph: torch.fx.Graph) -> Iterator[None]:
     takes_graph = "graph" in inspect.signature(FakeTensorUpdater).parameters  # 2.11
     of: Any = graph if takes_graph else graph.owning_module
     updater = FakeTensorUpdater(of)
+    arguments = [(node.args, node.kwargs) for node in graph.nodes]  # alive: it compares ids
     try:
         yield
     finally:
         updater.incremental_update()
+        del arguments
 
 
 def library_settings() -> tuple[bool, ...]:
