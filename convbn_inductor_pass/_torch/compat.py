@@ -84,7 +84,7 @@ def is_pure(target: Any) -> bool:
     return target.namespace in ("aten", "prims") and not is_random
 
 
-def fake_mode_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def fake_mode_of(tensor: Tensor | None) -> contextlib.AbstractContextManager[Any]:
     """The mode that ``tensor`` is fake in."""
     return tensor.fake_mode if isinstance(tensor, FakeTensor) else contextlib.nullcontext()
 

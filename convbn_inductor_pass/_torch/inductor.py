@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
@@ -24,8 +23,6 @@ from torch._functorch.aot_autograd import make_boxed_func as boxed
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.inductor_prims import force_stride_order
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from . import compat
 
@@ -48,7 +45,6 @@ __all__ = [
     "most_alive",
     "parts_of_subclasses",
     "sort_graph",
-    "trace_decomposed",
     "tracing",
     "trained_inputs",
     "update_metadata",
@@ -64,16 +60,6 @@ def caches_off(**settings: Any) -> Iterator[None]:
         functorch_config.patch(enable_autograd_cache=False),
     ):
         yield
-
-
-def trace_decomposed(function: Any, *inputs: Tensor) -> torch.fx.Graph:
-    """What ``function`` is made of in aten IR, with Inductor's decompositions."""
-    from torch._inductor.decomposition import select_decomp_table
-
-    with unset_fake_temporarily(), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        # The wrapper hides signatures with defaults, which make_fx would take for inputs.
-        traced = make_fx(lambda *args: function(*args), decomposition_table=select_decomp_table())
-        return traced(*inputs).graph
 
 
 def sort_graph(graph: torch.fx.Graph) -> None:
@@ -97,10 +83,12 @@ def update_metadata(graph: torch.fx.Graph) -> Iterator[None]:
     takes_graph = "graph" in inspect.signature(FakeTensorUpdater).parameters  # 2.11
     of: Any = graph if takes_graph else graph.owning_module
     updater = FakeTensorUpdater(of)
+    arguments = [(node.args, node.kwargs) for node in graph.nodes]  # alive: it compares ids
     try:
         yield
     finally:
         updater.incremental_update()
+        del arguments
 
 
 def library_settings() -> tuple[bool, ...]:

@@ -11,7 +11,7 @@ or wider.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import fx
@@ -56,28 +56,31 @@ class AffineChain:
         return any(s.kind == "shift" for s in self.steps)
 
 
-def find_chains(graph: fx.Graph) -> Iterator[AffineChain]:
+def find_chains(
+    graph: fx.Graph, ends_before: Callable[[fx.Node], object] = lambda node: False
+) -> Iterator[AffineChain]:
     """Every layer of ``graph`` in order, with the longest affine chain that follows it.
 
-    No call is a step of two chains. Where two layers' outputs are added that are one number per
-    channel, as for a batch of one, the addition could be: each output is an operand of the other.
+    A chain ends before a call of which ``ends_before`` says so. No call is a step of two chains.
+    Where two layers' outputs are added that are one number per channel, as for a batch of one, the
+    addition could be: each output is an operand of the other.
     """
     taken: set[fx.Node] = set()
     for node in graph.nodes:
         layer = layers.layer_of(node)
         if layer is not None:
-            chain = _follow(layer, taken)
+            chain = _follow(layer, lambda n: n in taken or ends_before(n))
             taken.update(step.node for step in chain.steps)
             yield chain
 
 
-def _follow(layer: Layer, taken: set[fx.Node]) -> AffineChain:
+def _follow(layer: Layer, ends_before: Callable[[fx.Node], object]) -> AffineChain:
     steps: list[Step] = []
     node, dim = layer.node, layer.dim
     while len(node.users) == 1:
         (user,) = node.users
         found = layers.read_step(user, node, dim)
-        if found is None or user in taken:
+        if found is None or ends_before(user):
             break
         steps += found
         node, dim = user, found[-1].dim
@@ -90,35 +93,17 @@ def _follow(layer: Layer, taken: set[fx.Node]) -> AffineChain:
     return AffineChain(layer, tuple(steps[:end]))
 
 
-# float32 reaches from 1e-38 to 3e38; this leaves room for the weights.
-_RANGE = (1e-30, 1e30)
-
-
 def constants_fit(chain: AffineChain) -> bool:
-    """Whether the constants in the chain, multiplied with each other, stay numbers of float32.
+    """Whether products of a few of the chain's constants surely stay numbers of float32.
 
     As written they need not: what is scaled by 1e-20 twice may have been large.
     """
-
-    def fits(value: float) -> bool:
-        return value == 0 or _RANGE[0] <= abs(value) <= _RANGE[1]  # not a NaN either
-
-    scale, shift = 1.0, 0.0
-    for step in chain.steps:
-        if step.operand is None or step.operand.node is not None:
-            continue
-        number = step.operand.number
-        if step.kind == "shift":
-            shift += number * step.factor
-        elif step.kind == "scale":
-            scale, shift = scale * number, shift * number
-        elif number == 0:
-            return False
-        else:
-            scale, shift = scale / number, shift / number
-        if not (fits(scale) and fits(shift)):
-            return False
-    return True
+    constants = [(s, s.operand) for s in chain.steps if not s.reads_a_tensor]
+    numbers = [(s.kind, abs(o.number * s.factor)) for s, o in constants if o is not None]
+    return all(
+        n <= 1e30 if kind == "shift" else 1e-6 <= n <= 1e6 or (kind, n) == ("scale", 0)
+        for kind, n in numbers
+    )
 
 
 def emit_scale(layer: Layer, steps: Sequence[Step], build: Builder) -> fx.Node | None:
@@ -169,7 +154,7 @@ class _Emitter:
     def replay(self, steps: Iterable[Step], value: Value) -> Value:
         """What the steps make of ``value``."""
         for step in steps:
-            if step.operand is None:
+            if step.operand is None or (value == 0 and step.kind != "shift"):
                 continue
             o = self.vector(step.operand)
             if step.kind == "scale":
@@ -211,7 +196,7 @@ class _Emitter:
         if isinstance(a, fx.Node):
             return self.build.call(aten.div.Tensor, a, b)
         if isinstance(b, fx.Node):
-            return a if a == 0 else self.mul(self.build.call(aten.reciprocal.default, b), a)
+            return self.mul(self.build.call(aten.reciprocal.default, b), a)
         return a / b
 
     def add(self, a: Value, b: Value) -> Value:

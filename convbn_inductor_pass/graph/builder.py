@@ -1,4 +1,4 @@
-"""Add calls to a graph in aten IR, each computation once."""
+"""Add calls to a graph in aten IR."""
 
 from __future__ import annotations
 
@@ -8,50 +8,51 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from .._torch import compat
+from .._torch import compat, inductor
 from .layers import tensor_of, value_of
 
-__all__ = ["Builder", "erase_unused"]
+__all__ = ["Builder"]
 
 aten = torch.ops.aten
 
 
 class Builder:
-    """Adds calls to a graph, with metadata, and each computation once.
+    """Adds calls to a graph at its insertion point, with metadata.
 
-    Calls go to the graph's insertion point, which may only move forwards: a call that was
-    made before with inputs that are computed in the same way is used again, unless ``share`` is
-    False, as for graphs that write to tensors midway. Call :meth:`finish` at the end.
+    After a ``with`` statement, also one that failed, the graph is in order, returns what has
+    replaced what it returned, and is rid of what nothing uses any more. Of what is computed twice
+    in a joint graph, the partitioner leaves one.
     """
 
-    def __init__(self, graph: fx.Graph, *, share: bool = True) -> None:
-        self.graph, self.share = graph, share
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        tensors = (tensor for tensor in map(tensor_of, graph.nodes) if tensor is not None)
+        self._changed = False
+        self._mode = compat.fake_mode_of(next(tensors, None))
         self.meta: dict[str, Any] = {}  # metadata of the calls to come, beside "val"
         self.replaced: dict[fx.Node, fx.Node] = {}
-        self._numbers: dict[fx.Node, int] = {}  # equal for what is computed in the same way
-        self._interned: dict[str, int] = {}
-        self._made: dict[int, fx.Node] = {}
         self._sizes: dict[Any, fx.Node] = {}
         self._values: dict[Any, Any] = {}
-        for node in graph.nodes if share else ():
-            if node.op == "call_function" and compat.is_pure(node.target):
-                self._numbers[node] = self._number(node.target, node.args, node.kwargs)
+
+    def __enter__(self) -> Builder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._changed:
+            return
+        for output in self.graph.find_nodes(op="output"):
+            output.args = fx.map_arg(output.args, self.current)
+        inductor.sort_graph(self.graph)
+        for node in reversed(self.graph.nodes):
+            if not (node.users or node.is_impure()):
+                self.graph.erase_node(node)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Call ``target`` at the insertion point, unless that was done."""
+        """Call ``target`` at the insertion point."""
         args, kwargs = map_aggregate((args, kwargs), self._as_argument)
-        number = self._number(target, args, kwargs)
-        if self.share and number in self._made:
-            return self._made[number]
-        node = self.graph.call_function(target, args, kwargs)
+        node, self._changed = self.graph.call_function(target, args, kwargs), True
         node.meta = {**self.meta, "val": self._value(target, args, kwargs)}
-        self._made[number], self._numbers[node] = node, number
         return node
-
-    def _number(self, target: Any, args: Any, kwargs: Any) -> int:
-        # Not the bare number, which a constant might equal.
-        inputs = fx.map_arg((args, kwargs), lambda n: f"%{self._numbers.get(n, n)}")
-        return self._interned.setdefault(f"{target} {inputs}", len(self._interned))
 
     def current(self, node: fx.Node) -> fx.Node:
         """``node``, or what has replaced it."""
@@ -63,18 +64,14 @@ class Builder:
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user.op != "output")
         self.replaced[old] = new
 
-    def finish(self) -> None:
-        """Let the graph return what has replaced what it returned."""
-        for output in self.graph.find_nodes(op="output") if self.replaced else ():
-            output.args = fx.map_arg(output.args, self.current)
-
     def _value(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The fake result of a call. Of calls that are alike, all but the first are made up."""
         values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         like = compat.metadata_key((target, values))
         if like is not None and like in self._values:
             return compat.fake_copy(self._values[like])
-        value = target(*values[0], **values[1])
+        with self._mode, compat.plain_dispatch():
+            value = target(*values[0], **values[1])
         if like is not None:
             self._values[like] = value
         return value
@@ -117,14 +114,3 @@ class Builder:
                     new.meta = {"val": size}
                     return new
         raise NotImplementedError(f"no node gives the size {value}")
-
-
-def erase_unused(node: fx.Node) -> None:
-    """Erase ``node`` and what only it used; placeholders stay."""
-    pending = [node]
-    while pending:
-        node = pending.pop()
-        if node._erased or node.users or node.op == "placeholder" or compat.is_mutable(node.target):
-            continue
-        pending += node.all_input_nodes
-        node.graph.erase_node(node)

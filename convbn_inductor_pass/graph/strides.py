@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import fx
 
 from .._torch import compat, inductor
@@ -15,37 +17,45 @@ def has_returned_view(node: fx.Node, parts_of_subclasses: set[fx.Node]) -> bool:
     """Whether the graph returns a view of a part of ``node``, or of what is generated from it.
 
     Inductor restores the strides of an output that is dense. A slice gets those of the memory that
-    it is cut from, and generated code lays its results out as its inputs are. Nor does Inductor
-    restore the strides of each of ``parts_of_subclasses``. With another rank they do not depend on
-    how images are laid out.
+    it is cut from. Nor does Inductor restore the strides of each of ``parts_of_subclasses``. With
+    another rank they do not depend on how images are laid out.
     """
-    pending, seen, rank = [node], {node}, value_of(node).ndim
-    while pending:
-        node = pending.pop()
-        whole, views = tensor_of(node), views_of(node)
-        for returned in (node, *views):
+    rank = value_of(node).ndim
+    for whole, views in _laid_out_like(node):
+        size = tensor_of(whole)
+        for returned in (whole, *views):
             part = tensor_of(returned)
             is_part = (
-                part is None or whole is None or not layers.known_equal(part.numel(), whole.numel())
+                part is None or size is None or not layers.known_equal(part.numel(), size.numel())
             )
             if is_part and any(u.op == "output" for u in returned.users):
                 return True
             if returned in parts_of_subclasses and part is not None and part.ndim == rank:
                 return True
-        made = {u for n in (node, *views) for u in n.users if inductor.is_generated(u.target)}
-        pending += made - seen
-        seen |= made
     return False
 
 
 def is_observed(node: fx.Node) -> bool:
-    """Whether an operator may depend on the strides of ``node``.
+    """Whether an operator may depend on the strides of ``node``, or of what is generated from it.
 
     A library's kernel may lay its result out otherwise than the graph says. Inductor accounts for
     that in aten's operators, but not in ``as_strided`` and in custom operators.
     """
-    users = {u for n in (node, *views_of(node)) for u in n.users if u.op == "call_function"}
+    values = (n for whole, views in _laid_out_like(node) for n in (whole, *views))
+    users = (u for n in values for u in n.users if u.op == "call_function")
     return any(compat.reads_strides(u.target) for u in users)
+
+
+def _laid_out_like(node: fx.Node) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+    """``node`` and what is generated from it, laid out as its inputs are, each with its views."""
+    pending, seen = [node], {node}
+    while pending:
+        node = pending.pop()
+        views = views_of(node)
+        yield node, views
+        made = {u for n in (node, *views) for u in n.users if inductor.is_generated(u.target)}
+        pending += made - seen
+        seen |= made
 
 
 def views_of(node: fx.Node) -> list[fx.Node]:

@@ -91,8 +91,7 @@ def _has_returned_view(c: FoldCandidate, _: Options) -> str | None:
 
 
 def _has_observed_strides(c: FoldCandidate, _: Options) -> str | None:
-    found = [node for node in (c.end, c.last) if strides.is_observed(node)]
-    return str(found[0]) if found else None
+    return str(c.end) if strides.is_observed(c.end) else None
 
 
 def _is_denied(c: FoldCandidate, options: Options) -> str | None:

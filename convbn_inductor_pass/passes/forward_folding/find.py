@@ -1,21 +1,46 @@
-"""Find layers that something foldable follows, and the kernel that could compute both."""
+"""Find layers that something foldable follows, and the kernel that could compute both.
+
+cuDNN's convolution is given its ReLU and its residual. After oneDNN's, Inductor itself puts an
+activation or a residual into the kernel, in place where it may: here they are found only to be
+counted.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import fx
 
 from ..._torch import compat, inductor
-from ...graph import affine, layers
+from ...graph import affine
 from ...graph.affine import AffineChain
-from ...graph.layers import Layer, value_of
-from . import epilogue
-from .epilogue import Epilogue
+from ...graph.layers import Layer, same_sizes, tensor_of, value_of
 
 __all__ = ["FoldCandidate", "find_candidates"]
+
+aten = torch.ops.aten
+
+# Activations that Inductor has oneDNN's convolution compute: one call each, and several.
+_CALLS = {aten.relu.default: "relu", aten.sigmoid.default: "sigmoid", aten.tanh.default: "tanh"}
+_DECOMPOSED = (
+    *(aten.silu, aten.gelu, aten.leaky_relu),
+    *(aten.hardswish, aten.hardsigmoid, aten.hardtanh),
+)
+
+
+class Epilogue(NamedTuple):
+    """What the layer's kernel computes after the affine map.
+
+    An activation; or the addition of ``other``, a residual: "add", or "add+relu" with a ReLU.
+    ``last`` is the last call of it; but the input of an activation that is several calls.
+    """
+
+    name: str
+    last: fx.Node
+    other: fx.Node | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +61,8 @@ class FoldCandidate:
 
     @property
     def end(self) -> fx.Node:
-        """What the new call gives: after oneDNN's, Inductor adds a residual, in place if it may."""
-        adds_apart = self.kernel == "onednn" and self.epilogue and self.epilogue.other
-        return self.chain.last if adds_apart else self.last
+        """What the new call gives."""
+        return self.last if self.kernel == "cudnn" else self.chain.last
 
     @property
     def last(self) -> fx.Node:
@@ -50,27 +74,21 @@ def find_candidates(graph: fx.Graph) -> Iterator[FoldCandidate]:
     """Every layer of ``graph``, unless it is a backward, that something foldable follows."""
     if inductor.is_backward(graph):
         return
-    chains = list(affine.find_chains(graph))
+    # Some activations begin like an affine map, as hardsigmoid does with ``x + 3``.
+    chains = list(affine.find_chains(graph, ends_before=_activation_of))
     # An addition of two layers' outputs goes into one of them only.
     taken = {step.node for chain in chains for step in chain.steps}
     is_channels_last = inductor.makes_channels_last(graph)
     for chain in chains:
-        if is_channels_last and _is_cudnn_layer(chain.layer):
-            cut, found = _cut_at_activation(chain)
-            found = found or _residual(chain, taken)
-            if found is not None and found.name in ("relu", "add+relu"):
-                taken.update(chain.last.users)
-                yield FoldCandidate(cut, "cudnn", found)
-                continue
-        if _is_onednn_layer(chain.layer):
-            cut, activation = _cut_at_activation(chain)
-            if activation is not None:
-                yield FoldCandidate(cut, "onednn", activation)
-                continue
-            if chain.steps and not _may_add_and_raise(chain):
-                yield FoldCandidate(chain, "onednn", _residual(chain, taken))
-                continue
-        if chain.steps:
+        epilogue = _epilogue(chain, taken)
+        rectifies = epilogue is not None and epilogue.name in ("relu", "add+relu")
+        if is_channels_last and rectifies and _is_cudnn_layer(chain.layer):
+            taken.update(chain.last.users)
+            yield FoldCandidate(chain, "cudnn", epilogue)
+        elif _is_onednn_layer(chain.layer) and not _may_add_and_raise(chain):
+            if chain.steps or (epilogue is not None and epilogue.other is None):
+                yield FoldCandidate(chain, "onednn", epilogue)
+        elif chain.steps:
             yield FoldCandidate(chain, "aten")
 
 
@@ -122,30 +140,41 @@ def _may_add_and_raise(chain: AffineChain) -> bool:
     return is_narrow and any(u.target is torch.ops.aten.add.Tensor for u in chain.last.users)
 
 
-def _cut_at_activation(chain: AffineChain) -> tuple[AffineChain, Epilogue | None]:
-    """The chain up to where an activation begins, and the activation.
-
-    Some begin with a step of an affine map themselves, as hardsigmoid does with ``x + 3``: of the
-    possible cuts, the one that leaves the least behind.
-    """
-    best: tuple[AffineChain, Epilogue | None] = chain, None
-    for end in range(len(chain.steps), -1, -1):
-        cut = dataclasses.replace(chain, steps=chain.steps[:end])
-        out = chain.layer.out
-        if layers.same_sizes(value_of(cut.last).shape, out.shape):
-            found = epilogue.activation_after(cut.last, out.dtype)
-            if found is not None and (best[1] is None or best[1].last < found.last):
-                best = cut, found
-        if end and chain.steps[end - 1].reads_a_tensor:
-            break
-    return best
-
-
-def _residual(chain: AffineChain, taken: set[fx.Node]) -> Epilogue | None:
-    """The residual added to a chain, where it can as well be added to the layer's own elements."""
-    is_moved = any(s.kind == "move" for s in chain.steps)
-    if is_moved or value_of(chain.last).dtype != chain.layer.out.dtype:
+def _epilogue(chain: AffineChain, taken: set[fx.Node]) -> Epilogue | None:
+    """What follows a chain, where it can as well be computed of the layer's own elements."""
+    node, user = chain.last, _only_user(chain.last)
+    if any(s.kind == "move" for s in chain.steps):
         return None
-    if not taken.isdisjoint(chain.last.users):
+    names = {_activation_of(u) for u in node.users}
+    if len(names) == 1 and "" not in names:
+        return Epilogue(names.pop(), node)
+    if value_of(node).dtype != chain.layer.out.dtype:
         return None
-    return epilogue.residual_after(chain.last)
+    if user is not None and user.target in _CALLS:
+        return Epilogue(_CALLS[user.target], user)
+    return _residual_after(node) if taken.isdisjoint(node.users) else None
+
+
+def _activation_of(node: fx.Node) -> str:
+    """The activation of several calls that ``node`` is one of; "" if it is of none."""
+    packet = getattr(node.meta.get("original_aten"), "overloadpacket", None)
+    return packet.__name__ if packet in _DECOMPOSED else ""
+
+
+def _residual_after(node: fx.Node) -> Epilogue | None:
+    """The addition of another tensor of the same shape and dtype to ``node``, with its ReLU."""
+    add = _only_user(node)
+    if add is None or add.target is not aten.add.Tensor or add.kwargs.get("alpha", 1) != 1:
+        return None
+    other = next((a for a in add.all_input_nodes if a is not node), None)
+    mine, added = value_of(node), tensor_of(other)
+    if added is None or mine.dtype != added.dtype or not same_sizes(mine.shape, added.shape):
+        return None
+    relu = _only_user(add)
+    if relu is None or relu.target is not aten.relu.default:
+        return Epilogue("add", add, other)
+    return Epilogue("add+relu", relu, other)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None

@@ -12,7 +12,8 @@ from torch import fx
 
 from ..._torch import compat, inductor
 from ...graph import affine, layers
-from ...graph.builder import Builder, erase_unused
+from ...graph.affine import AffineChain
+from ...graph.builder import Builder
 from ...graph.layers import Layer, value_of
 from ...graph.operators import convolution_relu
 from ...graph.strides import views_of
@@ -28,36 +29,61 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def rewrite(graph: fx.Graph, candidates: Sequence[FoldCandidate]) -> None:
     """Fold each of ``candidates``, in place; a head that is applied twice is scaled once."""
     writes = any(compat.is_mutable(n.target) for n in graph.nodes)
-    build = Builder(graph, share=not writes)
-    with inductor.update_metadata(graph):
+    names = _names(graph)
+    made: dict[str, tuple[fx.Node, fx.Node | None]] = {}
+    with inductor.update_metadata(graph), Builder(graph) as build:
         for candidate in sorted(candidates, key=lambda c: c.end):
-            out = candidate.layer.out
-            with graph.inserting_before(candidate.end), compat.fake_mode_of(out):
-                _fold(candidate, build)
+            with graph.inserting_before(candidate.end):
+                key = _key(candidate.chain, names)
+                if writes or key not in made:
+                    made[key] = _parameters(candidate.chain, build)
+                _fold(candidate, *made[key], build)
 
 
-def _fold(candidate: FoldCandidate, build: Builder) -> None:
+def _names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """The name of each node, or of the first that is computed in the same way."""
+    names: dict[fx.Node, str] = {}
+    first: dict[str, str] = {}
+    for node in graph.nodes:
+        names[node] = node.name
+        if compat.is_pure(node.target):
+            call = f"{node.target} {fx.map_arg((node.args, node.kwargs), names.get)}"
+            names[node] = first.setdefault(call, node.name)
+    return names
+
+
+def _key(chain: AffineChain, names: dict[fx.Node, str]) -> str:
+    """Equal for chains whose weight and bias are folded in the same way."""
+    layer, steps = chain.layer, [(s.kind, s.operand, s.factor) for s in chain.steps]
+    read = [(kind, o.node, o.number, factor) for kind, o, factor in steps if o is not None]
+    return str(fx.map_arg((layer.weight, layer.bias, layer.layout, read), names.get))
+
+
+def _parameters(chain: AffineChain, build: Builder) -> tuple[fx.Node, fx.Node | None]:
+    """The folded layer's weight and bias."""
+    layer = chain.layer
+    if not chain.steps:
+        return layer.weight, layer.bias
+    scale = affine.emit_scale(layer, chain.steps, build)
+    bias = affine.emit_shift(layer, chain.steps, build, narrowed=False)
+    weight = layer.weight if scale is None else _scaled_weight(layer, scale, build)
+    return weight, bias and build.cast(bias, layer.out.dtype)
+
+
+def _fold(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builder) -> None:
     """Replace one candidate; the builder's insertion point is before the node that is replaced."""
-    layer, chain, replaced = candidate.layer, candidate.chain, candidate.end
-    weight, bias = layer.weight, layer.bias
-    if chain.steps:
-        scale = affine.emit_scale(layer, chain.steps, build)
-        bias = affine.emit_shift(layer, chain.steps, build, narrowed=False)
-        if bias is not None:
-            bias = build.cast(bias, layer.out.dtype)
-        if scale is not None:
-            weight = _scaled_weight(layer, scale, build)
-    new = _call(candidate, weight, bias, build)
+    layer, replaced = c.layer, c.end
+    new = _call(c, weight, bias, build)
     new.meta = {**layer.node.meta, "val": new.meta["val"]}
-    for step in chain.steps:
+    for step in c.chain.steps:
         if step.kind == "move":
             new = build.call(step.node.target, new, *step.node.args[1:], **step.node.kwargs)
-    new = build.cast(new, value_of(replaced).dtype)
-    if new is not replaced:
-        new.meta = {**replaced.meta, "val": new.meta["val"]}
-    build.replace(replaced, new)
-    build.finish()  # now, since the next candidates ask what the graph returns
-    erase_unused(replaced)
+    out = build.cast(new, value_of(replaced).dtype)
+    for cast in filter(layers.is_cast, list(replaced.users) if out is not new else ()):
+        # One cast of the layer's own result, as Inductor's patterns for oneDNN have it.
+        build.replace(cast, build.cast(new, value_of(cast).dtype))
+    out.meta = {**replaced.meta, "val": out.meta["val"]}
+    build.replace(replaced, out)
 
 
 def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
@@ -71,7 +97,7 @@ def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
 
 
 def _call(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builder) -> fx.Node:
-    """The candidate's kernel, with the epilogue that is its own."""
+    """The candidate's kernel; oneDNN's gets its epilogue from Inductor."""
     layer, args = c.layer, c.layer.node.args
     if c.kernel == "aten" and layer.is_conv:
         return build.call(aten.convolution.default, layer.input, weight, bias, *args[3:])
@@ -88,14 +114,11 @@ def _call(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builde
             *(bias and _dense(bias, build), other and _channels_last(other, build)),
             *(stride, padding, dilation, layer.layout.groups),
         )
-    epilogue: tuple[object, ...] = ("none", [], "")
-    if c.epilogue is not None and c.epilogue.other is None:
-        epilogue = c.epilogue.name, list(c.epilogue.scalars), c.epilogue.algorithm
     return build.call(
         torch.ops.mkldnn._convolution_pointwise.default,
         # oneDNN takes any weight that has no gaps or repeats, but reorders others slowly.
         *(_input(layer, build), _channels_last(weight, build), bias and _dense(bias, build)),
-        *(padding, stride, dilation, layer.layout.groups, *epilogue),
+        *(padding, stride, dilation, layer.layout.groups, "none", [], ""),
     )
 
 
@@ -109,7 +132,8 @@ def _input(layer: Layer, build: Builder) -> fx.Node:
     if node.op == "placeholder":
         needed = any(compat.is_mutable(u.target) for u in node.users)
     else:
-        needed = any(u.op == "output" for n in (node, *views_of(node)) for u in n.users)
+        given = (node, layer.input, *views_of(node))
+        needed = any(u.op == "output" for n in given for u in n.users)
     memory_format = _CHANNELS_LAST[layer.out.ndim]
     if not needed or value_of(node).is_contiguous(memory_format=memory_format):
         return node

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..._torch import compat, inductor
 from ...graph import affine
-from ...graph.builder import Builder, erase_unused
+from ...graph.builder import Builder
 from ...graph.layers import Layer, Step, is_cast, same_sizes, tensor_of, value_of
 from ...graph.layout import Layout
 from ...graph.provenance import provenance_of
@@ -39,24 +38,11 @@ def apply(decisions: list[Decision], graph: fx.Graph) -> int:
     gradient.
     """
     wanted = [(_first_replaced(d.match), d.layer, d.match) for d in decisions if d.match]
-    build = Builder(graph)
-    unused: list[fx.Node] = []
-    try:
+    with Builder(graph) as build:
         for place, layer, match in sorted(wanted, key=lambda w: w[0]):
-            with (
-                graph.inserting_before(place),
-                compat.fake_mode_of(layer.out),
-                compat.plain_dispatch(),
-            ):
-                build.meta = provenance_of(match.gradient.node or place)
-                unused += _Rewriting(layer, match, build).replace()
-    finally:
-        # If one fails, too: what was replaced so far is right, but may use what stands later.
-        build.finish()
-        for node in unused:
-            erase_unused(node)
-        if wanted:
-            inductor.sort_graph(graph)
+            build.meta = provenance_of(match.gradient.node or place)
+            with graph.inserting_before(place):
+                _Rewriting(layer, match, build).replace()
     return len(wanted)
 
 
@@ -71,7 +57,6 @@ class _Rewriting:
     def __init__(self, layer: Layer, match: Match, build: Builder) -> None:
         self.match, self.build, self._call = match, build, build.call
         self.layer, self.gradient, self.g = layer, match.gradient, match.g
-        self.replaced: list[fx.Node] = []
         self.wide = affine.wide_dtype(layer)
         self.dims = [d for d in range(value_of(self.g).ndim) if d != match.g_dim]
         self.scale = affine.emit_scale(layer, match.scaling.steps, build)
@@ -82,8 +67,8 @@ class _Rewriting:
             inverse = self._call(aten.reciprocal.default, self.power)
             self.on_weight = self._times(inverse, self.scale)
 
-    def replace(self) -> list[fx.Node]:
-        """Put the new calls in the place of the old ones, and return those."""
+    def replace(self) -> None:
+        """Put the new calls in the place of the old ones."""
         compute = self._convolution if self.layer.is_conv else self._matmul
         inner = self._inner_product(compute())
         if self.power is not None:
@@ -98,7 +83,6 @@ class _Rewriting:
             if reduction.total:
                 value = self._call(aten.sum.dim_IntList, value, [0], False)
             self._replace(reduction.node, value)
-        return self.replaced
 
     def _sum_g(self) -> fx.Node:
         """The sum of ``g`` [C]: if there is one, as for a batch norm's shift, that one.
@@ -153,8 +137,6 @@ class _Rewriting:
                 self._replace(user, self._scaled(dw, self.on_weight, self.layer.layout))
             elif index == 2 and mask[2]:
                 self._replace(user, self._times(self._sum_g(), self.scale))
-            else:
-                self.replaced.append(user)  # of a result that is not computed
         return dw
 
     def _matmul(self) -> fx.Node:
@@ -239,6 +221,4 @@ class _Rewriting:
         tensor = value_of(old)
         if not same_sizes(value_of(new).shape, tensor.shape):
             new = self._call(aten.reshape.default, new, list(tensor.shape))
-        new = self.build.cast(new, tensor.dtype)
-        self.build.replace(old, new)
-        self.replaced.append(old)
+        self.build.replace(old, self.build.cast(new, tensor.dtype))

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..._torch import compat
 from ...codes import Code
 from ...config import Options
 from ...graph.builder import Builder
@@ -85,7 +84,7 @@ def pack(sites: list[Site], forward: fx.Graph, backward: fx.Graph) -> int:
     """
     taken = {n.name: n for n in backward.find_nodes(op="placeholder")}
     pairs = [(s.node, taken[s.node.name]) for s in sites if s.code.rewritten]
-    builders = Builder(forward, share=False), Builder(backward, share=False)
+    builders = Builder(forward), Builder(backward)
     before = {given: given.meta for _, given in pairs}
     made = []
     try:
@@ -113,16 +112,15 @@ def _pack_one(
     """The bits, the calls that take the mask in backward, and what is made of the bits there."""
     split: Any = _split_of(mask)
     in_forward.meta = in_backward.meta = provenance_of(mask)
-    with compat.fake_mode_of(value_of(mask)), compat.plain_dispatch():
-        with mask.graph.inserting_before(mask.next):
-            bits = _packed(in_forward, mask, *split)
-        if _NO_VERSION_CHECK in mask.meta:
-            bits.meta[_NO_VERSION_CHECK] = mask.meta[_NO_VERSION_CHECK]
-        users = set(given.users)
-        given.meta = {**given.meta, "val": bits.meta["val"]}
-        given.meta.pop("tensor_meta", None)
-        with given.graph.inserting_before(min(users)):
-            unpacked = _unpacked(in_backward, given, *split)
+    with mask.graph.inserting_before(mask.next):
+        bits = _packed(in_forward, mask, *split)
+    if _NO_VERSION_CHECK in mask.meta:
+        bits.meta[_NO_VERSION_CHECK] = mask.meta[_NO_VERSION_CHECK]
+    users = set(given.users)
+    given.meta = {**given.meta, "val": bits.meta["val"]}
+    given.meta.pop("tensor_meta", None)
+    with given.graph.inserting_before(min(users)):
+        unpacked = _unpacked(in_backward, given, *split)
     return bits, users, unpacked
 
 

@@ -111,7 +111,7 @@ def rewrite(build: Builder, call: fx.Node, site: Site) -> None:
         is_view = step.target in (aten.view.default, aten._unsafe_view.default)
         target = aten.reshape.default if is_view else step.target
         new = build.call(target, *(new if a is before else a for a in step.args), **step.kwargs)
-    call.replace_all_uses_with(new)
+    build.replace(call, new)
 
 
 def _unpooling_at(where: fx.Node) -> _Unpooling | None:

@@ -115,20 +115,20 @@ def rewrite(build: Builder, call: fx.Node, site: Site) -> None:
     geometry = _input_gradient(call) if is_conv and args[10][0] else ()
     if not is_conv or geometry is None:
         new = build.call(call.target, dy, _stand_in(build, call), *others, **call.kwargs)
-        call.replace_all_uses_with(new)
+        build.replace(call, new)
         return
     if args[10][0]:
-        _replace_result(call, 0, build.call(aten.convolution.default, dy, args[2], *geometry))
+        new = build.call(aten.convolution.default, dy, args[2], *geometry)
+        _replace_result(build, call, 0, new)
     if args[10][2]:
         dims = [d for d in range(value_of(dy).ndim) if d != 1]
-        _replace_result(call, 2, build.call(aten.sum.dim_IntList, dy, dims))
+        _replace_result(build, call, 2, build.call(aten.sum.dim_IntList, dy, dims))
 
 
-def _replace_result(call: fx.Node, index: int, new: fx.Node) -> None:
+def _replace_result(build: Builder, call: fx.Node, index: int, new: fx.Node) -> None:
     for user in list(call.users):
         if user.target is operator.getitem and user.args[1] == index:
-            user.replace_all_uses_with(new)
-            user.graph.erase_node(user)
+            build.replace(user, new)
 
 
 def _input_gradient(call: fx.Node) -> tuple[Any, ...] | None:

@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterable
 
 from torch import fx
 
-from ..._torch import compat, inductor
 from ...codes import Code
 from ...config import Options
-from ...graph.builder import Builder, erase_unused
-from ...graph.layers import value_of
+from ...graph.builder import Builder
 from ...graph.provenance import provenance_of
 from ...graph.uses import backward_of
 from ...records import Kind, Record
@@ -71,19 +69,12 @@ def apply(
     ``rewrite`` has a builder that puts new calls before the call that it is given.
     """
     wanted = [s for s in sites if s.code.rewritten]
-    build = Builder(graph, share=False)
-    for site in wanted:
-        for call in site.calls:
-            build.meta = provenance_of(call)
-            with (
-                graph.inserting_before(call),
-                compat.fake_mode_of(value_of(site.node)),
-                compat.plain_dispatch(),
-            ):
-                rewrite(build, call, site)
-            erase_unused(call)
-    if wanted:
-        inductor.sort_graph(graph)
+    with Builder(graph) as build:
+        for site in wanted:
+            for call in site.calls:
+                build.meta = provenance_of(call)
+                with graph.inserting_before(call):
+                    rewrite(build, call, site)
     return len(wanted)
 
 

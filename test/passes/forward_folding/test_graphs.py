@@ -65,6 +65,7 @@ v5 = relu(v4)""",
         )
 
     def test_onednn(self):
+        """Inductor puts the ReLU into the kernel."""
         if not inductor.has_onednn_epilogues(torch.float32):
             self.skipTest("needs oneDNN")
         self.assertExpectedInline(
@@ -74,7 +75,8 @@ v0 = reshape(arg2_1)
 v1 = inductor_force_stride_order(arg1_1)
 v2 = reshape(v0)
 v3 = mul(v1, v2)
-v4 = _convolution_pointwise(arg0_1, v3)""",
+v4 = _convolution_pointwise(arg0_1, v3)
+v5 = relu(v4)""",
         )
 
     def test_cudnn(self):

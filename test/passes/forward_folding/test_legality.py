@@ -174,7 +174,7 @@ def _(x: Tensor) -> Tensor:
 
 
 def test_what_observes_output_strides():
-    """oneDNN's results are channels-last, whatever the graph says."""
+    """oneDNN's results are channels-last, and so is what is generated from them."""
     torch.manual_seed(0)
     x, w, v = torch.randn(2, 3, 7, 7), torch.randn(6, 3, 3, 3), torch.randn(6, 3, 3, 3)
     s, other = torch.rand(6, 1, 1), torch.randn(2, 6, 5, 5)
@@ -182,7 +182,8 @@ def test_what_observes_output_strides():
     def fn(x, w, v, s, other):
         strided = (F.conv2d(x, w) * s).relu().as_strided((2, 4), (1, 2)).sin()
         added = (F.conv2d(x, v) * s + other).relu().as_strided((2, 4), (1, 2)).cos()
-        return strided, added, memory((F.conv2d(x, w + 1) * s).relu())
+        generated = (F.conv2d(x, w) * s).sin().as_strided((2, 4), (1, 2)).cos()
+        return strided, added, generated, memory((F.conv2d(x, w + 1) * s).relu())
 
     out, records = compiled(fn, x, w, v, s, other)
     assert set(codes(records)) == {"STRIDES_OBSERVED"}
