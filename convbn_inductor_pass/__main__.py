@@ -26,8 +26,6 @@ from . import __version__
 from ._torch import tracing
 from .explanation import explain
 
-__all__ = ["main"]
-
 _PROGRAM = "python -m convbn_inductor_pass"
 _MODEL_FORM = "package.module:factory, such as torchvision.models:resnet50"
 _HELP = ("-h", "--help")

@@ -21,8 +21,6 @@ from .codes import Code
 from .config import get_options
 from .records import Record, log, take_new
 
-__all__ = ["listen", "say"]
-
 _NOTHING_TO_GAIN = (Code.AFFINE_FROZEN, Code.LAYER_FROZEN, Code.SAVED_ANYWAY)
 _said: set[Hashable] = set()
 

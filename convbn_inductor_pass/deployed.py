@@ -11,8 +11,6 @@ from torch import fx, nn
 
 from .eager.calls import LAYERS, BatchNormCall
 
-__all__ = ["merge_pairs"]
-
 # What may be between the two: it moves elements, or does nothing in eval mode.
 _BETWEEN = {"flatten", "reshape", "view", "contiguous", "to", "dropout", "dropout2d"}
 

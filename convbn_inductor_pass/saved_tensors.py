@@ -12,7 +12,6 @@ graph and views of them are alive anyway and count nothing.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
@@ -176,7 +175,7 @@ def saved_by_graph(
         registry.passes_added(registry.PARTITIONER, *([pack] if ours else [])),
         inductor.caches_off(freezing=False, efficient_conv_bn_eval_fx_passes=is_builtin),
         inductor.functorch_config.patch(force_non_lazy_backward_lowering=True),
-        inductor.tracing(copy.copy(inductor.TracingContext.get())),
+        inductor.tracing_apart(),
     ):
         inductor.compile_with(stop_before_codegen, gm, example_inputs)
         if False in graphs:

@@ -17,8 +17,6 @@ from .records import Kind, Record
 if TYPE_CHECKING:
     from .explanation import Explanation
 
-__all__ = ["as_text", "draw"]
-
 
 def as_text(explanation: Explanation) -> str:
     """Tables of the decisions, and the bytes of each mode."""

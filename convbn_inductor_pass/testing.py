@@ -87,7 +87,7 @@ def run_pass(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) 
     backend = fast_backend(on_result=results.append)
 
     def on_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> None:
-        with inductor.tracing(copy.copy(inductor.TracingContext.get())):
+        with inductor.tracing_apart():
             backend(tracing.copy_graph_module(gm), example_inputs)
 
     tracing.trace(fn, inputs, on_graph, dynamic=dynamic)
@@ -150,7 +150,7 @@ def _backend(
             node.target = torch.ops.aten.reshape.default
         on_post_grad(gm.graph)
         gm.recompile()
-        return inductor.boxed(gm)
+        return inductor.make_boxed_func(gm)
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         with contextlib.ExitStack() as stack:

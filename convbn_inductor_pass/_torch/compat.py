@@ -12,22 +12,6 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = [
-    "fake_copy",
-    "fake_mode_of",
-    "is_mutable",
-    "is_pointwise",
-    "is_pure",
-    "is_view",
-    "metadata_key",
-    "plain_dispatch",
-    "reads_strides",
-    "shape_of",
-    "size_hint",
-    "surely",
-]
-
-
 _UNBACKED = 8192  # what Inductor guesses for a size that depends on data
 
 

@@ -10,10 +10,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 
-__all__ = ["backward_pass", "call_below", "in_compiled_autograd", "in_functional_transform"]
-__all__ += ["remove_function_mode", "saved_tensors_hooks", "saved_tensors_hooks_disabled"]
-__all__ += ["storage_key", "will_run"]
-
 
 def storage_key(value: Any) -> int | None:
     """Identity of the storage behind a tensor; None if it has none that can be compared.

@@ -6,6 +6,7 @@ Loads the compiler. Registering with it is in :mod:`registry`, which does not.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -19,37 +20,12 @@ from torch._functorch._aot_autograd.descriptors import (
     SubclassGetAttrAOTInput,
     SubclassGetAttrAOTOutput,
 )
-from torch._functorch.aot_autograd import make_boxed_func as boxed
+from torch._functorch.aot_autograd import make_boxed_func as make_boxed_func
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
-from torch._inductor.inductor_prims import force_stride_order
+from torch._inductor.inductor_prims import force_stride_order as force_stride_order
 
 from . import compat
-
-__all__ = [
-    "TracingContext",
-    "boxed",
-    "caches_off",
-    "compile_with",
-    "config",
-    "for_python",
-    "force_stride_order",
-    "functorch_config",
-    "has_cudnn_epilogues",
-    "has_onednn_epilogues",
-    "is_backward",
-    "is_generated",
-    "is_outermost",
-    "library_settings",
-    "makes_channels_last",
-    "most_alive",
-    "parts_of_subclasses",
-    "sort_graph",
-    "tracing",
-    "trained_inputs",
-    "update_metadata",
-    "written_inputs",
-]
 
 
 @contextlib.contextmanager
@@ -60,6 +36,11 @@ def caches_off(**settings: Any) -> Iterator[None]:
         functorch_config.patch(enable_autograd_cache=False),
     ):
         yield
+
+
+def tracing_apart() -> contextlib.AbstractContextManager[Any]:
+    """Inside, what is traced leaves the tracing context of the compilation as it is."""
+    return tracing(copy.copy(TracingContext.get()))
 
 
 def sort_graph(graph: torch.fx.Graph) -> None:

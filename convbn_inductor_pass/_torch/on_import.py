@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-__all__ = ["when_imported"]
-
 _waiting: dict[str, list[Callable[[], None]]] = {}
 
 

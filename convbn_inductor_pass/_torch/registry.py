@@ -16,19 +16,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitioner
 
 from .version import version
 
-__all__ = [
-    "CustomGraphPass",
-    "add_pass",
-    "call_after_compilation",
-    "config",
-    "hooks_restored",
-    "is_enabled",
-    "passes_added",
-    "passes_of",
-    "remove_pass",
-    "set_everywhere",
-]
-
 GraphPass = Callable[..., None]
 PARTITIONER = "custom_partitioner_fn"  # the hook whose passes run on what the partitioner made
 

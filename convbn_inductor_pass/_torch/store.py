@@ -19,8 +19,6 @@ from torch._dynamo.utils import counters
 from torch._inductor import config
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-__all__ = ["put", "take"]
-
 _PREFIX = "convbn_inductor_pass_decisions_"
 _HITS = "hits"
 _known: Counter[str] = Counter()  # counts that this process made or has told of

@@ -18,8 +18,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
-__all__ = ["ModelError", "ValuesNeeded", "copy_graph_module", "graph_modules", "trace"]
-
 ValuesNeeded = (DataDependentOutputException, DynamicOutputShapeException)
 ModelError = (TorchRuntimeError, Unsupported, UserError, TypeError)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch.torch_version import TorchVersion
 
-__all__ = ["check", "version"]
-
 _OLDEST = "2.11"
 version = TorchVersion(torch.__version__)
 

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from .._torch import eager as torch_eager
 
-__all__ = ["LAYERS", "MAX_POOLS", "RELUS", "SAVES_NOTHING", "VIEWS", "BatchNormCall", "is_plain"]
-__all__ += ["runs_as_written", "tensors_read"]
-
 LAYERS = {
     *(torch.conv1d, torch.conv2d, torch.conv3d),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),

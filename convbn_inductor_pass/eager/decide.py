@@ -11,8 +11,6 @@ from ..functional.conv_bn import layer_before
 from .calls import BatchNormCall, is_plain
 from .events import Event
 
-__all__ = ["decide"]
-
 
 def decide(bn: BatchNormCall, layer: Event | None) -> tuple[Code, str]:
     """Whether a batch norm may leave its input unsaved, and a detail.

@@ -23,8 +23,6 @@ from .events import Event, Ledger, nothing
 from .intercept import Hook, close_region, open_region
 from .region import Region
 
-__all__ = ["Merged", "MergedBatchNorm", "merge_pairs", "tensor_paths", "undo"]
-
 _LAYERS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),

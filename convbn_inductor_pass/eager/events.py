@@ -13,8 +13,6 @@ import torch
 from ..codes import Code
 from ..records import Record
 
-__all__ = ["Event", "Ledger", "nothing"]
-
 
 def nothing() -> None:
     """In the place of a weak reference."""

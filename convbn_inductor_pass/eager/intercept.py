@@ -20,8 +20,6 @@ from .._torch import eager as torch_eager
 from .events import Ledger
 from .region import Region
 
-__all__ = ["Hook", "add_hooks", "close_region", "forget_interrupted", "open_region", "remove_hooks"]
-
 
 class _Regions(threading.local):
     """Those that are open in this thread, each inside the one before it, which it pauses."""

@@ -19,8 +19,6 @@ from . import deploy
 from .events import Ledger
 from .intercept import Hook, add_hooks, forget_interrupted, remove_hooks
 
-__all__ = ["decisions", "turn_off", "turn_on"]
-
 Mode = Literal["train", "eval", "tune", "deploy"]
 _ATTRIBUTE = "_convbn_mode"
 

@@ -41,8 +41,6 @@ from . import calls
 from .decide import decide
 from .events import Event, Ledger, nothing
 
-__all__ = ["Region"]
-
 
 class Region(TorchFunctionMode):
     """Runs layers and batch norms so that the layer's output is not saved."""

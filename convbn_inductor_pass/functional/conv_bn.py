@@ -40,8 +40,6 @@ from .._torch import eager as torch_eager
 from .gradients import Conv, layer_backward, pair_backward, per_channel, sum_positions
 from .saved import saves_as_autograd
 
-__all__ = ["batch_norm", "layer", "layer_before", "layer_tensors"]
-
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 _INPUT_OF_LINEAR = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
 

@@ -15,8 +15,6 @@ from torch import Tensor
 from ..graph.layout import Layout, channel_inner_product, scale_weight
 from .half import gradient_scale
 
-__all__ = ["Conv", "layer_backward", "pair_backward", "per_channel", "sum_positions"]
-
 
 class Conv(NamedTuple):
     """Arguments of ``aten.convolution`` beside the tensors."""

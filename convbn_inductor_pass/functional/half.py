@@ -33,8 +33,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["gradient_scale"]
-
 
 def gradient_scale(g: Tensor, scale: Tensor) -> Tensor:
     """``t`` [C], float32, for a float16 gradient ``g`` [N, C, ...] and ``scale`` [C], float32.

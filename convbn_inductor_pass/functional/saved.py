@@ -15,8 +15,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .._torch import eager as torch_eager
 
-__all__ = ["saves_as_autograd", "saves_mask", "saves_shape_only"]
-
 
 class _Empty(functools.partial[Tensor]):
     """Makes a tensor whose elements nobody reads."""

@@ -21,16 +21,6 @@ from .builder import Builder
 from .layers import Layer, Operand, Step, value_of
 from .layout import Layout, views_onto_output_axis
 
-__all__ = [
-    "AffineChain",
-    "constants_fit",
-    "emit_scale",
-    "emit_scaled_weight",
-    "emit_shift",
-    "find_chains",
-    "wide_dtype",
-]
-
 aten = torch.ops.aten
 
 

@@ -11,8 +11,6 @@ from torch.fx.node import map_aggregate
 from .._torch import compat, inductor
 from .layers import tensor_of, value_of
 
-__all__ = ["Builder"]
-
 aten = torch.ops.aten
 
 

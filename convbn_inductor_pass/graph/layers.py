@@ -16,25 +16,6 @@ from torch import Tensor, fx
 from .._torch import compat
 from .layout import Layout
 
-__all__ = [
-    "DTYPES_TOGETHER",
-    "Layer",
-    "RESHAPES",
-    "Operand",
-    "Step",
-    "bytes_of",
-    "is_cast",
-    "known_equal",
-    "layer_of",
-    "numel_of",
-    "operand_per_channel",
-    "read_step",
-    "same_sizes",
-    "tensor_of",
-    "value_of",
-    "without_casts",
-]
-
 aten = torch.ops.aten
 prims = torch.ops.prims
 

@@ -16,9 +16,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Layout", "channel_inner_product", "output_padding", "scale_weight"]
-__all__ += ["views_onto_output_axis"]
-
 
 class Layout(NamedTuple):
     """How a layer's output channels lie in its weight. The default is a linear layer's."""

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["convolution_relu"]
-
 aten = torch.ops.aten
 
 _log = logging.getLogger("convbn_inductor_pass")

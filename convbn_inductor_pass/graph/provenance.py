@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import fx
 
-__all__ = ["module_path", "name_of", "provenance_of", "source_line"]
-
 # Of a call, what stays true of one that takes its place.
 _KEPT = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "partitioner_tag")
 

@@ -10,8 +10,6 @@ from .._torch import compat, inductor
 from . import layers
 from .layers import tensor_of, value_of
 
-__all__ = ["has_returned_view", "is_observed", "views_of"]
-
 
 def has_returned_view(node: fx.Node, parts_of_subclasses: set[fx.Node]) -> bool:
     """Whether the graph returns a view of a part of ``node``, or of what is generated from it.

@@ -11,18 +11,6 @@ from torch.utils.checkpoint import CheckpointPolicy
 from .._torch import compat
 from . import layers
 
-__all__ = [
-    "backward_of",
-    "depending_on",
-    "is_available",
-    "is_move",
-    "is_recomputed",
-    "is_saved",
-    "read_in_backward",
-    "source_of",
-    "users_of",
-]
-
 
 def depending_on(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     """``nodes`` and all that is computed from them."""

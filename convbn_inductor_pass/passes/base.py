@@ -20,8 +20,6 @@ from .._torch import registry
 from ..config import get_options
 from ..records import PassFailedWarning, Record, log, publish
 
-__all__ = ["Outcome", "Pass", "sources_hash"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:

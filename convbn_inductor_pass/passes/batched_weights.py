@@ -27,8 +27,6 @@ from ..graph.layers import is_cast, tensor_of, value_of
 from ..graph.operators import convolution_relu
 from .base import Outcome, Pass
 
-__all__ = ["BatchedWeightsPass"]
-
 aten = torch.ops.aten
 
 # Which arguments of a call are computed in lists, and by what.

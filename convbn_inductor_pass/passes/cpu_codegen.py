@@ -28,8 +28,6 @@ from ..graph.layers import numel_of, tensor_of, value_of
 from ..graph.uses import source_of
 from .base import Outcome, Pass
 
-__all__ = ["CpuCodegenPass", "store_invariants"]
-
 aten = torch.ops.aten
 
 # One of these for 16 elements takes about as long as to load, add, multiply and store them.

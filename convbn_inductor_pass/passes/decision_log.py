@@ -11,8 +11,6 @@ from torch import fx
 
 from .base import Outcome, Pass
 
-__all__ = ["DecisionLogPass"]
-
 
 class DecisionLogPass(Pass):
     """Runs on the graph of the forward, or of inference, after the others; changes nothing."""

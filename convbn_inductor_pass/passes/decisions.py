@@ -14,8 +14,6 @@ from ..graph.layers import bytes_of, value_of
 from ..graph.provenance import module_path, name_of, source_line
 from ..records import Record
 
-__all__ = ["Row", "denied", "first_refusal", "record_of"]
-
 Row = tuple[Code, Callable[..., "str | None"]]
 """A code, and a function that returns a detail if it applies, None if not."""
 

@@ -21,8 +21,6 @@ import torch
 
 from ..graph import layers
 
-__all__ = ["fold_what_is_right", "why_wrong"]
-
 aten = torch.ops.aten
 _log = logging.getLogger("convbn_inductor_pass")
 _LAYERS = (aten.convolution.default, aten.mm.default, aten.addmm.default)

@@ -18,8 +18,6 @@ from torch import fx
 from ..graph.layers import is_cast, value_of
 from .base import Outcome, Pass
 
-__all__ = ["RepeatedCastsPass"]
-
 aten = torch.ops.aten
 
 

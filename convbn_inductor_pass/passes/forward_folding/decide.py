@@ -14,8 +14,6 @@ from ...records import Record
 from ..decisions import Row, denied, first_refusal, record_of
 from .find import FoldCandidate, find_candidates
 
-__all__ = ["bytes_moved", "decide", "decide_all"]
-
 
 def decide_all(graph: fx.Graph, options: Options) -> list[tuple[FoldCandidate, Record]]:
     """A decision about each layer of ``graph`` that something foldable follows; only reads."""

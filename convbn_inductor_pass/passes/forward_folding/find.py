@@ -19,8 +19,6 @@ from ...graph import affine
 from ...graph.affine import AffineChain
 from ...graph.layers import Layer, same_sizes, tensor_of, value_of
 
-__all__ = ["FoldCandidate", "find_candidates"]
-
 aten = torch.ops.aten
 
 # Activations that Inductor has oneDNN's convolution compute: one call each, and several.

@@ -19,8 +19,6 @@ from ...graph.operators import convolution_relu
 from ...graph.strides import views_of
 from .find import FoldCandidate
 
-__all__ = ["rewrite"]
-
 aten = torch.ops.aten
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

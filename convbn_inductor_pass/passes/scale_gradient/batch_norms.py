@@ -18,8 +18,6 @@ from ...graph import layers
 from ...graph.layers import Layer, same_sizes, tensor_of
 from ...graph.uses import source_of
 
-__all__ = ["BatchNormCall", "find_batch_norms", "subgraphs_of"]
-
 aten = torch.ops.aten
 
 

@@ -46,8 +46,6 @@ from .find import Candidate, find_candidates
 from .match import Match, match_sums, weight_gradients
 from .saved_anyway import saved_by
 
-__all__ = ["Decision", "decide"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Decision:

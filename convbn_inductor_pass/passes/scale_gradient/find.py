@@ -15,15 +15,6 @@ from torch import fx
 from ...graph import layers
 from ...graph.layers import Layer, Step, known_equal, same_sizes, tensor_of
 
-__all__ = [
-    "Candidate",
-    "Path",
-    "Reduction",
-    "find_candidates",
-    "same_shape",
-    "shape_of",
-]
-
 aten = torch.ops.aten
 
 

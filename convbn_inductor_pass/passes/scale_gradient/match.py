@@ -17,8 +17,6 @@ from ...graph import layers
 from ...graph.layers import Layer, Step, same_sizes, tensor_of
 from .find import Candidate, Path, Reduction, same_shape, shape_of
 
-__all__ = ["Match", "WeightGradient", "match_sums", "weight_gradients"]
-
 aten = torch.ops.aten
 
 

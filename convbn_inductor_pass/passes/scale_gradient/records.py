@@ -17,8 +17,6 @@ from ..decisions import record_of
 from .batch_norms import BatchNormCall, find_batch_norms, subgraphs_of
 from .decide import Decision
 
-__all__ = ["NamedRecord", "account"]
-
 NamedRecord = tuple[str, Record]
 """The name of the node of the layer whose output it is about, "" if none, and the record."""
 

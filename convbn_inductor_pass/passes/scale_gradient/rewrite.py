@@ -25,8 +25,6 @@ from ...graph.provenance import provenance_of
 from .decide import Decision
 from .match import Match
 
-__all__ = ["apply"]
-
 aten = torch.ops.aten
 
 

@@ -14,8 +14,6 @@ from ...graph.uses import is_move, is_saved, users_of
 from .find import Candidate
 from .match import Match
 
-__all__ = ["saved_by"]
-
 
 def saved_by(candidate: Candidate, match: Match, backward: set[fx.Node]) -> fx.Node | None:
     """A call for which the layer's output is saved, though it is not summed over.

@@ -41,8 +41,6 @@ from ...graph.uses import is_available, read_in_backward
 from .shapes import shape_readers
 from .site import JointGraph, Site
 
-__all__ = ["COMPARISONS", "Activation", "activation_at", "find_sites", "operand_of", "rewrite"]
-
 aten = torch.ops.aten
 
 _LE, _LT = aten.le.Scalar, aten.lt.Scalar

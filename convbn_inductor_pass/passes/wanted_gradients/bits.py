@@ -34,8 +34,6 @@ from ...graph.layers import numel_of, value_of
 from ...graph.provenance import provenance_of
 from .site import Site
 
-__all__ = ["find_masks", "pack"]
-
 aten = torch.ops.aten
 prims = torch.ops.prims
 

@@ -38,8 +38,6 @@ from .activations import COMPARISONS, activation_at, constant_of, operand_of
 from .shapes import shape_readers
 from .site import JointGraph, Site
 
-__all__ = ["find_sites", "rewrite"]
-
 aten = torch.ops.aten
 prims = torch.ops.prims
 

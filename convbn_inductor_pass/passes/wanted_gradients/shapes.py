@@ -34,8 +34,6 @@ from ...graph.layout import output_padding
 from ...graph.uses import is_available, is_recomputed, read_in_backward, source_of, users_of
 from .site import JointGraph, Site
 
-__all__ = ["READ_THE_SHAPE", "find_sites", "rewrite", "shape_readers"]
-
 aten = torch.ops.aten
 
 # Operators that read the shape, and the layout, of their second argument, and no element of it.

@@ -16,8 +16,6 @@ from ...graph.uses import backward_of
 from ...records import Kind, Record
 from ..decisions import denied, record_of
 
-__all__ = ["JointGraph", "Site", "apply", "record", "unless_denied"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Site:
