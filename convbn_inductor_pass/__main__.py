@@ -4,8 +4,6 @@ Exit codes: 0; 2 with one line on standard error if an argument cannot be used; 
 raises.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import json

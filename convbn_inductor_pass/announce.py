@@ -10,8 +10,6 @@ had been decided. It makes one graph or, for DDP, several; a graph break ends it
 of a broken model has a line. Nothing is said of inference, and of graphs without batch norms.
 """
 
-from __future__ import annotations
-
 import collections
 import logging
 import sys

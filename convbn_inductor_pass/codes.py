@@ -4,8 +4,6 @@ The same code stands in logs, in ``explain``, in the trace artifact and in tests
 sentence that a user reads; a decision adds a detail that names the nodes.
 """
 
-from __future__ import annotations
-
 import enum
 
 __all__ = ["Code"]

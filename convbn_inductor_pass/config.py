@@ -4,8 +4,6 @@ Whether the pass runs at all is not decided here but by PyTorch's own flag,
 ``torch._inductor.config.efficient_conv_bn_eval_fx_passes``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import fnmatch

@@ -3,8 +3,6 @@
 Each layer with an eval-mode batch norm after it becomes one with a bias: only shapes count here.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import fx, nn

@@ -1,7 +1,5 @@
 """``explain``: what the passes do to a model, and what that saves, without compiling it."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

@@ -5,8 +5,6 @@ copies and pickles well, where a closure or a bound method would not. The class 
 ``fully_shard`` and ``isinstance``, and nothing is done in forward, compiled or not.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import functools
 from collections.abc import Iterable

@@ -12,8 +12,6 @@ Cache keys: Inductor asks each pass for its ``uuid``, which covers this package'
 options. The flag itself is part of Inductor's key already.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

@@ -15,8 +15,6 @@ None of these generates code: models are traced by Dynamo, go through the pass, 
 numbers are needed, AOTAutograd runs the graphs eagerly (:func:`fast_backend`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

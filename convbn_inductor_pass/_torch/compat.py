@@ -1,7 +1,5 @@
 """Private imports of what reads and writes graphs: operators, symbolic sizes, fake tensors."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

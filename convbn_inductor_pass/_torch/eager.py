@@ -1,7 +1,5 @@
 """Private imports of eager mode: nothing here loads a compiler."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

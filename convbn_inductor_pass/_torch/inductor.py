@@ -3,8 +3,6 @@
 Loads the compiler. Registering with it is in :mod:`registry`, which does not.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

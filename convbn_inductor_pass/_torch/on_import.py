@@ -5,8 +5,6 @@ Importing Inductor takes seconds, and who imports this package may never compile
 back once they are executed.
 """
 
-from __future__ import annotations
-
 import importlib.machinery
 import importlib.util
 import sys

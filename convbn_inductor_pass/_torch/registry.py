@@ -4,8 +4,6 @@ Loads Inductor's configuration and nothing of Inductor else. Private imports: ``
 entries are context-local from torch 2.13 on, and ``CustomGraphPass``.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -8,8 +8,6 @@ same, and decided for themselves: where a model's modules have other names than 
 made, AOTAutograd's cache, which is asked first, does not have it, and Inductor's has.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import pathlib

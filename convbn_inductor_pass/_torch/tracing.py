@@ -1,7 +1,5 @@
 """Get the graphs that ``torch.compile`` would see, on fake tensors and without compiling."""
 
-from __future__ import annotations
-
 import copy
 import types
 from collections.abc import Callable, Mapping

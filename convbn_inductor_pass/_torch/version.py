@@ -1,7 +1,5 @@
 """The version of torch, checked when this package is imported."""
 
-from __future__ import annotations
-
 import torch
 from torch.torch_version import TorchVersion
 

@@ -1,7 +1,5 @@
 """Calls of torch functions in eager mode: what they are, and what they do with a tensor."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 

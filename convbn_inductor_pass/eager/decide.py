@@ -1,7 +1,5 @@
 """Decide which batch norms of an eager forward do not save their input, and say why others do."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 Merging changes what a layer returns: a forward has to show that its batch norm alone takes that.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 from collections import Counter

@@ -6,8 +6,6 @@ models with them can be copied, pickled and replicated. A module *called* under
 ``torch.utils.checkpoint`` opens a region of its own, in the forward and when it is recomputed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import threading
 from typing import Any

@@ -3,8 +3,6 @@
 Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.11624.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from collections.abc import Sequence

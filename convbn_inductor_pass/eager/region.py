@@ -20,8 +20,6 @@ A region steps aside
   and would not find the region when it recomputes. Nor is anything learned under such hooks.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import weakref

@@ -26,8 +26,6 @@ Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.1
 formula for dgamma follows from its equation for the folded weight.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

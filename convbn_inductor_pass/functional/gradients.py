@@ -5,8 +5,6 @@
     dx, dW' = the layer's, from g and A * W      dW = A * dW'      db = A * dbeta
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

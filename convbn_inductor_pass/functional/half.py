@@ -28,8 +28,6 @@ does not, and it underflows where the gradient is small.
 bfloat16 and wider dtypes have the range of float32 and need no ``t``.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ A max-pooling's gradient goes where its indices say; a convolution or a batch no
 weight needs its input for the gradient of that weight alone; and a ReLU of its result the signs.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

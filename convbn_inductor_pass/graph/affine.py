@@ -8,8 +8,6 @@ its multiplications make of one. Both are computed from the live operands in eac
 or wider.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 

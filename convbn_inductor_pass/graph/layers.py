@@ -4,8 +4,6 @@ Everything here reads; nothing is judged or changed. To add an operator that is 
 add a branch to :func:`read_step`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal

@@ -9,8 +9,6 @@ In the transposed case with groups, output channel ``o`` of group ``q`` is colum
 than a column. Nothing here knows of FX or autograd.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ have no meta function, so that no graph can contain them. This one is written in
 code that has to run without it must not contain it (``_torch.inductor.for_python``).
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -3,8 +3,6 @@
 Both are read off what tracing recorded.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

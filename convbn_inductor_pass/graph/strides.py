@@ -1,7 +1,5 @@
 """Where the strides of a layer's result can be observed: another kernel may choose other ones."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from torch import fx

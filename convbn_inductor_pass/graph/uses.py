@@ -1,7 +1,5 @@
 """What a joint graph uses a value for: which nodes depend on others, and what backward needs."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Sequence
 
 import torch

@@ -13,8 +13,6 @@ other results of the graph than pointwise ones of its inputs, or on another list
 across a call that may write to a tensor, or draws a random number.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterator
 from typing import Any

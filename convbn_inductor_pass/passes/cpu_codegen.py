@@ -16,8 +16,6 @@ Inductor does not; results too small or not read often enough to be worth a loop
 from sums, as in layer norms, which Inductor computes in the loop over their rows.
 """
 
-from __future__ import annotations
-
 import operator
 
 import torch

@@ -3,8 +3,6 @@
 Each pass leaves its records on the calls of its graph, whose metadata the partitioner copies.
 """
 
-from __future__ import annotations
-
 import json
 
 from torch import fx

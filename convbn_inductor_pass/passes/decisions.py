@@ -1,7 +1,5 @@
 """Decisions: tables of refusals, the modules that the options leave out, and records."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

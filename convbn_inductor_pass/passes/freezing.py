@@ -9,8 +9,6 @@ compile. Its check is made stricter here; what it then leaves is computed as wri
 Can go: once the check compares the operand with the layer's output channels.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import logging

@@ -10,8 +10,6 @@ batch norm's input. Nothing is rounded that was not: ``where`` only chooses.
 Declines: other devices than CUDA's, and casts of anything else.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import fx
 

@@ -12,8 +12,6 @@ Declines where folding is not legal, and with ``forward="auto"`` where it moves 
 tables of :mod:`decide`. Phases: :mod:`find`, :mod:`decide`, :mod:`rewrite`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import fx

@@ -1,7 +1,5 @@
 """Decide about candidates: is folding legal, and does it pay? The first row that applies counts."""
 
-from __future__ import annotations
-
 import torch
 from torch import fx
 

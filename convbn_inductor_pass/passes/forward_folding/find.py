@@ -5,8 +5,6 @@ activation or a residual into the kernel, in place where it may: here they are f
 counted.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Cannot refuse: everything that could speak against it was checked by :mod:`decide`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

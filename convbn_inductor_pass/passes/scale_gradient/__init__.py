@@ -1,7 +1,5 @@
 """Tune mode: gradients of per-channel scales from the weight gradient of the layer before them."""
 
-from __future__ import annotations
-
 from torch import fx
 
 from ..base import Outcome, Pass

@@ -4,8 +4,6 @@ A call's nodes have the operator that they were as ``meta["original_aten"]``. Ea
 subtracts the mean from the input once, which tells one call from the next.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import operator
 from collections.abc import Collection, Iterator

@@ -27,8 +27,6 @@ Declines: the rows of ``LEGALITY`` and ``PROFIT``; the first that applies decide
 Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.11624, section 3.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

@@ -3,8 +3,6 @@
 Only reads a joint graph. :mod:`decide` has the algebra and the names.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from typing import Any

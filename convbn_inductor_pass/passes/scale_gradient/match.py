@@ -4,8 +4,6 @@ Both begin with one ``g``, scaled per channel and moved. :mod:`decide` has the a
 the names mean.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any

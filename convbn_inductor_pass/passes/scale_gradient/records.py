@@ -1,7 +1,5 @@
 """Records of what was decided: one for each batch norm call, one for each other scale."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from torch import fx

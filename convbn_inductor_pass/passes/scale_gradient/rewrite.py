@@ -9,8 +9,6 @@ In float16, ``g`` is first brought into the middle of the range by a power of tw
 not. :mod:`convbn_inductor_pass.functional.half` says how t is chosen.
 """
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

@@ -4,8 +4,6 @@ The partitioner saves as few bytes as it can and recomputes pointwise calls. Its
 known here; what is said here is the usual outcome.
 """
 
-from __future__ import annotations
-
 from torch import fx
 
 from ..._torch import compat

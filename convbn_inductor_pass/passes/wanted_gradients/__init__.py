@@ -9,8 +9,6 @@ Each rule is a file. The first three read the joint graph, before it is partitio
 The last one, :mod:`bits`, sees what the partitioner has decided to save, and packs masks.
 """
 
-from __future__ import annotations
-
 from torch import fx
 
 from ...records import Record

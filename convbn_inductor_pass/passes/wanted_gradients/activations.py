@@ -23,8 +23,6 @@ docs/wanted-gradients.md says what has no rule.
 Declines where the output is not saved, or where the input is.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator

@@ -19,8 +19,6 @@ Declines small masks, those that are in memory anyway (inputs and outputs), and 
 dimension.
 """
 
-from __future__ import annotations
-
 import collections
 from typing import Any
 

@@ -19,8 +19,6 @@ Declines where y, or what it is computed from, is there in backward anyway, so t
 recomputed.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import operator

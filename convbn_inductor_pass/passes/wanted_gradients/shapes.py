@@ -18,8 +18,6 @@ Declines where the tensor is saved for another reason.
 Source: pytorch/pytorch#133566 (open); arXiv 2404.12406 measures it in eager mode.
 """
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

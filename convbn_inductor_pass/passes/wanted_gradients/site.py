@@ -1,7 +1,5 @@
 """A tensor that backward might do without, and what the rules read of the joint graph."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
