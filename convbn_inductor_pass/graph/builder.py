@@ -25,7 +25,6 @@ class Builder:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         tensors = (tensor for tensor in map(tensor_of, graph.nodes) if tensor is not None)
-        self._changed = False
         self._mode = compat.fake_mode_of(next(tensors, None))
         self.meta: dict[str, Any] = {}  # metadata of the calls to come, beside "val"
         self.replaced: dict[fx.Node, fx.Node] = {}
@@ -36,7 +35,7 @@ class Builder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._changed:
+        if not self.replaced:
             return
         for output in self.graph.find_nodes(op="output"):
             output.args = fx.map_arg(output.args, self.current)
@@ -48,7 +47,7 @@ class Builder:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Call ``target`` at the insertion point."""
         args, kwargs = map_aggregate((args, kwargs), self._as_argument)
-        node, self._changed = self.graph.call_function(target, args, kwargs), True
+        node = self.graph.call_function(target, args, kwargs)
         node.meta = {**self.meta, "val": self._value(target, args, kwargs)}
         return node
 

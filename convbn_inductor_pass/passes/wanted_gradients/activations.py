@@ -83,7 +83,7 @@ def _site(joint: JointGraph, activation: Activation, readers: set[fx.Node]) -> S
 def rewrite(build: Builder, call: fx.Node, site: Site) -> None:
     """Compare the activation's output, which is the site's tensor, in the place of its input."""
     y = build.cast(site.node, value_of(call.args[0]).dtype)
-    call.replace_all_uses_with(build.call(call.target, y, call.args[1]))
+    build.replace(call, build.call(call.target, y, call.args[1]))
 
 
 def activation_at(node: fx.Node) -> Activation | None:
