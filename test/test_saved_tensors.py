@@ -12,6 +12,7 @@ from torch import nn
 from torch._inductor.fx_passes import pre_grad
 from torch._inductor.fx_passes.freezing_patterns import binary_folding_pass
 from torch._subclasses import FakeTensorMode
+from torch.torch_version import TorchVersion
 
 import convbn_inductor_pass as cbn
 from bench.providers import PROVIDERS
@@ -38,11 +39,20 @@ class Frozen(nn.Module):
         return F.relu(self.conv2(x) * self.scale2 + self.shift2)
 
 
+def pooling_input(model):
+    """Bytes less since max-pooling's backward, before torch 2.13, reads the shape of its input.
+
+    The next convolution's input, which is a quarter, is then saved instead.
+    """
+    old = TorchVersion(torch.__version__) < "2.13"
+    return (2 * 4 * 16 * 16 - 2 * 4 * 8 * 8) * 4 if isinstance(model, UNet) and old else 0
+
+
 @pytest.mark.parametrize("model", [Residual, UNet])
 def test_as_deploy_where_all_is_trainable(model):
     model, x = model(), torch.randn(2, 3, 16, 16)
     saved = {m: saved_for_backward(model, x, mode=m) for m in ("eval", "builtin", "tune", "deploy")}
-    assert saved["tune"].new_bytes == saved["deploy"].new_bytes
+    assert saved["tune"].new_bytes == saved["deploy"].new_bytes - pooling_input(model)
     assert saved["tune"].new_bytes < saved["builtin"].new_bytes < saved["eval"].new_bytes
     assert saved["tune"].bytes_of("weight") == 0 < saved["builtin"].bytes_of("weight")
     testing.assert_saved_like_deploy(model, x)
@@ -66,7 +76,7 @@ def test_never_more_than_eval(model, kinds):
     if nn.Conv2d in kinds:  # whose input backward then reads the shape of
         assert saved["tune"] < saved["eval"]
     else:
-        assert saved["tune"] == saved["eval"]
+        assert saved["tune"] == saved["eval"] - pooling_input(model)
     with cbn.options(fuse_frozen_layers=True):
         saved = cbn.explain(model, x).saved_bytes
     assert saved["tune"] <= saved["eval"]

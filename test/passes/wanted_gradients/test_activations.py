@@ -197,5 +197,7 @@ def test_real_inductor(x):
             runs.append(
                 testing.outputs_and_gradients(compiled, dict(model.named_parameters()), (x,))
             )
-    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
+    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=0, atol=0)
+    # Other calls may be fused with a sum, which then has another order (torch 2.11).
+    torch.testing.assert_close(runs[0][1], runs[1][1], rtol=1e-6, atol=1e-6)
     assert codes(model, x) == [("activation", Code.MASK_FROM_OUTPUT)]
