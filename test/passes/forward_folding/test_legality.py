@@ -190,6 +190,25 @@ def test_what_observes_output_strides():
     torch.testing.assert_close(out, fn(x, w, v, s, other), rtol=1e-4, atol=1e-4)
 
 
+def test_what_observes_strides_that_stay():
+    """Channels-last as traced, or in memory as channels-last would be: pooled to 1x1."""
+    torch.manual_seed(0)
+    x, w, s = torch.randn(2, 3, 7, 7), torch.randn(6, 3, 3, 3), torch.rand(6, 1, 1)
+
+    def pooled(x, w, s):
+        y = F.adaptive_avg_pool2d((F.conv2d(x, w) * s).relu(), 1)
+        return y.sin().as_strided((2, 3), (6, 2)).cos()
+
+    def strided(x, w, s):
+        return (F.conv2d(x, w) * s).sin().as_strided((2, 4), (1, 2)).cos()
+
+    last = [t.contiguous(memory_format=torch.channels_last) for t in (x, w)]
+    for fn, args in ((pooled, (x, w, s)), (pooled, (*last, s)), (strided, (*last, s))):
+        out, records = compiled(fn, *args)
+        assert codes(records) == ["FOLDED"]
+        torch.testing.assert_close(out, fn(*args), rtol=1e-4, atol=1e-4)
+
+
 def in_cond(x, w, s):
     return torch.cond(
         x.sum() > 0,
