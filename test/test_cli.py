@@ -68,9 +68,10 @@ def fails(capsys, *arguments):
         cli.main(arguments)
     out, err = capsys.readouterr()
     assert (caught.value.code, out) == (2, "")
-    assert err.startswith("convbn_inductor_pass: ")
-    assert err.count("\n") == 1
-    return err.removeprefix("convbn_inductor_pass: ").rstrip("\n")
+    *logged, line = err.splitlines()
+    assert all("torch/_dynamo" in entry for entry in logged)  # its warning of .item(), in 2.14
+    assert line.startswith("convbn_inductor_pass: ")
+    return line.removeprefix("convbn_inductor_pass: ")
 
 
 def test_explain_as_a_process():
