@@ -9,8 +9,9 @@ the bit; Inductor makes one kernel of each list. What is computed together is al
 that a list ends at ``_MOST_BYTES``.
 
 Declines: other devices than CUDA's, where a call costs nothing worth mentioning; what depends on
-other results of the graph than pointwise ones of its inputs, or on another list. Nothing moves
-across a call that may write to a tensor, or draws a random number.
+other results of the graph than pointwise ones of its inputs, or on another list; on torch 2.11 and
+2.12 what is cast after, as under autocast. Nothing moves across a call that may write to a tensor,
+or draws a random number.
 """
 
 import operator
@@ -21,6 +22,7 @@ import torch
 from torch import fx
 
 from .._torch import compat
+from .._torch.version import version
 from ..graph.layers import is_cast, tensor_of, value_of
 from ..graph.operators import convolution_relu
 from .base import Outcome, Pass
@@ -37,6 +39,9 @@ _LISTS: dict[Any, Any] = {
     aten.mul.Tensor: aten._foreach_mul.List,
     aten.add.Tensor: aten._foreach_add.List,
 }
+# Before, an assertion of Inductor's fails where a cast is fused with one of a list and something
+# else reads the same weight in another order.
+_FUSES_WITH_LISTS = version >= "2.13"
 _MOST_BYTES = 16 << 20
 
 
@@ -108,7 +113,8 @@ def _computed_for(taker: fx.Node, ready: dict[fx.Node, int]) -> Iterator[fx.Node
         if node not in ready or node.target not in _LISTS or node.kwargs:
             continue
         on_cuda = value_of(node).device.type == "cuda"
-        if on_cuda and all(tensor_of(n) is not None for n in node.args):
+        is_alone = _FUSES_WITH_LISTS or len(node.users) == 1
+        if on_cuda and is_alone and all(tensor_of(n) is not None for n in node.args):
             yield node
 
 
@@ -116,7 +122,7 @@ def _keeps_values(node: fx.Node) -> bool:
     from .._torch import inductor
 
     is_laid_out = node.target is inductor.force_stride_order
-    return is_cast(node) or is_laid_out or compat.is_view(node.target)
+    return (_FUSES_WITH_LISTS and is_cast(node)) or is_laid_out or compat.is_view(node.target)
 
 
 def _batch(nodes: list[fx.Node], graph: fx.Graph, channels_last: bool) -> None:
