@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from convbn_inductor_pass import explain, testing
 
 from .cases import CASES
+from .eager_coverage import saved_bytes
 from .protocols import PROTOCOLS, NotApplicable
 from .reporting.tables import markdown
-from .workload import Settings, Workload, setup
+from .workload import Settings, setup
 
-__all__ = ["Comparison", "compare", "given_to_save", "report"]
+__all__ = ["Comparison", "compare", "report"]
 
 _HEADER = ["case", "protocol", "memory format", "mode", "explain", "given to save", "difference"]
 _FORMATS = ("contiguous", "channels_last")
@@ -64,26 +65,9 @@ def compare(case: str, batch: int, shape: tuple[int, ...]) -> Iterator[Compariso
             explained = explain(workload.model, *workload.inputs).saved_bytes
             for mode in ("eval", "tune"):
                 with testing.fresh_compile(flag=mode == "tune"):
-                    given = given_to_save(workload)
+                    compiled: Any = torch.compile(workload.model)
+                    given = saved_bytes(compiled, *workload.inputs)
                 yield Comparison(settings, mode, explained[mode], given)
-
-
-def given_to_save(workload: Workload) -> int:
-    """Bytes that the compiled forward hands to autograd, run once."""
-    alive = [*workload.model.parameters(), *workload.model.buffers(), *workload.inputs]
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outputs = workload.forward(torch.compile(workload.model))
-    for tensor in alive:
-        storages.pop(tensor.untyped_storage().data_ptr(), None)
-    workload.backward(outputs)
-    return sum(storages.values())
 
 
 def report(rows: list[list[str]], size: str) -> str:

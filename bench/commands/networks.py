@@ -121,7 +121,10 @@ def compare_real_bytes(
 ) -> None:
     """Bytes that a compiled network gives autograd to save, beside what explain says."""
     rows: list[list[str]] = []
-    for name in case or ("resnet18", "mobilenet_v2"):
+    chosen = cases.select(case or ["resnet18", "mobilenet_v2"])
+    if others := [c.name for c in chosen if len(c.shape) != 3 or c.shape[0] != 3]:
+        raise typer.BadParameter(f"{', '.join(others)} take no images")
+    for name in (c.name for c in chosen):
         for each in real_bytes.compare(name, batch, (3, size, size)):
             rows.append(each.row())
             console.print(*rows[-1])

@@ -10,6 +10,11 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .version import version
+
+# Before, an assertion of Inductor's may fail where a cast is fused with one of a list's calls
+# (_foreach_mul), and something else reads the same tensor in another order.
+LISTS_MAY_BE_FUSED = version >= "2.13"
 _UNBACKED = 8192  # what Inductor guesses for a size that depends on data
 
 

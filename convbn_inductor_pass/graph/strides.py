@@ -9,7 +9,7 @@ from .._torch import compat, inductor
 from . import layers
 from .layers import tensor_of, value_of
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def has_returned_view(node: fx.Node, parts_of_subclasses: set[fx.Node]) -> bool:
@@ -66,7 +66,7 @@ def _laid_out_like(
 def _is_channels_last(node: fx.Node) -> bool:
     tensor = tensor_of(node)
     is_static = tensor is not None and all(isinstance(size, int) for size in tensor.shape)
-    memory_format = _CHANNELS_LAST.get(tensor.ndim) if tensor is not None and is_static else None
+    memory_format = CHANNELS_LAST.get(tensor.ndim) if tensor is not None and is_static else None
     return memory_format is not None and value_of(node).is_contiguous(memory_format=memory_format)
 
 

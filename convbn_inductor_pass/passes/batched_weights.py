@@ -22,7 +22,6 @@ import torch
 from torch import fx
 
 from .._torch import compat
-from .._torch.version import version
 from ..graph.layers import is_cast, tensor_of, value_of
 from ..graph.operators import convolution_relu
 from .base import Outcome, Pass
@@ -39,9 +38,6 @@ _LISTS: dict[Any, Any] = {
     aten.mul.Tensor: aten._foreach_mul.List,
     aten.add.Tensor: aten._foreach_add.List,
 }
-# Before, an assertion of Inductor's fails where a cast is fused with one of a list and something
-# else reads the same weight in another order.
-_FUSES_WITH_LISTS = version >= "2.13"
 _MOST_BYTES = 16 << 20
 
 
@@ -113,7 +109,7 @@ def _computed_for(taker: fx.Node, ready: dict[fx.Node, int]) -> Iterator[fx.Node
         if node not in ready or node.target not in _LISTS or node.kwargs:
             continue
         on_cuda = value_of(node).device.type == "cuda"
-        is_alone = _FUSES_WITH_LISTS or len(node.users) == 1
+        is_alone = compat.LISTS_MAY_BE_FUSED or len(node.users) == 1
         if on_cuda and is_alone and all(tensor_of(n) is not None for n in node.args):
             yield node
 
@@ -121,8 +117,9 @@ def _computed_for(taker: fx.Node, ready: dict[fx.Node, int]) -> Iterator[fx.Node
 def _keeps_values(node: fx.Node) -> bool:
     from .._torch import inductor
 
-    is_laid_out = node.target is inductor.force_stride_order
-    return (_FUSES_WITH_LISTS and is_cast(node)) or is_laid_out or compat.is_view(node.target)
+    if is_cast(node):
+        return compat.LISTS_MAY_BE_FUSED
+    return node.target is inductor.force_stride_order or compat.is_view(node.target)
 
 
 def _batch(nodes: list[fx.Node], graph: fx.Graph, channels_last: bool) -> None:
@@ -140,7 +137,9 @@ def _batch(nodes: list[fx.Node], graph: fx.Graph, channels_last: bool) -> None:
         for i, node in enumerate(nodes):
             part = graph.call_function(operator.getitem, (made, i))
             part.meta = dict(node.meta)
-            if channels_last and value_of(node).ndim == 4:
+            # Whoever else takes it, or a view of it, may depend on how it lies in memory.
+            is_weight = len(node.users) == 1 and not compat.is_view(next(iter(node.users)).target)
+            if channels_last and is_weight and value_of(node).ndim == 4:
                 part = _in_channels_last(part)
             node.replace_all_uses_with(part)
     for node in nodes:
@@ -148,10 +147,7 @@ def _batch(nodes: list[fx.Node], graph: fx.Graph, channels_last: bool) -> None:
 
 
 def _in_channels_last(node: fx.Node) -> fx.Node:
-    """``node``, stored as convolutions take it: else a cast in between is a kernel of its own.
-
-    One that reads in another order than the list writes, at which torch 2.11 even fails.
-    """
+    """``node``, stored as convolutions take it: else a cast in between is a kernel of its own."""
     from .._torch import inductor
 
     value = value_of(node)

@@ -8,7 +8,8 @@ import json
 import pytest
 import torch
 
-from bench import cases, real_bytes, results, runner, suites
+from bench import cases, results, runner, suites
+from bench.eager_coverage import saved_bytes as saved_bytes_of_a_forward
 from bench.metrics import codegen
 from bench.metrics.capacity import largest_batch
 from bench.metrics.measure import Budget
@@ -124,7 +125,7 @@ def test_kernels_and_passes_are_seen_while_compiling():
 def test_given_to_save_is_what_explain_says():
     workload = setup(TINY)
     with testing.fresh_compile():
-        given = real_bytes.given_to_save(workload)
+        given = saved_bytes_of_a_forward(torch.compile(workload.model), *workload.inputs)
     assert given == explain(workload.model, *workload.inputs).saved_bytes["tune"] > 0
 
 

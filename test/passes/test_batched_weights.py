@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from convbn_inductor_pass._torch import compat
 from convbn_inductor_pass.graph.operators import convolution_relu
 from convbn_inductor_pass.passes import batched_weights
 from convbn_inductor_pass.passes.batched_weights import BatchedWeightsPass
@@ -150,7 +151,7 @@ def test_same_bits(function, shapes):
 @pytest.mark.parametrize("is_fused", [True, False])
 def test_half_precision_is_cast_after(is_fused, monkeypatch):
     """Where Inductor asserts that nothing is fused with a list (torch 2.11), there is none."""
-    monkeypatch.setattr(batched_weights, "_FUSES_WITH_LISTS", is_fused)
+    monkeypatch.setattr(compat, "LISTS_MAY_BE_FUSED", is_fused)
 
     def function(x, a, b, s, t):
         for weight, scale in ((a, s), (b, t)):
@@ -162,6 +163,22 @@ def test_half_precision_is_cast_after(is_fused, monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert BatchedWeightsPass().run(gm.graph).rewritten == 2 * is_fused
     gm.graph.lint()
+
+
+@pytest.mark.parametrize("watch", [lambda w: w.as_strided((9,), (1,)), torch.neg])
+def test_only_what_is_a_weight_alone_is_laid_out_as_one(watch, monkeypatch):
+    """Who else reads a product would find its elements in another order."""
+    monkeypatch.setattr(compat, "LISTS_MAY_BE_FUSED", True)
+
+    def function(x, a, b, s, t):
+        first, second = a * s.view(-1, 1, 1, 1), b * t.view(-1, 1, 1, 1)
+        return conv(conv(x, first), second), watch(first)
+
+    gm = traced(function, [INPUTS[0], *WEIGHTS[:2], (4,), (4,)])
+    assert BatchedWeightsPass().run(gm.graph).rewritten == 2
+    gm.graph.lint()
+    assert "convolution = aten.convolution.default(x_1, getitem, None)" in text(gm)
+    assert "convolution_1 = aten.convolution.default(convolution, laid_out, None)" in text(gm)
 
 
 def test_a_list_ends_where_it_is_large(monkeypatch):
@@ -231,6 +248,21 @@ def on_what_is_computed(x, a, b, s, t):
     return conv(x, b * x.mean((0, 2, 3)).view(-1, 1, 1, 1))
 
 
+def one_bias_of_another(x, a, b, s, t):
+    """The second sum reads the first."""
+    first = s + t
+    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    x = convolution_relu(x, a, first, None, *geometry)
+    return convolution_relu(x, b, first + t, None, *geometry)
+
+
+def written_between_biases(x, a, b, s, t):
+    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    x = convolution_relu(x, a, s + t, None, *geometry)
+    t.mul_(2)
+    return convolution_relu(x, b, s + t, None, *geometry)
+
+
 def by_a_number(x, a, b, s, t):
     return conv(conv(x, a * 2.0), b * 3.0)
 
@@ -247,7 +279,14 @@ def the_same_weight_twice(x, a, b, s, t):
 @pytest.mark.parametrize(
     "function",
     [
-        *(on_what_is_computed, by_a_number, not_scaled, the_same_weight_twice),
+        *(
+            one_bias_of_another,
+            written_between_biases,
+            on_what_is_computed,
+            by_a_number,
+            not_scaled,
+            the_same_weight_twice,
+        ),
         *(written, one_product_of_another, the_other_product_first, random),
     ],
 )

@@ -14,12 +14,10 @@ from ...graph.affine import AffineChain
 from ...graph.builder import Builder
 from ...graph.layers import Layer, value_of
 from ...graph.operators import convolution_relu
-from ...graph.strides import views_of
+from ...graph.strides import CHANNELS_LAST, views_of
 from .find import FoldCandidate
 
 aten = torch.ops.aten
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def rewrite(graph: fx.Graph, candidates: Sequence[FoldCandidate]) -> None:
@@ -130,7 +128,7 @@ def _input(layer: Layer, build: Builder) -> fx.Node:
     else:
         given = (node, layer.input, *views_of(node))
         needed = any(u.op == "output" for n in given for u in n.users)
-    memory_format = _CHANNELS_LAST[layer.out.ndim]
+    memory_format = CHANNELS_LAST[layer.out.ndim]
     if not needed or value_of(node).is_contiguous(memory_format=memory_format):
         return node
     return build.call(aten.clone.default, node, memory_format=memory_format)
@@ -139,7 +137,7 @@ def _input(layer: Layer, build: Builder) -> fx.Node:
 def _channels_last(node: fx.Node, build: Builder) -> fx.Node:
     """``node`` in channels-last, if there is such a format: its producer's choice or a copy."""
     tensor = value_of(build.current(node))
-    memory_format = _CHANNELS_LAST.get(tensor.ndim)
+    memory_format = CHANNELS_LAST.get(tensor.ndim)
     if memory_format is None or tensor.is_contiguous(memory_format=memory_format):
         return node
     strides = torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()

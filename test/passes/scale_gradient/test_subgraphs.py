@@ -78,11 +78,12 @@ class TestSubgraphs:
         def fn(x, *rest):
             return region(region(x, *rest), *rest)
 
-        assert_same_as_unfused(fn, carried())
+        recorder = assert_same_as_unfused(fn, carried())
         found = {r.code for r in explain(fn, *carried()().values()).batch_norms}
         # Inlined, or, before, a graph that PyTorch partitions on its own.
         old = TorchVersion(torch.__version__) < "2.13"
         assert found == {Code.INSIDE_HIGHER_ORDER_OP if old else Code.FUSED}
+        assert old or (recorder.fused and set(recorder.codes) == {Code.FUSED})
 
     def test_layer_outside_batch_norm_inside(self):
         def fn(x, w, b, *rest):

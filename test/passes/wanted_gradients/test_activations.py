@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from passes.wanted_gradients.wanted import check_bits, codes
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from convbn_inductor_pass import Code, explain, options, testing
 
@@ -198,6 +199,7 @@ def test_real_inductor(x):
                 testing.outputs_and_gradients(compiled, dict(model.named_parameters()), (x,))
             )
     torch.testing.assert_close(runs[0][0], runs[1][0], rtol=0, atol=0)
-    # Other calls may be fused with a sum, which then has another order (torch 2.11).
-    torch.testing.assert_close(runs[0][1], runs[1][1], rtol=1e-6, atol=1e-6)
+    # On torch 2.11 other calls are fused with a sum, which then has another order.
+    error = 1e-6 if TorchVersion(torch.__version__) < "2.13" else 0
+    torch.testing.assert_close(runs[0][1], runs[1][1], rtol=error, atol=error)
     assert codes(model, x) == [("activation", Code.MASK_FROM_OUTPUT)]
