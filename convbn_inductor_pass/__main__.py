@@ -4,9 +4,8 @@ Exit codes: 0; 2 with one line on standard error if an argument cannot be used; 
 raises.
 """
 
-import difflib
-import importlib
 import json
+import pkgutil
 import re
 import sys
 from collections.abc import Sequence
@@ -159,20 +158,12 @@ def _explain(
 
 def _load_model(text: str) -> nn.Module:
     """The module that ``package.module:factory`` names or makes."""
-    module_name, _, attribute = text.partition(":")
-    if not module_name or not attribute:
-        raise _CannotDo(f"{text!r} names no model; expected {_MODEL_FORM}")
     try:
-        value: Any = importlib.import_module(module_name)
+        value: Any = pkgutil.resolve_name(text)
     except Exception as error:  # importing runs other people's code, which may raise anything
         raise _CannotDo(
-            f"cannot import {module_name!r} ({_one_line(error)}); expected {_MODEL_FORM}"
+            f"cannot load {text!r} ({_one_line(error)}); expected {_MODEL_FORM}"
         ) from error
-    path = module_name
-    for name in attribute.split("."):
-        if not hasattr(value, name):
-            raise _CannotDo(f"{path} has no {name!r}; {_known_names(value, name)}")
-        value, path = getattr(value, name), f"{path}.{name}"
     if callable(value) and not isinstance(value, nn.Module):
         try:
             value = value()
@@ -188,14 +179,6 @@ def _load_model(text: str) -> nn.Module:
             "that returns one when called without arguments"
         )
     return value
-
-
-def _known_names(owner: Any, name: str) -> str:
-    public = [n for n in dir(owner) if not n.startswith("_") and callable(getattr(owner, n))]
-    close = difflib.get_close_matches(name, public, n=3)
-    if close:
-        return f"did you mean {' or '.join(close)}?"
-    return f"it has, for example, {', '.join(public[:5])}" if public else "it has nothing callable"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
