@@ -211,3 +211,22 @@ def test_a_gradient_that_is_zero_but_for_rounding(factor, accepted):
     else:
         with pytest.raises(AssertionError, match="gradient of b"):
             judge()
+
+
+@pytest.mark.parametrize(("size", "accepted"), [(1e-15, True), (1e-12, False)])
+def test_a_gradient_that_is_zero_but_for_rounding_in_float64(size, accepted):
+    """Then no run is more exact: it is held against the size of the other gradients. Drawn."""
+    weight = torch.tensor([0.5, -2.0]).double()
+
+    def outcome(bias):
+        return oracle.Outcome([], {"w": weight, "b": torch.tensor([bias]).double()}, {})
+
+    def judge():
+        unfused = outcome(-0.7 * size)
+        oracle.compare(outcome(size), unfused, unfused, unfused)
+
+    if accepted:
+        judge()
+    else:
+        with pytest.raises(AssertionError, match="gradient of b"):
+            judge()
