@@ -10,10 +10,9 @@ eval mode's up to rounding. PyTorch's flag
 ``torch._inductor.config.efficient_conv_bn_eval_fx_passes = True`` does the same as ``enable()``.
 Without a compiler, ``convbn_inductor_pass.turn_on(model)`` does it in eager mode.
 
-The story in the order of the code: ``plugin`` (how Inductor calls us) -> ``passes.base`` (what
-every pass shares) -> ``passes.scale_gradient`` (find, decide, rewrite). ``explain`` says what was
-done and what it saves. Importing this package loads no compiler: what needs one is loaded when it
-is used.
+Where to start reading: ``plugin`` (how Inductor calls us) -> ``passes.base`` (what every pass
+shares) -> ``passes.scale_gradient`` (find, decide, rewrite). ``explain`` reports what was done and
+what it saves. Importing this package loads no compiler: code that needs one is loaded on first use.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """The command line: ``python -m convbn_inductor_pass explain``.
 
-Exit codes: 0; 2 with one line on standard error if an argument cannot be used; anything else
-raises.
+Exit code 0, or 2 with one line on standard error if an argument cannot be used; any other error
+is raised.
 """
 
 import json
@@ -26,7 +26,7 @@ from .explanation import explain
 _PROGRAM = "python -m convbn_inductor_pass"
 _MODEL_FORM = "package.module:factory, such as torchvision.models:resnet50"
 _HELP = ("-h", "--help")
-# The class of all parsing errors, of which typer exports a subclass alone.
+# The class of all parsing errors; typer exports only a subclass.
 _USAGE_ERROR: Any = BadParameter.__mro__[1]
 
 _app = Typer(
@@ -42,14 +42,14 @@ _Dtype = Enum(
 
 
 class _CannotDo(BadParameter):
-    """What was asked for cannot be done; the message says what can."""
+    """The request cannot be carried out; the message says what was expected."""
 
     def format_message(self) -> str:
         return self.message
 
 
 def _one_line(error: BaseException) -> str:
-    """Class and message of an error, without what further lines add."""
+    """Class of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -86,7 +86,7 @@ def _explain(
     inputs: Annotated[
         list[torch.Size],
         Option(
-            "--input", parser=_shape, metavar="SHAPE", help="2x3x800x1333, say; once for each input"
+            "--input", parser=_shape, metavar="SHAPE", help="such as 2x3x800x1333; once per input"
         ),
     ],
     dtype: Annotated[_Dtype, Option(help="of the model and its inputs")] = _Dtype.float32,
@@ -97,14 +97,14 @@ def _explain(
         _Half | None, Option(help="run the model under autocast in this dtype")
     ] = None,
     channels_last: Annotated[
-        bool, Option("--channels-last", help="model and 4-d inputs in channels-last")
+        bool, Option("--channels-last", help="make model and 4-d inputs channels-last")
     ] = False,
     freeze: Annotated[
         list[str] | None,
-        Option(metavar="PATTERN", help="parameters not trained, as 'layer1.*'; may be repeated"),
+        Option(metavar="PATTERN", help="freeze parameters, such as 'layer1.*'; may be repeated"),
     ] = None,
     train_bn: Annotated[
-        bool, Option("--train-bn", help="batch norms are trained, whatever is frozen")
+        bool, Option("--train-bn", help="train batch norms, whatever is frozen")
     ] = False,
     png: Annotated[
         str | None,
@@ -112,9 +112,9 @@ def _explain(
     ] = None,
     as_json: Annotated[bool, Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
-    """Say which batch norms are fused, and the bytes that this saves.
+    """Show which batch norms are fused, and how many bytes this saves.
 
-    A model is traced in eval mode on inputs that are not allocated. Nothing is run or compiled.
+    The model is traced in eval mode on inputs that are not allocated. Nothing is run or compiled.
     """
     wanted = getattr(torch, dtype.value)
     module = _load_model(model).eval().to(wanted)
@@ -131,7 +131,7 @@ def _explain(
         shapes = ", ".join("x".join(map(str, shape)) for shape in inputs)
         raise _CannotDo(
             f"{model} does not run on {shapes} of {dtype.value} ({_one_line(error)}); expected "
-            "one --input for each of its inputs, of a shape that it takes"
+            "one --input for each of its inputs, with a shape that it accepts"
         ) from error
     try:
         with Console(stderr=True).status("tracing the model in each mode"):
@@ -146,7 +146,7 @@ def _explain(
             )
         if png:
             explanation.save_picture(png)
-            print(f"drawn: {png}", file=sys.stderr)
+            print(f"wrote {png}", file=sys.stderr)
     except (ValueError, OSError) as error:
         raise _CannotDo(str(error)) from error
     except ModuleNotFoundError as error:

@@ -1,13 +1,13 @@
-"""Says what was done: one line for each model and result, when a compilation has ended.
+"""Reports what was done: one line for each model and result, at the end of a compilation.
 
-The line goes to the logger ``convbn_inductor_pass``: as a warning if fewer than half of the batch
-norms are in tune mode though they could gain by it, else as information. Where no logging is set
-up it goes to stderr, as Python's warnings of loggers do. To silence it: the option
-``announce=False``, or a level above ``WARNING`` for that logger.
+The line goes to the logger ``convbn_inductor_pass``: as a warning if more than half of the batch
+norms could gain from tune mode but are not in it, otherwise as information. If logging is not set
+up, it goes to stderr, as loggers' warnings do in Python. To silence it, use the option
+``announce=False`` or set that logger to a level above ``WARNING``.
 
-Dynamo calls back at the end of each compilation, and only there is it known what code from a cache
-had been decided. It makes one graph or, for DDP, several; a graph break ends it, so that each part
-of a broken model has a line. Nothing is said of inference, and of graphs without batch norms.
+Dynamo calls back at the end of each compilation; only then are the decisions of cached code known.
+A compilation has one graph or, for DDP, several; a graph break ends it, so each part of a model
+with graph breaks has its own line. Inference and graphs without batch norms are not reported.
 """
 
 import collections
@@ -24,9 +24,9 @@ _said: set[Hashable] = set()
 
 
 def listen() -> None:
-    """Have the line said when the current compilation ends; to be called once it has begun.
+    """Report when the current compilation ends; call this after it has begun.
 
-    In each of them, since ``torch._dynamo.reset`` drops all callbacks.
+    In each compilation, since ``torch._dynamo.reset`` drops all callbacks.
     """
     from ._torch import registry  # here, since its import may load the passes, which import this
 
@@ -37,25 +37,25 @@ def _on_end(_compilation: object) -> None:
     try:
         say(take_new())
     except Exception:  # a user's compilation must not fail because of a line
-        log.warning("convbn_inductor_pass: cannot say what was done", exc_info=True)
+        log.warning("convbn_inductor_pass: cannot report what was done", exc_info=True)
 
 
 def say(made: Iterable[Record]) -> None:
-    """Say what was decided about the batch norms of graphs that have a backward."""
+    """Report the decisions about batch norms in graphs that have a backward."""
     made = list(made)
     norms = [r for r in made if r.kind == "batch norm" and r.code is not Code.NO_GRAD]
     if not norms or not get_options().announce:
         return
     fused = [r for r in norms if r.code.rewritten]
     left = collections.Counter(r.code for r in norms if not r.code.rewritten)
-    # Where nothing was done, the parts of a broken model would all have the same line.
+    # If nothing was done, all parts of a model with graph breaks would have the same line.
     paths = frozenset(r.batch_norm for r in norms) if fused else None
     key = (paths, len(fused), frozenset(left.items()))
     if key not in _said:
         _said.add(key)
         left_out = sum(n for code, n in left.items() if code not in _NOTHING_TO_GAIN)
         level = logging.WARNING if 2 * left_out > len(norms) else logging.INFO
-        # Wanted gradients save with batch norms in tune mode, and without.
+        # Wanted gradients save memory with and without batch norms in tune mode.
         saved = sum(r.bytes_saved for r in made if r.code.rewritten)
         _write(level, _line(len(norms), len(fused), saved, left))
 

@@ -1,6 +1,6 @@
-"""Options of the pass: one frozen, hashable value, part of every cache key but for ``announce``.
+"""Options of the pass: a frozen, hashable value, part of every cache key except for ``announce``.
 
-Whether the pass runs at all is not decided here but by PyTorch's own flag,
+Whether the pass runs at all is decided by PyTorch's own flag,
 ``torch._inductor.config.efficient_conv_bn_eval_fx_passes``.
 """
 
@@ -18,30 +18,30 @@ Forward = Literal["exact", "fold", "auto"]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to rewrite, of what is legal.
+    """Which of the legal rewrites to make.
 
     Attributes:
-        objective: ``"memory"`` fuses every pair that saves bytes. ``"speed"`` leaves a pair
-            alone where five times the layer's weight is larger than its output: there,
-            scaling the weight and its gradient moves more bytes than reading the output
-            once in backward, which is what fusing spares.
+        objective: ``"memory"`` fuses every pair that saves bytes. ``"speed"`` skips a pair
+            if five times the layer's weight is larger than its output: then scaling the
+            weight and its gradient moves more bytes than fusing avoids, which is reading
+            the output once in backward.
         fuse_frozen_layers: also fuse where the layer's weight needs no gradient but the batch
-            norm's does (BN-tuning). This keeps one activation per pair instead of two, for
-            the price of a weight gradient that nobody asked for.
-        bit_masks: save masks for backward with eight elements in a byte.
+            norm's does (BN-tuning). This saves one activation per pair instead of two, at
+            the cost of a weight gradient that is not needed otherwise.
+        bit_masks: save masks for backward with eight elements per byte.
         forward: what forward folding does with a layer and the affine map after it, in inference
-            and in the forward of training. ``"exact"`` keeps eval mode's bits: nothing. ``"fold"``
+            and in the forward of training. ``"exact"``: nothing, which is bitwise exact. ``"fold"``
             scales the layer's weight each call, wherever that is legal. ``"auto"`` does so on CPU
             where fewer bytes are moved by estimate. Outputs then differ from eval mode's by
-            rounding (and oneDNN's ReLU and clamp make a NaN a finite value).
+            rounding (and oneDNN's ReLU and clamp turn a NaN into a finite value).
         allow: shell-style patterns of module paths (``"backbone.*"``). If given, a layer is only
-            rewritten together with what follows it if one of the two matches one of them: the
-            layer's own path, or that of a batch norm or of other steps that would be taken in.
-        deny: the same, of what is never rewritten; wins over ``allow``.
-        announce: say in one line for each model how many batch norms are in tune mode.
+            rewritten if a pattern matches its path, or that of a batch norm or another step that
+            would be fused with it.
+        deny: the same, for what is never rewritten; takes precedence over ``allow``.
+        announce: report in one line per model how many batch norms are in tune mode.
 
-    Without a graph, in eager mode, ``turn_on`` heeds ``fuse_frozen_layers`` alone: its own argument
-    ``modules`` says where it is on.
+    In eager mode, ``turn_on`` uses only ``fuse_frozen_layers``; its own argument ``modules``
+    selects the modules.
 
     Raises:
         ValueError: a value is not one of those above.
@@ -74,7 +74,7 @@ class Options:
             object.__setattr__(self, name, tuple(value))
 
     def allows(self, *module_paths: str) -> bool:
-        """Whether ``allow`` and ``deny`` let a rewrite join what is at these module paths."""
+        """Whether ``allow`` and ``deny`` allow a rewrite that fuses these module paths."""
 
         def matches(patterns: tuple[str, ...]) -> bool:
             return any(fnmatch.fnmatchcase(m, p) for m in module_paths for p in patterns)
@@ -93,7 +93,7 @@ def get_options() -> Options:
 def set_options(**changes: object) -> Options:
     """Change some options for this process; returns the new value.
 
-    As with every Inductor setting, what is compiled already stays as it is until
+    As with every Inductor setting, code that is already compiled does not change until
     ``torch._dynamo.reset()``.
 
     Raises:
@@ -102,7 +102,7 @@ def set_options(**changes: object) -> Options:
     global _current
     known = [field.name for field in dataclasses.fields(Options)]
     if unknown := sorted(set(changes) - set(known)):
-        raise ValueError(f"unknown option {', '.join(unknown)}; there are: {', '.join(known)}")
+        raise ValueError(f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
     _current = dataclasses.replace(_current, **changes)  # type: ignore[arg-type]
     return _current
 
@@ -111,8 +111,8 @@ def set_options(**changes: object) -> Options:
 def options(**changes: object) -> Iterator[Options]:
     """Like :func:`set_options`, for the duration of a ``with`` block.
 
-    Options are the whole process's: a block also holds for compilations in other threads. Blocks of
-    two threads must not overlap, since each puts back what it found.
+    Options are process-wide: a block also applies to compilations in other threads. Blocks in two
+    threads must not overlap, since each restores the options that it found.
     """
     global _current
     before = _current

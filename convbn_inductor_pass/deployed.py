@@ -1,6 +1,6 @@
-"""Deploy mode in Dynamo's graph, to measure by: what can tune mode's bytes be compared with?
+"""Deploy mode in Dynamo's graph: a reference to compare tune mode's bytes with.
 
-Each layer with an eval-mode batch norm after it becomes one with a bias: only shapes count here.
+Each layer followed by an eval-mode batch norm becomes one layer with a bias: only shapes matter.
 """
 
 from typing import Any

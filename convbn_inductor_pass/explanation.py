@@ -35,7 +35,7 @@ class Explanation:
         saved: by mode ("eval", "tune", "deploy"), the new tensors saved for backward.
         graphs: number of graphs that Dynamo made; more than one means graph breaks.
 
-    ``str(explanation)`` is a table for people, :meth:`to_dict` is for programs.
+    ``str(explanation)`` is a readable table, :meth:`to_dict` is for programs.
     """
 
     records: tuple[Record, ...]
@@ -54,19 +54,19 @@ class Explanation:
 
     @property
     def saved_bytes(self) -> dict[str, int]:
-        """Bytes saved for backward beside parameters, buffers and inputs, by mode."""
+        """By mode, bytes saved for backward, excluding parameters, buffers and inputs."""
         return {mode: s.new_bytes + s.copied_bytes for mode, s in self.saved.items()}
 
     @property
     def peak_bytes(self) -> dict[str, int]:
-        """By mode, an estimate of the most bytes that a step has alive at once.
+        """By mode, an estimate of a step's peak memory, in bytes.
 
-        Beside parameters, buffers and inputs; gradients are included. See ``SavedForBackward``.
+        Excludes parameters, buffers and inputs, includes gradients. See ``SavedForBackward``.
         """
         return {mode: s.peak_bytes for mode, s in self.saved.items()}
 
     def left(self, *, except_codes: tuple[Code, ...] = ()) -> tuple[Record, ...]:
-        """Batch norms left as written, less those left for one of ``except_codes``."""
+        """Batch norms left as written, except those left for one of ``except_codes``."""
         left = (r for r in self.batch_norms if not r.code.rewritten)
         return tuple(r for r in left if r.code not in except_codes)
 
@@ -113,23 +113,23 @@ def explain(
     """Say what the passes do to ``torch.compile(model)`` and what that saves.
 
     The flag need not be set and nothing is compiled or run: the model is traced on fake
-    tensors, so that inputs may be made under ``FakeTensorMode`` for batches that do not fit
-    this machine. Compile caches are neither read nor written.
+    tensors, so inputs may be made under ``FakeTensorMode`` for batches that do not fit in this
+    machine's memory. Compile caches are neither read nor written.
 
     Args:
-        model: a module or function, in the mode (eval, requires_grad) that it is to be used in.
+        model: a module or function, in the mode (eval, requires_grad) in which it will be used.
         example_inputs, kwargs: its inputs; tensors may be real or fake, other values are passed on.
         dynamic: as in ``torch.compile``.
-        autocast: the dtype of an autocast region around the call; None for no region.
-        channels_last: explain model and 4-d inputs in this memory format.
-        freeze: patterns of parameter names (``"layer1.*"``) that are explained as frozen.
-        train_bn: explain batch norms' weights and biases as trained, whatever ``freeze`` says.
+        autocast: the dtype of an autocast region around the call; None for no autocast.
+        channels_last: convert model and 4-d inputs to this memory format.
+        freeze: patterns of parameter names (``"layer1.*"``); these parameters are frozen.
+        train_bn: train the weights and biases of batch norms, whatever ``freeze`` says.
 
-    The last three explain a copy; ``model`` itself stays as it is.
+    The last three apply to a copy; ``model`` itself does not change.
 
     Raises:
-        TypeError: ``model`` is no module or function; or no module, where one is needed.
-        ValueError: it does not run on these inputs, or asks for values of tensors, as ``.item()``
+        TypeError: ``model`` is not a module or function, or not a module where one is needed.
+        ValueError: it does not run on these inputs, or reads values of tensors, as ``.item()``
             does; or a pattern matches no parameter.
 
     Example::
@@ -162,7 +162,7 @@ def explain(
                 forward.extend(make_forward_records(graph, options))
 
         wanted: list[Record] = []
-        # What batch norms and other scales save by themselves.
+        # With tune mode alone, without wanted gradients.
         of_scales = saved_by_graph(gm, inputs, "tune", on_records=found.extend, wanted=None)
         saved = {
             "eval": saved_by_graph(gm, inputs, "eval"),
@@ -185,11 +185,11 @@ def explain(
             tracing.trace(model, inputs, on_graph, keywords, dynamic=dynamic)
     except tracing.ValuesNeeded as error:
         raise ValueError(
-            f"the model asks for values of tensors ({error}), as .item() does, which cannot be "
-            "traced without running it; explain the part that does not"
+            f"the model reads values of tensors ({error}), as .item() does, which cannot be "
+            "traced without running it; explain a part of the model that does not"
         ) from error
     except tracing.ModelError as error:
-        # Of Dynamo's many lines, what the model's own call has raised.
+        # Of Dynamo's many lines, only what the model's own call raised.
         raised = re.search(r"got (\w+\(.*\))", str(error))
         line = raised.group(1) if raised else str(error).strip().partition("\n")[0]
         raise ValueError(f"the model does not run on these inputs: {line}") from error
@@ -208,7 +208,7 @@ def _variant(
         found = fnmatch.filter(parameters, pattern)
         if not found:
             some = ", ".join([*parameters][:3])
-            raise ValueError(f"freeze: {pattern!r} matches no parameter; there are {some}, ...")
+            raise ValueError(f"freeze: {pattern!r} matches no parameter; the model has {some}, ...")
         for name in found:
             parameters[name].requires_grad_(False)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -229,7 +229,7 @@ def _in_channels_last(value: Any) -> Any:
 def _with_bytes(
     found: list[NamedRecord], before: SavedForBackward, after: SavedForBackward
 ) -> list[Record]:
-    """The records with the bytes that the partitioner really saves less after each layer."""
+    """The records, with how many bytes less the partitioner actually saves after each layer."""
     return [
         dataclasses.replace(record, bytes_saved=before.bytes_after(name) - after.bytes_after(name))
         if name and record.code.rewritten

@@ -1,8 +1,8 @@
 """``freeze_batch_norms``: keeps batch norms in eval mode when a trainer calls ``model.train()``.
 
-A frozen batch norm has a ``train`` of its own, in the instance: a ``functools.partial``, which
-copies and pickles well, where a closure or a bound method would not. The class stays as it is, for
-``fully_shard`` and ``isinstance``, and nothing is done in forward, compiled or not.
+A frozen batch norm has its own ``train`` as an instance attribute: a ``functools.partial``, which
+can be copied and pickled, unlike a closure or a bound method. The class does not change, for
+``fully_shard`` and ``isinstance``, and forward is not touched, compiled or not.
 """
 
 import fnmatch
@@ -20,23 +20,24 @@ def freeze_batch_norms(
 ) -> nn.Module:
     """Put batch norms in eval mode, and keep them there when ``model.train()`` is called.
 
-    Their running statistics are then used and stay as they are; all else follows ``train()`` and
-    ``eval()`` as ever. Copies and pickles are frozen, too; to load such a pickle this package has
-    to be installed. Returns ``model``.
+    Their running statistics are then used and not updated; everything else still follows
+    ``train()`` and ``eval()``. Copies and pickles are frozen, too; loading such a pickle requires
+    this package. Returns ``model``.
 
-    Freeze after ``SyncBatchNorm.convert_sync_batchnorm``, which makes new modules, and unfreeze
-    before ``torch.optim.swa_utils.update_bn``, which resets statistics and would not get new ones.
+    Freeze after ``SyncBatchNorm.convert_sync_batchnorm``, which creates new modules, and unfreeze
+    before ``torch.optim.swa_utils.update_bn``, which resets the statistics and could not recompute
+    them.
 
     Args:
-        model: any module; compiled, wrapped in DDP or sharded, or to be so later.
-        modules: which batch norms: modules of ``model``, their paths, or patterns of these as in
-            ``"backbone.*"``. Each stands for all batch norms inside it. By default all of them. A
+        model: any module; it may be compiled, wrapped in DDP or sharded, before or after this call.
+        modules: which batch norms: modules of ``model``, their paths, or patterns such as
+            ``"backbone.*"``. Each stands for all batch norms inside it. Default: all of them. A
             second call adds to the first.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: there is no batch norm in ``model``, or in one of ``modules``; the model is then
-            as before.
+            unchanged.
     """
     norms = _batch_norms(model)
     if not norms:
@@ -53,7 +54,7 @@ def unfreeze_batch_norms(model: nn.Module) -> nn.Module:
     Batch norms that are not frozen are left alone. Returns ``model``.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
     """
     for norm in _batch_norms(model).values():
         if getattr(norm.__dict__.get("train"), "func", None) is _train_but_stay_in_eval_mode:
@@ -63,7 +64,7 @@ def unfreeze_batch_norms(model: nn.Module) -> nn.Module:
 
 
 def _train_but_stay_in_eval_mode(norm: _BatchNorm, mode: bool = True) -> _BatchNorm:
-    type(norm).train(norm, mode)  # of the class, for what is inside: timm's have an activation
+    type(norm).train(norm, mode)  # the class's own, for submodules: timm's have an activation
     norm.training = False
     return norm
 
@@ -89,7 +90,7 @@ def _choose(
         found = [n for path, n in norms.items() if n in inside or _matches(path, each)]
         if not found:
             paths = ", ".join(list(norms)[:3])
-            raise ValueError(f"no batch norm is in {_describe(each)}; there are: {paths}, ...")
+            raise ValueError(f"no batch norm in {_describe(each)}; the model has: {paths}, ...")
         chosen += found
     if not chosen:
         raise ValueError("modules is empty: leave it out for all batch norms")
@@ -97,12 +98,12 @@ def _choose(
 
 
 def _matches(path: str, pattern: str | nn.Module) -> bool:
-    """Whether a pattern matches ``path``, or that of a module that it is inside."""
-    parts = path.replace("_orig_mod.", "").split(".")  # torch.compile's wrapper is no part of it
+    """Whether a pattern matches ``path``, or the path of an enclosing module."""
+    parts = path.replace("_orig_mod.", "").split(".")  # without torch.compile's wrapper
     outer = (".".join(parts[:n]) for n in range(1, len(parts) + 1))
     return isinstance(pattern, str) and any(fnmatch.fnmatchcase(p, pattern) for p in outer)
 
 
 def _describe(value: object) -> str:
-    """In one line, which the ``repr`` of a module is not."""
+    """A one-line description; the ``repr`` of a module has many lines."""
     return f"a {type(value).__name__}" if isinstance(value, nn.Module) else repr(value)

@@ -1,12 +1,12 @@
 """Register the passes with Inductor, and unregister them.
 
-``install``, called by importing the package, adds our passes (``passes.PASSES``) to Inductor's
-hooks, after the passes that are there, in every thread. Two passes of PyTorch's are wrapped: its
-own pass of the same flag steps aside, since it runs first and would take the pairs, and freezing's
-folding is held back where it is wrong. ``uninstall`` takes ours out again; the two stay wrapped,
-and run as they are.
+``install``, called when the package is imported, adds our passes (``passes.PASSES``) to Inductor's
+hooks, after the passes already there, in every thread. Two of PyTorch's passes are wrapped: its own
+pass for the same flag does nothing, since it runs first and would take the pairs, and constant
+folding under freezing is blocked where it is wrong. ``uninstall`` removes our passes; the two stay
+wrapped, but run unchanged.
 
-None of this loads Inductor: it happens as soon as somebody does (``_torch.on_import``).
+None of this loads Inductor: it happens as soon as Inductor is imported (``_torch.on_import``).
 
 Cache keys: Inductor asks each pass for its ``uuid``, which covers this package's sources and the
 options. The flag itself is part of Inductor's key already.
@@ -38,7 +38,7 @@ class _State:
 
 
 def enable(**options: object) -> None:
-    """Turn tune mode on for what ``torch.compile`` compiles from now on, in every thread.
+    """Turn on tune mode for everything compiled by ``torch.compile`` from now on, in every thread.
 
     The same as importing this package and setting PyTorch's flag
     ``torch._inductor.config.efficient_conv_bn_eval_fx_passes``, in a call that no linter removes.
@@ -67,9 +67,9 @@ def _set_flag(value: bool) -> None:
 
 
 def install() -> None:
-    """Register the passes with Inductor. Importing the package does this; again is harmless.
+    """Register the passes with Inductor. Importing the package does this; repeating is harmless.
 
-    Call it again if other code has overwritten one of the hooks since.
+    Call it again if other code has overwritten one of the hooks.
     """
     _State.installed = True
     when_imported(_PASSES, _add_passes)
@@ -79,7 +79,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undo :func:`install`: other passes stay, PyTorch's own pass sees the pairs again."""
+    """Undo :func:`install`: other passes stay, and PyTorch's own pass runs again."""
     _State.installed = False
     if _PASSES in sys.modules:
         from ._torch import registry
@@ -96,9 +96,9 @@ def is_installed() -> bool:
 
 @contextlib.contextmanager
 def installation(installed: bool) -> Iterator[None]:
-    """Be installed, or not, in a ``with`` block; after it all is exactly as it was.
+    """Install or uninstall the passes for a ``with`` block, and restore the hooks after it.
 
-    That a hook was overwritten stays so, and so does the order of the passes in it.
+    A hook that was overwritten stays overwritten, and passes keep their order.
     """
     importlib.import_module(_CONFIG)  # first: it adds the passes, if they are to be added
     from ._torch import registry
@@ -136,11 +136,11 @@ def _missing_hooks() -> dict[str, str]:
 
 
 def _wrap(module: str, name: str, ours: Callable[..., int]) -> None:
-    """Have ``ours`` called instead of a pass of PyTorch's wherever we are installed and on."""
+    """Call ``ours`` instead of a pass of PyTorch's while we are installed and enabled."""
     theirs: Any = getattr(sys.modules[module], name)
     builtin = theirs.apply
     if getattr(builtin, "__module__", "") == __name__:
-        return  # it is wrapped
+        return  # already wrapped
 
     def apply(graph: Any) -> int:
         from ._torch import registry
@@ -153,16 +153,16 @@ def _wrap(module: str, name: str, ours: Callable[..., int]) -> None:
 
 
 def _instead_of_builtin(*_: Any) -> int:
-    """Runs where PyTorch's pass of this flag would; leaves the pairs to ours.
+    """Runs in place of PyTorch's pass for this flag; leaves the pairs to ours.
 
     If ours was overwritten, the pairs are left alone rather than given to a pass that is
-    known to be wrong on some of them, and the user is told; so of the other hooks.
+    known to be wrong on some of them, and the user is warned; also about the other hooks.
     """
     for hook, name in _missing_hooks().items():
         warnings.warn(
-            f"convbn_inductor_pass is installed, but {hook} was overwritten since, so that its "
-            f"pass {name} does not run. Call convbn_inductor_pass.install() after setting your own "
-            "pass, or uninstall() to get PyTorch's pass back.",
+            f"convbn_inductor_pass is installed, but {hook} was overwritten, so its pass {name} "
+            "does not run. Call convbn_inductor_pass.install() after setting your own pass, or "
+            "uninstall() to get PyTorch's pass back.",
             PassFailedWarning,
             stacklevel=2,
         )
@@ -170,7 +170,7 @@ def _instead_of_builtin(*_: Any) -> int:
 
 
 def _around_freezing(graph: Any, builtin: Callable[[Any], int], theirs: Any) -> int:
-    """Runs where Inductor folds constants under ``freezing=True``."""
+    """Runs in place of Inductor's constant folding under ``freezing=True``."""
     from .passes import freezing
 
     return freezing.fold_what_is_right(graph, builtin, theirs.patterns)

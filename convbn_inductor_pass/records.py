@@ -1,4 +1,4 @@
-"""What was decided, for people: records, logs, and the trace artifact.
+"""Decisions as users see them: records, logs, and the trace artifact.
 
 A record is made when a pass runs on a graph, and holds no tensor and no node.
 """
@@ -27,11 +27,11 @@ __all__ = [
 
 log = logging.getLogger("convbn_inductor_pass")
 if log.level == logging.NOTSET:
-    log.setLevel(logging.INFO)  # or the one line that there is (announce.py) would not be seen
+    log.setLevel(logging.INFO)  # or the one-line report (announce.py) would not be shown
 
 
 class PassFailedWarning(UserWarning):
-    """A pass did not run as it should; the compilation went on without it.
+    """A pass failed or could not run; the compilation continued without it.
 
     Turn it into an error in tests: ``warnings.simplefilter("error", PassFailedWarning)``.
     """
@@ -49,19 +49,19 @@ class Record:
             (``turn_on``).
         kind: "batch norm" for each call of one; "scale" for a layer whose output backward would sum
             over for the gradient of other scales; "shape", "activation", "pooling" and "mask" for a
-            tensor that a rule of ``passes.wanted_gradients`` is about; "layer" in forward folding.
+            tensor that a rule of ``passes.wanted_gradients`` covers; "layer" in forward folding.
         code: what was decided.
-        detail: the nodes that it was about, "" if there is nothing to add.
-        layer: module path of the convolution or linear layer, or of what makes the tensor, or the
-            node's name; "" if none.
+        detail: the nodes concerned, "" if there is nothing to add.
+        layer: module path of the convolution or linear layer, or of what computes the tensor, or
+            the node's name; "" if none.
         batch_norm: module path of the batch norm, or its node's name; "" for other kinds.
         source: file and line of the user's call, "" if unknown.
         output_shape: shape of the layer's output, or of the tensor; symbolic sizes as strings.
         output_bytes: its size in bytes; hints for symbolic sizes.
         bytes_saved: bytes not saved for backward because of this decision; 0 if not rewritten.
             While compiling, the size of the layer's output, whatever the partitioner saves
-            instead; from ``explain``, what the partitioner really saves less.
-        epilogue: forward folding: what the layer's kernel also computes, as "relu" or "add+relu".
+            instead; from ``explain``, how much less the partitioner actually saves.
+        epilogue: forward folding: what the layer's kernel also computes: "relu", "add+relu", ...
         kernel: forward folding: what computes the layer if it is folded, "cudnn", "onednn" or
             "aten".
         bytes_exact, bytes_folded: forward folding: bytes moved as written and folded, besides the
@@ -84,7 +84,7 @@ class Record:
     bytes_folded: int = 0
 
     def __str__(self) -> str:
-        """In a line: which pass, what it is about, the decision, where the user called it."""
+        """One line: the pass, the modules, the decision, and the user's source line."""
         norm = f" -> {self.batch_norm}" if self.kind == "batch norm" else ""
         detail = f" {self.detail}" if self.detail else ""
         name = f"{self.layer or '-'}{norm}"
@@ -96,10 +96,10 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Record:
-        """The record that :meth:`to_dict` was called of.
+        """The inverse of :meth:`to_dict`.
 
         Raises:
-            KeyError, TypeError: ``data`` is no such dictionary, or of another version.
+            KeyError, TypeError: ``data`` is not such a dictionary, or is from another version.
         """
         fields = {k: v for k, v in data.items() if k != "reason"}
         fields["code"] = Code[fields["code"]]
@@ -125,7 +125,7 @@ _new: collections.deque[Record] = collections.deque(maxlen=1 << 16)
 def records() -> list[Record]:
     """Decisions about the code that this process has compiled, newest last (65,536 at most).
 
-    Of code that came from a compile cache, too: its decisions are kept beside it.
+    Includes code from a compile cache: its decisions are stored with it.
     """
     if "torch._inductor.config" in sys.modules:  # else there is no compiled code
         from ._torch import store
@@ -136,7 +136,7 @@ def records() -> list[Record]:
 
 
 def take_new() -> list[Record]:
-    """The records since the last call; like :func:`records` also of code from a compile cache."""
+    """The records since the last call; like :func:`records`, including cached code."""
     records()
     new = list(_new)
     _new.clear()

@@ -3,10 +3,10 @@
 The model is traced by Dynamo on fake tensors and goes through Inductor up to where code would
 be generated: pre-grad passes, AOTAutograd, joint passes, the min-cut partitioner. What the
 partitioned forward hands to the backward is then read off the graph. No input is allocated,
-so that a batch may be explained that would not fit this machine.
+so a batch may be larger than this machine's memory.
 
 *New* bytes are those that exist only because of backward: parameters, buffers, inputs of the
-graph and views of them are alive anyway and count nothing.
+graph and views of them are alive anyway and are not counted.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class SavedTensor:
 class SavedForBackward:
     """New tensors that one or several compiled graphs save for backward, each storage once.
 
-    ``peak_bytes`` estimates the most that a step has alive at once beside parameters, buffers and
-    inputs, gradients included: each graph runs in its order, and nothing is fused.
+    ``peak_bytes`` estimates a step's peak memory beyond parameters, buffers and inputs, gradients
+    included: graphs run in order, and nothing is fused.
     """
 
     tensors: tuple[SavedTensor, ...]
@@ -79,8 +79,8 @@ class SavedForBackward:
     def new_bytes(self) -> int:
         """Bytes of all tensors, without ``copied_bytes``.
 
-        Those are what Inductor adds where it makes a model channels-last that is not: it saves
-        the copies of convolutions' weights and inputs instead of the originals.
+        Inductor adds those where it converts a model to channels-last: it saves the copies of
+        convolution weights and inputs instead of the originals.
         """
         return sum(t.nbytes for t in self.tensors)
 
@@ -89,11 +89,11 @@ class SavedForBackward:
         return sum(t.nbytes for t in self.tensors if t.kind == kind)
 
     def bytes_after(self, layer: str) -> int:
-        """Bytes of what is computed by pointwise calls from that layer (of one graph)."""
+        """Bytes of tensors computed by pointwise calls from that layer (in one graph)."""
         return sum(t.nbytes for t in self.tensors if t.layer == layer)
 
     def __add__(self, other: SavedForBackward) -> SavedForBackward:
-        """Of both, one after the other in the forward."""
+        """The total of two graphs that run one after the other."""
         copied = self.copied_bytes + other.copied_bytes
         peak = max(self.peak_bytes, self.new_bytes + self.copied_bytes + other.peak_bytes)
         return SavedForBackward(self.tensors + other.tensors, copied, peak)
@@ -138,9 +138,9 @@ def saved_by_graph(
 
     ``on_forward`` gets the graph, in aten IR, of the forward or of inference; ``on_records`` in
     mode "tune" the records of each joint graph, ``wanted`` those of ``passes.wanted_gradients``,
-    which does not run if that is None.
+    which does not run if ``wanted`` is None.
 
-    To be called inside a Dynamo backend, whose tracing context it needs.
+    Call it inside a Dynamo backend, whose tracing context it needs.
     """
     graphs: dict[bool, fx.GraphModule] = {}
     static_inputs: set[int] = set()

@@ -33,8 +33,8 @@ def as_text(explanation: Explanation) -> str:
 def draw(explanation: Explanation, path: str | pathlib.Path) -> None:
     """Draw megabytes saved for backward by part of the model, in each mode.
 
-    A part is a module at the top or, where there is but one, the level below it. "(copies)" are
-    those that Inductor makes of weights and inputs in channels-last.
+    A part is a top-level module or, if there is only one, a module below it. "(copies)" are the
+    channels-last copies of weights and inputs that Inductor makes.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -71,16 +71,16 @@ def draw(explanation: Explanation, path: str | pathlib.Path) -> None:
 
 def _summary(explanation: Explanation) -> str:
     if not explanation.graphs:
-        return "Dynamo made no graph: there is nothing that torch.compile would compile."
+        return "Dynamo captured no graph: there is nothing for torch.compile to compile."
     if not explanation.records:
-        return "There is no batch norm in what torch.compile sees of this model."
+        return "There is no batch norm in the graphs that torch.compile sees."
     norms = f"{explanation.fused} of {len(explanation.batch_norms)} batch norms in tune mode"
     lines = [f"{norms}, {explanation.graphs} graph(s)."]
     codes = dict.fromkeys(r.code for r in explanation.left() if r.code.remedy)
     lines += [f"{code.name}: {code.remedy}" for code in codes]
     if scales := [r for r in explanation.records if r.kind == "scale"]:
         done = sum(r.code.rewritten for r in scales)
-        lines.append(f"{done} of {len(scales)} layers' outputs not saved for other scales.")
+        lines.append(f"{done} of {len(scales)} layers with other scales: output not saved.")
     wanted = [r.kind for r in explanation.records if r.kind in _WANTED and r.code.rewritten]
     if wanted:
         counts = (f"{wanted.count(k)} x {title}" for k, title in _WANTED.items() if k in wanted)
@@ -97,7 +97,7 @@ def _summary(explanation: Explanation) -> str:
     if copied := explanation.saved["tune"].copied_bytes:
         lines.append(
             f"{copied:,} of tune mode's bytes are channels-last copies of weights and inputs that "
-            "Inductor makes; it makes none if the model and its inputs are channels-last: "
+            "Inductor makes; to avoid them, make the model and its inputs channels-last: "
             "model.to(memory_format=torch.channels_last)."
         )
     return "\n".join(lines)
@@ -126,7 +126,7 @@ _DECISION: _Column = ("decision", _decision)
 _SHAPE: _Column = ("layer's output", _shape)
 _BYTES: _Column = ("bytes", lambda r: _size(r.output_bytes) if r.output_bytes else "")
 _SAVED: _Column = (
-    "bytes less",
+    "bytes not saved",
     lambda r: _size(r.bytes_saved) if r.code.rewritten else "",
 )
 _WANTED: dict[Kind, str] = {
@@ -148,9 +148,9 @@ _TABLES: tuple[tuple[Sequence[str], str, tuple[_Column, ...]], ...] = (
     ),
     (
         [*_WANTED],
-        "Wanted gradients: tensors that backward can do without",
+        "Wanted gradients: tensors that backward does not need",
         (
-            ("tensor of", lambda r: r.layer),
+            ("module", lambda r: r.layer),
             ("rule", lambda r: _WANTED[r.kind]),
             ("tensor", _shape),
             _SAVED,

@@ -1,6 +1,6 @@
 """Helpers for the tests of this package and for the CI of its users.
 
-A model's CI can hold on to what the pass does for it::
+A model's CI can check what the pass does to it::
 
     from convbn_inductor_pass import Code, testing
 
@@ -12,7 +12,7 @@ A model's CI can hold on to what the pass does for it::
         testing.assert_numerics(model, batch)
 
 None of these generates code: models are traced by Dynamo, go through the pass, and, where
-numbers are needed, AOTAutograd runs the graphs eagerly (:func:`fast_backend`).
+values are needed, AOTAutograd runs the graphs eagerly (:func:`fast_backend`).
 """
 
 import contextlib
@@ -79,7 +79,7 @@ def run_on_graph(graph: fx.Graph) -> PassResult:
 def run_pass(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> list[PassResult]:
     """Trace ``fn`` on fake tensors and apply the tune-mode pass: one result per graph in aten IR.
 
-    Graphs inside a higher-order operator come before the one that it is in.
+    Graphs inside a higher-order operator come before the graph that contains it.
     """
     results: list[PassResult] = []
     backend = fast_backend(on_result=results.append)
@@ -97,8 +97,8 @@ def fast_backend(
 ) -> Callable[..., Any]:
     """A backend for ``torch.compile``: Inductor up to its post-grad passes, then eager execution.
 
-    Of our passes the tune-mode pass alone runs, whatever the flag says; with ``fuse=False`` none
-    does, which is eval mode to compare with. The partitioner decides what is saved for
+    Of our passes only tune mode and wanted gradients run, whatever the flag says; none run with
+    ``fuse=False``, which gives eval mode to compare with. The partitioner decides what is saved for
     backward; no code is generated. ``on_result`` gets what the pass did to each graph in aten IR.
     """
 
@@ -143,7 +143,7 @@ def _backend(
     """A backend: Inductor with further passes, by hook, and ``settings``, then eager execution."""
 
     def run_eagerly(gm: fx.GraphModule, _inputs: list[Any], **_kwargs: Any) -> Callable[..., Any]:
-        # As Inductor does first: strides may become others than those that were traced.
+        # As Inductor does first: strides may differ from those that were traced.
         for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
             node.target = torch.ops.aten.reshape.default
         on_post_grad(gm.graph)
@@ -162,10 +162,10 @@ def _backend(
 
 @contextlib.contextmanager
 def fresh_compile(*, flag: bool = True) -> Iterator[None]:
-    """Compile anew inside, under Inductor: nothing cached, and the flag set as given.
+    """Compile without caches inside a ``with`` block, with the flag set as given.
 
-    Neither Dynamo's code nor Inductor's and AOTAutograd's caches are used, so that a graph
-    surely goes through the pass. Code compiled before is dropped (``torch._dynamo.reset``).
+    Neither Dynamo's code nor Inductor's and AOTAutograd's caches are used, so every graph goes
+    through the pass. Code compiled before is dropped (``torch._dynamo.reset``).
     """
     torch._dynamo.reset()
     with inductor.caches_off(efficient_conv_bn_eval_fx_passes=flag):
@@ -191,19 +191,19 @@ def assert_none_left(
 
 
 def assert_saved_at_most(fn: Callable[..., Any], *inputs: Any, nbytes: int) -> None:
-    """Raise AssertionError if tune mode keeps more than ``nbytes`` new bytes for backward."""
+    """Raise AssertionError if tune mode saves more than ``nbytes`` new bytes for backward."""
     kept = saved_for_backward(fn, *inputs, mode="tune")
     if kept.new_bytes > nbytes:
         largest = sorted(kept.tensors, key=lambda t: -t.nbytes)[:10]
         lines = "\n".join(f"  {t.name} {t.shape} {t.dtype}: {t.nbytes:,}" for t in largest)
         raise AssertionError(
-            f"{kept.new_bytes:,} bytes are kept for backward, expected at most {nbytes:,}; "
+            f"{kept.new_bytes:,} bytes are saved for backward, expected at most {nbytes:,}; "
             f"the largest:\n{lines}"
         )
 
 
 def assert_saved_like_deploy(fn: Callable[..., Any], *inputs: Any) -> None:
-    """Raise AssertionError if tune mode keeps more for backward than the merged model does."""
+    """Raise AssertionError if tune mode saves more for backward than the merged model does."""
     deploy = saved_for_backward(fn, *inputs, mode="deploy")
     assert_saved_at_most(fn, *inputs, nbytes=deploy.new_bytes)
 
@@ -233,7 +233,7 @@ def outputs_and_gradients(
 
 
 def _error(value: Tensor, reference: Tensor) -> float:
-    """Largest error relative to the largest number of the reference."""
+    """Largest error relative to the largest element of the reference."""
     if reference.numel() == 0:
         return 0.0
     scale = reference.abs().max().item() or 1.0
@@ -252,7 +252,7 @@ def assert_numerics(
     The tolerance is not a constant: each gradient's error against a float64 run of the model
     in eval mode may be at most ``factor`` times the largest error that eval mode itself makes
     in a gradient under the same compiler, plus a rounding band of 8 units in the last place
-    of its dtype. (The largest, because tune mode makes a batch norm weight's gradient from
+    of its dtype. (The largest, because tune mode computes a batch norm weight's gradient from
     the layer's weight gradient and the batch norm bias's, with their rounding.)
 
     Args:
@@ -260,11 +260,11 @@ def assert_numerics(
         inputs: its inputs, real tensors.
         factor: see above.
         backend: a backend factory like :func:`fast_backend`, which is the default.
-        bits: also require that the outputs are bit for bit those of eval mode.
+        bits: also require that the outputs are bitwise identical to eval mode.
 
     Returns:
         By output and gradient name: (error of tune mode, error of eval mode), both relative
-        to the largest number of the reference.
+        to the largest element of the reference.
 
     Raises:
         AssertionError: an error is too large, a gradient is missing or has another dtype.

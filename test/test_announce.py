@@ -196,7 +196,7 @@ def test_a_compilation_does_not_fail_because_of_it(x, lines, monkeypatch):
 
     monkeypatch.setattr(announce, "take_new", fails)
     compiled(Residual(), x)
-    assert lines() == [("WARNING", "cannot say what was done")]
+    assert lines() == [("WARNING", "cannot report what was done")]
 
 
 def test_explain_and_counting_bytes_say_nothing(x, lines):

@@ -134,7 +134,7 @@ def test_explain_of_a_compiled_model(capsys):
 
 def test_explain_says_that_values_are_asked_for(capsys):
     message = fails(capsys, "explain", f"{__name__}:Reading", "--input", "2x3x8x8")
-    assert message.startswith("the model asks for values of tensors (")
+    assert message.startswith("the model reads values of tensors (")
     assert ".item()" in message
 
 
@@ -204,7 +204,7 @@ A_MODEL = "expected a torch.nn.Module, or something that returns one when called
             (DEMO, "--input", "2x1x8x8", "--input", "2x1x8x8"),
             f"{DEMO} does not run on 2x1x8x8, 2x1x8x8 of float32 (TypeError: SmallResNet.forward() "
             "takes 2 positional arguments but 3 were given); expected one --input for each of "
-            "its inputs, of a shape that it takes",
+            "its inputs, with a shape that it accepts",
         ),
     ],
 )

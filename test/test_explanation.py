@@ -85,7 +85,7 @@ class TestExplain:
             (
                 lambda x: cbn.explain(Residual(), x, freeze=["layer9.*"]),
                 ValueError,
-                "'layer9.*' matches no parameter; there are stem.weight, ",
+                "'layer9.*' matches no parameter; the model has stem.weight, ",
             ),
         ],
     )
@@ -118,7 +118,7 @@ class TestExplain:
 
     def test_no_batch_norm(self):
         text = str(cbn.explain(nn.Linear(3, 4), torch.randn(2, 3)))
-        assert "There is no batch norm in what torch.compile sees" in text
+        assert "There is no batch norm in the graphs that torch.compile sees" in text
 
     def test_graph_breaks(self):
         class Broken(Residual):

@@ -91,9 +91,9 @@ def test_modules(modules, left):
         ("3", "modules must be a list such as ['backbone'], got '3'"),
         (7, "modules must be a list such as ['backbone'], got 7"),
         ([], "modules is empty: leave it out for all batch norms"),
-        (["1", "4"], "no batch norm is in '4'; there are: 1, 3.1, ..."),
-        (["0"], "no batch norm is in '0'; there are: 1, 3.1, ..."),
-        ([nn.BatchNorm2d(4)], "no batch norm is in a BatchNorm2d; there are: 1, 3.1, ..."),
+        (["1", "4"], "no batch norm in '4'; the model has: 1, 3.1, ..."),
+        (["0"], "no batch norm in '0'; the model has: 1, 3.1, ..."),
+        ([nn.BatchNorm2d(4)], "no batch norm in a BatchNorm2d; the model has: 1, 3.1, ..."),
     ],
 )
 def test_bad_modules_are_told_and_change_nothing(modules, message):

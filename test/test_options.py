@@ -14,7 +14,7 @@ import convbn_inductor_pass as cbn
         ({"allow": None}, "allow must be a sequence of module path patterns .* got None"),
         ({"fuse_frozen_layers": "no"}, "fuse_frozen_layers must be True or False, got 'no'"),
         ({"forward": None}, "forward must be one of 'exact', 'fold', 'auto', got None"),
-        ({"denied": ()}, "unknown option denied; there are: objective, "),
+        ({"denied": ()}, "unknown option denied; known: objective, "),
     ],
 )
 def test_wrong_ones_change_nothing(changes, message):

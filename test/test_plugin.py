@@ -275,7 +275,7 @@ def test_passes_of_others_run_before_and_after(x):
 def test_being_overwritten_is_noticed(x):
     setattr(config, HOOK, Recorder())
     assert not cbn.is_installed()
-    with pytest.warns(cbn.PassFailedWarning, match=f"{HOOK} was overwritten since"):
+    with pytest.warns(cbn.PassFailedWarning, match=f"{HOOK} was overwritten,"):
         assert compiled(Residual(), x) == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error", cbn.PassFailedWarning)

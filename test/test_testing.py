@@ -33,7 +33,7 @@ class TestHelpers:
     def test_assert_saved_at_most(self):
         nbytes = saved_for_backward(Residual(), self.x).new_bytes
         testing.assert_saved_at_most(Residual(), self.x, nbytes=nbytes)
-        with pytest.raises(AssertionError, match="bytes are kept for backward, expected at most"):
+        with pytest.raises(AssertionError, match="bytes are saved for backward, expected at most"):
             testing.assert_saved_at_most(Residual(), self.x, nbytes=nbytes - 1)
 
     def test_assert_saved_like_deploy(self):

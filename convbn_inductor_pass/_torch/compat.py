@@ -12,8 +12,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .version import version
 
-# Before, an assertion of Inductor's may fail where a cast is fused with one of a list's calls
-# (_foreach_mul), and something else reads the same tensor in another order.
+# Before, an Inductor assertion may fail if a cast is fused with one call of a list (_foreach_mul)
+# and something else reads the same tensor in another order.
 LISTS_MAY_BE_FUSED = version >= "2.13"
 _UNBACKED = 8192  # what Inductor guesses for a size that depends on data
 
@@ -34,7 +34,7 @@ def shape_of(tensor: Tensor) -> tuple[int | str, ...]:
 
 
 def is_pointwise(target: Any) -> bool:
-    """Whether an aten operator computes each number of its result from one of each input."""
+    """Whether an aten operator computes each element of its result from one of each input."""
     if not isinstance(target, torch._ops.OpOverload):
         return False
     convert = torch.ops.prims.convert_element_type.default

@@ -1,4 +1,4 @@
-"""Private imports from Inductor and AOTAutograd, what is asked of them and what is told to them.
+"""Private imports from Inductor and AOTAutograd, and queries and settings that use them.
 
 Loads the compiler. Registering with it is in :mod:`registry`, which does not.
 """

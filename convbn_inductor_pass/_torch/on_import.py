@@ -1,6 +1,6 @@
-"""Run something as soon as a module is imported, and not import it for that.
+"""Run a callback as soon as a module is imported, without importing it.
 
-Importing Inductor takes seconds, and who imports this package may never compile. A finder in
+Importing Inductor takes seconds, and a user of this package may never compile. A finder in
 ``sys.meta_path`` waits for the modules asked for, lets the finders after it find them, and calls
 back once they are executed.
 """
@@ -37,7 +37,7 @@ class _Finder:
         loader: Any = spec and spec.loader
 
         def exec_module(module: ModuleType) -> None:
-            del loader.exec_module  # from here on the module is as if it had been found without us
+            del loader.exec_module  # from here on, as if the module had been found without us
             loader.exec_module(module)
             for callback in callbacks:
                 callback()

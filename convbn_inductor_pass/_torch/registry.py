@@ -1,6 +1,6 @@
-"""Inductor's hooks for passes of others: read, set, and hold in every thread.
+"""Inductor's hooks for custom passes: read them, and set them in every thread.
 
-Loads Inductor's configuration and nothing of Inductor else. Private imports: ``config``, whose
+Loads only Inductor's configuration, nothing else of Inductor. Private imports: ``config``, whose
 entries are context-local from torch 2.13 on, and ``CustomGraphPass``.
 """
 
@@ -108,7 +108,7 @@ def hooks_restored(hooks: set[str]) -> Iterator[None]:
 
 
 def call_after_compilation(callback: Callable[[Any], None]) -> None:
-    """Have Dynamo call ``callback`` when a compilation ends, this one too; again is harmless."""
+    """Have Dynamo call ``callback`` when a compilation ends, this one too; idempotent."""
     from torch._dynamo.callback import callback_handler
 
     if callback not in callback_handler.end_callbacks:

@@ -1,11 +1,11 @@
-"""Text kept beside compiled code, which is told again when that code comes from a cache.
+"""Text stored with compiled code, and returned again when that code comes from a cache.
 
-On a hit in Inductor's cache no pass runs. What Inductor does then is to count again what was
-counted while the code was made, in ``counters["inductor"]``. So a text is written to a file in
-Inductor's cache folder, named after its content, and a count of that name is made. A count that
-this process did not make itself means that stored code is in use. Unless the passes ran all the
-same, and decided for themselves: where a model's modules have other names than when the code was
-made, AOTAutograd's cache, which is asked first, does not have it, and Inductor's has.
+On a hit in Inductor's cache no pass runs, but Inductor repeats the counts in
+``counters["inductor"]`` that were made while the code was compiled. So a text is written to a file
+in Inductor's cache folder, named after its content, and a counter of that name is increased. A
+count that this process did not make itself means that stored code is in use. Unless the passes ran
+anyway and made their own decisions: if a model's modules have other names than when the code was
+compiled, AOTAutograd's cache, which is asked first, misses, and Inductor's hits.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _known: Counter[str] = Counter()  # counts that this process made or has told of
 
 
 def put(text: str) -> None:
-    """Keep ``text`` with the code that is being made; to be called in a post-grad pass."""
+    """Store ``text`` with the code being compiled; call it in a post-grad pass."""
     if config.force_disable_caches or not config.fx_graph_cache:
         return
     from torch._inductor.codecache import write_atomic  # here, since this loads no compiler

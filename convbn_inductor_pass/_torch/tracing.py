@@ -58,7 +58,7 @@ def trace(
     fake_inputs = pytree.tree_map(fake, (inputs, dict(keywords or {})))
     # Sizes that differ from an earlier trace's are no sign that they vary in the user's model.
     static = {} if dynamic is not None else {"automatic_dynamic_shapes": False}
-    counted = mock.patch.dict(counters, {k: v.copy() for k, v in counters.items()})  # not for good
+    counted = mock.patch.dict(counters, {k: v.copy() for k, v in counters.items()})  # temporary
     with fake_mode, counted, dynamo_config.patch(static):
         return torch.compile(fresh, backend=backend, dynamic=dynamic)(fn, *fake_inputs)
 

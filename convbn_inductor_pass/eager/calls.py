@@ -59,7 +59,7 @@ class BatchNormCall(NamedTuple):
 
 
 def tensors_read(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """Tensors among the arguments, and in lists there, more of which than metadata is asked for."""
+    """Tensors among the arguments, and in lists there, of which more than metadata is read."""
     if function not in _METADATA:
         yield from _tensors(args[:1] if function in _SHAPE_OF_OTHER else (*args, *kwargs.values()))
 
@@ -73,6 +73,6 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def runs_as_written() -> bool:
-    """Whether what goes on around a call has no use for functions of our own, or no place."""
+    """Whether the context of a call does not need, or does not allow, functions of our own."""
     no_hooks = torch_eager.in_functional_transform() or torch_eager.saved_tensors_hooks_disabled()
     return no_hooks or torch.is_inference_mode_enabled() or torch.jit.is_tracing()

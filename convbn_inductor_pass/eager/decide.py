@@ -13,8 +13,8 @@ from .events import Event
 def decide(bn: BatchNormCall, layer: Event | None) -> tuple[Code, str]:
     """Whether a batch norm may leave its input unsaved, and a detail.
 
-    ``layer`` is the layer before it, if that ran in this region. As PyTorch writes it, a batch norm
-    whose weight is frozen saves its input in eager mode, too: it need not, after a layer or not.
+    ``layer`` is the layer before it, if that ran in this region. In PyTorch's eager mode, a batch
+    norm saves its input even if its weight is frozen: it need not, after a layer or not.
     """
     if bn.batch_statistics:
         return Code.BATCH_STATISTICS, ""
@@ -34,27 +34,29 @@ def decide(bn: BatchNormCall, layer: Event | None) -> tuple[Code, str]:
 def _why_not_from_layer(c: Tensor, layer: Event | None) -> tuple[Code, str] | None:
     """Why the gradient of a batch norm's weight cannot come from the layer that gave ``c``."""
     node = layer_before(c)
+    if layer is None and node is None:
+        return Code.NOT_AFTER_LAYER, ""
     if layer is None:
-        return (Code.NOT_AFTER_LAYER, "") if node is None else (Code.REGION, "the layer's ended")
+        return Code.REGION, "the layer's region ended"
     x, weight = layer.input(), layer.weight()
     # FSDP gives the memory back.
     if weight is not None and weight.numel() and not weight.untyped_storage().nbytes():
         return Code.WEIGHT_FREED, ""
     if layer.used or layer.as_written:
-        before = "or was, in the forward before this one, or no batch norm took it there"
+        before = "or was in the previous forward, or no batch norm used it there"
         return Code.LAYER_OUTPUT_USED, "" if layer.used else before
     if weight is not None and not weight.requires_grad and not get_options().fuse_frozen_layers:
         return Code.LAYER_FROZEN, ""
     if c.grad_fn is None:
-        return Code.REGION, "the layer ran without a graph"
+        return Code.REGION, "the layer ran without grad mode"
     if node is None:
-        return Code.NOT_AFTER_LAYER, "the layer's node in autograd's graph is not a known one"
+        return Code.NOT_AFTER_LAYER, "the type of the layer's autograd node is unknown"
     if c._backward_hooks or c.retains_grad:
-        return Code.LAYER_OUTPUT_USED, "a hook takes its gradient"
+        return Code.LAYER_OUTPUT_USED, "its gradient is used by a hook or retained"
     # Memory that PyTorch does not let be resized is others', or shared with another process.
     memory = None if x is None else x.untyped_storage()
     if memory is not None and not memory.resizable() and not memory.is_shared():
-        return Code.INPUT_MUTATED, "NumPy or others hold the memory of the layer's input"
+        return Code.INPUT_MUTATED, "NumPy or another library owns the layer's input"
     if node.conv is None and c.ndim != 2:
         return Code.UNBATCHED, f"{c.ndim} dimensions with channels last"
     return None

@@ -1,6 +1,6 @@
-"""Deploy mode: pairs merged once into plain convolutions, and taken apart again.
+"""Deploy mode: merge pairs into plain convolutions once, and undo it.
 
-Merging changes what a layer returns: a forward has to show that its batch norm alone takes that.
+Merging changes a layer's output: a forward has to show that only its batch norm uses that.
 """
 
 import collections
@@ -29,7 +29,7 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class MergedBatchNorm(nn.Sequential):
-    """Stands where a batch norm was that is part of a convolution now; does what else it did."""
+    """Replaces a batch norm merged into a convolution; does whatever else it did."""
 
 
 @dataclasses.dataclass
@@ -133,9 +133,9 @@ def _takes_channels(event: Event) -> bool:
 def _why_not(model: nn.Module, layer: Any, norm: Any, together: bool) -> str:
     """Why a layer and its batch norm cannot be replaced as modules; "" if they can."""
     if layer is None:
-        return "the layer's weight is computed, as by a parametrization, or in no module"
+        return "the layer's weight is computed, as by a parametrization, or not in a module"
     if type(layer) not in _LAYERS or not _is_norm(norm) or norm is model:
-        return "the layer or the batch norm is not a module of PyTorch's own"
+        return "the layer or the batch norm is not one of PyTorch's own modules"
     hooks = (m._forward_hooks | m._forward_pre_hooks for m in (layer, norm))
     if not all(isinstance(h, Hook) for of_module in hooks for h in of_module.values()):
         return "the layer or the batch norm has hooks"
@@ -167,7 +167,7 @@ def _merge(model: nn.Module, layer_path: str, norm: Any) -> Merged:
         nn.Parameter(t.detach().to(layer.weight.dtype), layer.weight.requires_grad)
         for t in (weight, bias)
     )
-    # timm's batch norm goes on with its "drop" and "act".
+    # timm's batch norm also applies its "drop" and "act".
     rest = MergedBatchNorm(collections.OrderedDict(norm.named_children())).train(norm.training)
     for path in merged.norms:
         model.set_submodule(path, rest)

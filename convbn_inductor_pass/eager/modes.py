@@ -23,7 +23,7 @@ _ATTRIBUTE = "_convbn_mode"
 
 @dataclasses.dataclass
 class _State:
-    """Stands on the model: what is needed to undo :func:`turn_on`. Holds paths, not modules."""
+    """Stored on the model: what is needed to undo :func:`turn_on`. Holds paths, not modules."""
 
     mode: Mode
     training: dict[str, bool]
@@ -42,26 +42,26 @@ def turn_on(
     """Put the conv-BN blocks of a model in one of four modes, in place; returns ``model``.
 
     Blocks are found while the model runs: modules may be nested, wrapped, reused or called as
-    functions. In ``"tune"`` mode outputs are eval mode's, bit for bit, and less is saved for
-    backward, where that can be shown to be legal and pays (see :func:`decisions`).
+    functions. In ``"tune"`` mode outputs are bitwise identical to eval mode, and less is saved for
+    backward where that is provably legal and pays off (see :func:`decisions`).
 
-    ``model.train()`` puts batch norms in training mode as ever; call ``turn_on`` again after it.
-    Under ``torch.compile`` this steps aside, and the compiled pass does the work.
+    ``model.train()`` still puts batch norms in training mode; call ``turn_on`` again after it.
+    Under ``torch.compile`` this does nothing; the compiled pass takes over.
 
     Args:
         model: the model. Copies and pickles of it keep the mode.
         mode: ``"train"``, ``"eval"``: the batch norms' own modes. ``"tune"``: eval mode that does
             not save the convolutions' outputs. ``"deploy"``: the blocks become plain convolutions
-            with new parameters, each batch norm an empty ``nn.Sequential``. For inference: training
-            it is unstable, because a weight scaled by k has a gradient scaled by 1/k.
+            with new parameters, each batch norm an empty ``nn.Sequential``. For inference only:
+            training is unstable, because a weight scaled by k has a gradient scaled by 1/k.
         modules: paths of submodules (``["backbone"]``) to restrict this to.
-        example_inputs: for ``"deploy"``, inputs of one forward, under ``no_grad`` and in
-            evaluation mode, in which the blocks are found. Without, the inputs of the first forward
-            are taken; parameters change after it, so make the optimizer later.
+        example_inputs: for ``"deploy"``, inputs for one forward that finds the blocks, run under
+            ``no_grad`` in eval mode. If not given, the inputs of the first forward are used;
+            parameters change after it, so create the optimizer later.
 
     Raises:
         ValueError: unknown mode or module path, or no layer and batch norm to pair there;
-            the model is then as before.
+            the model is then unchanged.
     """
     if mode not in get_args(Mode):
         allowed = ", ".join(repr(m) for m in get_args(Mode))
@@ -95,7 +95,7 @@ def turn_on(
 def turn_off(model: nn.Module) -> nn.Module:
     """Undo :func:`turn_on`: hooks, training flags of batch norms, parameters merged by deploy.
 
-    What was trained in deploy mode is lost. A model that was never turned on is left alone.
+    Training done in deploy mode is lost. A model that was never turned on is left alone.
     Returns ``model``.
     """
     state: _State | None = getattr(model, _ATTRIBUTE, None)
@@ -108,7 +108,7 @@ def turn_off(model: nn.Module) -> nn.Module:
     norms = dict(model.named_modules(remove_duplicate=False))
     for path, training in state.training.items():
         norm = norms.get(path)
-        # One that is not as turn_on left it was changed by somebody else.
+        # If it is not as turn_on left it, other code has changed it.
         if norm is not None and norm.training == (state.mode == "train"):
             norm.train(training)
     delattr(model, _ATTRIBUTE)
@@ -116,10 +116,10 @@ def turn_off(model: nn.Module) -> nn.Module:
 
 
 def decisions(model: nn.Module) -> tuple[Record, ...]:
-    """What tune mode did with each batch norm in the last forward, or deploy mode once; and why.
+    """What was done with each batch norm, in the last forward or when merged for deploy, and why.
 
-    One record per call of a batch norm (per batch norm in deploy mode); codes are those of the
-    compiled pass, too. Parts of the model that were turned on by themselves are included.
+    One record per call of a batch norm (per batch norm in deploy mode), with the codes of the
+    compiled pass. Parts of the model that were turned on separately are included.
     """
     names = deploy.tensor_paths(model)
     made: dict[Any, Record] = {}
@@ -143,7 +143,7 @@ def _scopes(model: nn.Module, modules: Sequence[str] | None) -> list[nn.Module]:
         children = ", ".join(repr(n) for n, _ in model.named_children())
         raise ValueError(
             f"no module at {', '.join(map(repr, unknown)) or '[]'}; modules are given by path, "
-            f"the first parts here are: {children}"
+            f"the top-level ones here are: {children}"
         )
     scopes = [paths[m] for m in chosen]
     inside = [m for scope in scopes for m in scope.modules()]
@@ -152,8 +152,8 @@ def _scopes(model: nn.Module, modules: Sequence[str] | None) -> list[nn.Module]:
     if not layers or not norms:
         where = ", ".join(map(repr, modules or ())) or "the model"
         raise ValueError(
-            f"nothing to pair in {where}: a convolution or linear layer and a batch norm are "
-            f"needed, there are {layers} weights of layers and {norms} batch norms"
+            f"nothing to pair in {where}: it needs a convolution or linear layer and a batch norm, "
+            f"but has {layers} layer weights and {norms} batch norms"
         )
     return scopes
 

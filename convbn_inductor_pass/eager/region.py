@@ -1,16 +1,17 @@
 """Tune mode for the layers and batch norms of a forward, while it runs.
 
 In it layers run in :func:`conv_bn.layer`, and a batch norm after one runs as
-:func:`conv_bn.batch_norm`, which does not save its input. Every tensor is a true one, computed when
+:func:`conv_bn.batch_norm`, which does not save its input. Every tensor is a real one, computed when
 eval mode computes it.
 
-Other uses of a layer's output are right, too, but cost a second weight gradient. So a region
-watches outputs: one used before its batch norm is left as written; one used after it, or stored, or
-that met no batch norm, in the forward before, is run as written and watched this once.
+Other uses of a layer's output are correct, too, but cost a second weight gradient. So a region
+watches outputs. If one is used before its batch norm, the pair runs as written. If, in the previous
+forward, one was used after its batch norm, stored, or reached no batch norm, the layer runs as
+written this time and is watched again.
 
-No activation is saved for its shape (:mod:`functional.saved`). Then a ReLU's result may be
-saved for the ReLU alone, which saves a mask instead where nobody else saved it in the forward
-before, or, before there was one, where the model trains no convolution.
+No activation is saved only for its shape (:mod:`functional.saved`). A ReLU's output may then be
+saved for the ReLU alone; it saves a mask instead if nothing else saved the output in the previous
+forward or, in the first forward, if the model trains no convolution.
 
 A region steps aside
 
@@ -160,7 +161,7 @@ class Region(TorchFunctionMode):
             event.norm = weakref.ref(identity)
         if torch_eager.saved_tensors_hooks() != self.hooks:
             event.code = Code.REGION
-            event.detail = "if by checkpointing a function: checkpoint a module"
+            event.detail = "if a function is checkpointed, checkpoint a module instead"
         else:
             event.code, event.detail = decide(bn, layer)
         if not event.code.rewritten:

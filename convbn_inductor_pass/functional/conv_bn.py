@@ -12,11 +12,11 @@ the gradient of ``y`` and ``<,>`` the inner product per output channel, the grad
 
 ``<dW', W>`` is the sum of ``g * layer(x, W)``, for which eval mode reads the saved output.
 
-Both calls stay nodes of the graph, joined by a true ``c``, so that hooks, other uses and whoever
-stores ``c`` see what they see in eval mode. The batch norm's node saves no activation: it reads
-what the layer's node saved, computes the gradients of both, sends ``dc`` down and leaves the
-layer's at its node. That one takes them if the gradient that arrives is that very ``dc``. If it is
-another one (``c`` has another use, a hook changed it), it computes its own.
+Both calls stay nodes of the autograd graph, connected by a real ``c``, so hooks and other uses of
+``c`` see the same as in eval mode. The batch norm's node saves no activation: it reads what the
+layer's node saved, computes the gradients of both, returns ``dc``, and leaves the layer's gradients
+at the layer's node. That node returns them if the gradient that arrives is exactly that ``dc``.
+Otherwise (``c`` has another use, or a hook changed ``dc``), it computes its own.
 
 Numerics. Everything of channel size, and sums over activations, are float32 or wider; each gradient
 is rounded once to its parameter's dtype. dgamma is as accurate as the weight gradient; like eval
@@ -45,9 +45,9 @@ _INPUT_OF_LINEAR = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self
 def layer(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """The output of a convolution or linear layer as written, with a node of our own.
 
-    What it computed with, after autocast and padding, is read off autograd's node. One without a
-    node, or with one that is not known (a frozen linear layer's), is returned as it is, as is one
-    without a batch or with a bias that differs by row. Twice differentiable.
+    The tensors that it used, after autocast and padding, are read from autograd's node. An output
+    without a node, or with one of unknown type (a frozen linear layer's), is returned as it is, as
+    is one without a batch dimension or with a bias that differs by row. Twice differentiable.
     """
     x, weight, bias = layer_tensors(*args, **kwargs)
     if x.ndim < weight.ndim or (bias is not None and bias.ndim != 1):

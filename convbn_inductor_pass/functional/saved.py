@@ -1,7 +1,7 @@
-"""What autograd saves for backward, and backward does not need, left out by saved-tensor hooks.
+"""Saved-tensor hooks that leave out what autograd saves but backward does not need.
 
-A max-pooling's gradient goes where its indices say; a convolution or a batch norm with a frozen
-weight needs its input for the gradient of that weight alone; and a ReLU of its result the signs.
+Max-pooling's gradient needs only its indices; a convolution or batch norm needs its input only
+for the gradient of its weight, which may be frozen; and a ReLU needs only the signs of its output.
 """
 
 import functools
@@ -15,7 +15,7 @@ from .._torch import eager as torch_eager
 
 
 class _Empty(functools.partial[Tensor]):
-    """Makes a tensor whose elements nobody reads."""
+    """Makes a tensor whose elements are not read."""
 
 
 def _with_version(t: Tensor) -> tuple[Tensor, int]:

@@ -1,1 +1,1 @@
-"""What the passes read graphs in aten IR with, and write them with."""
+"""Tools for reading and writing graphs in aten IR."""

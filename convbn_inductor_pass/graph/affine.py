@@ -1,11 +1,11 @@
-"""Recognise what follows a layer as one affine map per channel, by meaning, and compute it.
+"""Recognise the operations after a layer as one affine map per channel, and compute it.
 
     out = layer(x, W, b);  y = chain(out)   =>   y = layer(x, s * W, chain(b))
 
 A chain has steps ``v * o``, ``v / o`` and ``v + o`` whose operands vary along the channels at most.
-Composing them needs no algebra: the shift is what the chain makes of the bias, the scale is what
-its multiplications make of one. Both are computed from the live operands in each call, in float32
-or wider.
+Composing them needs no algebra: the shift is the chain applied to the bias, the scale is its
+multiplications applied to one. Both are recomputed each call from the live operands, in float32 or
+wider.
 """
 
 import dataclasses
@@ -82,9 +82,9 @@ def _follow(layer: Layer, ends_before: Callable[[fx.Node], object]) -> AffineCha
 
 
 def constants_fit(chain: AffineChain) -> bool:
-    """Whether products of a few of the chain's constants surely stay numbers of float32.
+    """Whether products of a few of the chain's constants are sure to fit in float32.
 
-    As written they need not: what is scaled by 1e-20 twice may have been large.
+    As written, they need not: a value scaled by 1e-20 twice may have been large.
     """
     constants = [(s, s.operand) for s in chain.steps if not s.reads_a_tensor]
     numbers = [(s.kind, abs(o.number * s.factor)) for s, o in constants if o is not None]

@@ -17,9 +17,8 @@ aten = torch.ops.aten
 class Builder:
     """Adds calls to a graph at its insertion point, with metadata.
 
-    After a ``with`` statement, also one that failed, the graph is in order, returns what has
-    replaced what it returned, and is rid of what nothing uses any more. Of what is computed twice
-    in a joint graph, the partitioner leaves one.
+    After a ``with`` statement, even one that failed, the graph is sorted, returns the replacements
+    of its outputs, and has no unused nodes. The partitioner removes duplicates in a joint graph.
     """
 
     def __init__(self, graph: fx.Graph) -> None:

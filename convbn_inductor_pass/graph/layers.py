@@ -163,7 +163,7 @@ def operand_per_channel(value: Any, shape: Sequence[Any], dim: int) -> Operand |
     if not known_equal(along, 1) and not known_equal(along, shape[dim]):
         return None
     while node.target in RESHAPES and tensor_of(node.args[0]) is not None:
-        node = node.args[0]  # the same numbers in the same order
+        node = node.args[0]  # the same elements in the same order
     return Operand(node=node)
 
 

@@ -17,10 +17,10 @@ __all__ = ["TuneModeCallback"]
 
 
 class TuneModeCallback(TuneMode, Callback):
-    """:class:`.TuneMode` from the start of ``fit``; the arguments are its own."""
+    """:class:`.TuneMode` from the start of ``fit``, with the same arguments."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        # The validation before training may compile the model already.
+        # Validation before training may already compile the model.
         if stage == "fit":
             self.enable()
 

@@ -18,7 +18,7 @@ __all__ = ["TuneModeHook"]
 
 @HOOKS.register_module()
 class TuneModeHook(TuneMode, Hook):
-    """:class:`.TuneMode` from the start of ``train``; the arguments are its own."""
+    """:class:`.TuneMode` from the start of ``train``, with the same arguments."""
 
     def before_train(self, runner: Any) -> None:
         self.enable()

@@ -12,7 +12,7 @@ __all__ = ["TuneModeCallback"]
 
 
 class TuneModeCallback(TuneMode, TrainerCallback):
-    """:class:`.TuneMode` from the start of ``train``; the arguments are its own."""
+    """:class:`.TuneMode` from the start of ``train``, with the same arguments."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.enable()

@@ -16,7 +16,7 @@ __all__ = ["TuneMode"]
 class TuneMode:
     """Turns tune mode on, and keeps batch norms in eval mode while a trainer runs and after it.
 
-    ``modules`` are those of ``freeze_batch_norms``, paths or patterns; ``options`` are those of the
+    ``modules`` (paths or patterns) are passed to ``freeze_batch_norms``, ``options`` to the
     package's ``enable``. Adapters call :meth:`enable` before anything is compiled, and
     :meth:`freeze` once the model is built, wrapped and converted.
     """

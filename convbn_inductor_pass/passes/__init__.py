@@ -1,4 +1,4 @@
-"""The passes, in the order in which Inductor calls them; none knows of another."""
+"""The passes, in the order in which Inductor calls them; they are independent of each other."""
 
 from .base import Outcome, Pass
 from .batched_weights import BatchedWeightsPass

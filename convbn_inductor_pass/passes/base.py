@@ -42,8 +42,8 @@ class Pass(registry.CustomGraphPass):
     also_counted: ClassVar[tuple[str, ...]] = ()
     KEY: ClassVar[str] = "convbn_inductor_pass.records"  # in a node's metadata
 
-    # Rewrites a graph in place (mask_bits two: forward and backward). If it raises, what is done
-    # so far has to be right.
+    # Rewrites a graph in place (mask_bits two: forward and backward). If it raises, the graph
+    # must be correct as it is then.
     run: Callable[..., Outcome]
 
     def __call__(self, graph: fx.Graph, *others: fx.Graph) -> None:
@@ -89,7 +89,7 @@ class Pass(registry.CustomGraphPass):
             )
 
     def uuid(self) -> Any:
-        """In Inductor's cache keys: the sources of all of the package, and the options."""
+        """Part of Inductor's cache keys: all source files of the package, and the options."""
         if not registry.is_enabled():
             return f"convbn_inductor_pass.{self.name}, off"
         announce.listen()  # here as well, because no pass is called if the code is in the cache

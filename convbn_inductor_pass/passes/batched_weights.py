@@ -1,17 +1,17 @@
-"""Scale the weights of many layers by one kernel on a GPU, not by one each; and shift biases.
+"""Scale the weights of many layers in one GPU kernel, not in one each; and shift biases.
 
 Before:  W1' = W1 * s1;  W2' = W2 * s2;  ...      a launch each, of a few microseconds
 After:   [W1', W2', ...] = _foreach_mul([W1, W2, ...], [s1, s2, ...])
 
 For the weights that convolutions and their gradients take, in training as in forward folding, and
 the biases of cuDNN's convolutions with a ReLU, which end in a product or a sum. The same values, to
-the bit; Inductor makes one kernel of each list. What is computed together is alive together, so
-that a list ends at ``_MOST_BYTES``.
+the bit; Inductor makes one kernel of each list. What is computed together is alive together, so a
+list is limited to ``_MOST_BYTES``.
 
-Declines: other devices than CUDA's, where a call costs nothing worth mentioning; what depends on
-other results of the graph than pointwise ones of its inputs, or on another list; on torch 2.11 and
-2.12 what is cast after, as under autocast. Nothing moves across a call that may write to a tensor,
-or draws a random number.
+Declines: devices other than CUDA, where a call costs next to nothing; values that depend on
+anything other than pointwise functions of graph inputs, or on another list; on torch 2.11 and 2.12,
+values that are cast afterwards, as under autocast. Nothing moves across a call that may write to a
+tensor or draw a random number.
 """
 
 import operator
@@ -75,9 +75,9 @@ class BatchedWeightsPass(Pass):
 
 
 def _computed_from_inputs(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Nodes that nothing but pointwise calls and views leads to from the graph's inputs.
+    """Nodes computed from the graph's inputs by pointwise calls and views only.
 
-    With the number of calls before each that may write to a tensor.
+    Each with the number of calls before it that may write to a tensor.
     """
     found: dict[fx.Node, int] = {}
     writes = 0
@@ -137,7 +137,7 @@ def _batch(nodes: list[fx.Node], graph: fx.Graph, channels_last: bool) -> None:
         for i, node in enumerate(nodes):
             part = graph.call_function(operator.getitem, (made, i))
             part.meta = dict(node.meta)
-            # Whoever else takes it, or a view of it, may depend on how it lies in memory.
+            # Other users of it, or of a view of it, may depend on its layout in memory.
             is_weight = len(node.users) == 1 and not compat.is_view(next(iter(node.users)).target)
             if channels_last and is_weight and value_of(node).ndim == 4:
                 part = _in_channels_last(part)
@@ -147,7 +147,7 @@ def _batch(nodes: list[fx.Node], graph: fx.Graph, channels_last: bool) -> None:
 
 
 def _in_channels_last(node: fx.Node) -> fx.Node:
-    """``node``, stored as convolutions take it: else a cast in between is a kernel of its own."""
+    """``node``, stored as convolutions need it: else a cast in between is a separate kernel."""
     from .._torch import inductor
 
     value = value_of(node)

@@ -3,14 +3,14 @@
 Before:  y = (x - mean) * (1 / sqrt(var + eps)) * gamma + beta        all in one loop over x
 After:   r = stored(1 / sqrt(var + eps));  y = (x - mean) * r * gamma + beta
 
-Works around: Inductor inlines into a pointwise loop what it is computed from, however small and
-slow (torch 2.11 to 2.15): a batch norm's square root and division are computed again for each
-pixel, and take as long as all the rest; so are the gates of squeeze-and-excitation.
+Works around: Inductor inlines the inputs of a pointwise loop into it, however small and slow to
+compute (torch 2.11 to 2.15): a batch norm's square root and division are recomputed for each
+pixel, and take as long as everything else; so are the gates of squeeze-and-excitation.
 ``python -m bench run --suite forward`` measures it: ``ours``, ``eval``.
 
-Can go: once Inductor realizes (stores) small expensive buffers that large loops read.
+Can be removed once Inductor realizes (stores) small expensive buffers that large loops read.
 
-What is stored was in a register before, in the same dtype: every bit stays the same. Declines:
+The stored value was in a register before, in the same dtype: results are bitwise equal. Declines:
 other devices, where it was not measured; float16 and bfloat16, which would be rounded where
 Inductor does not; results too small or not read often enough to be worth a loop; values computed
 from sums, as in layer norms, which Inductor computes in the loop over their rows.
@@ -48,7 +48,7 @@ class CpuCodegenPass(Pass):
 
 
 def store_invariants(graph: fx.Graph) -> int:
-    """Have small values that large ones are computed from stored if they are slow; how many."""
+    """Store small, slow values from which large ones are computed; returns how many."""
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
         size = numel_of(node)

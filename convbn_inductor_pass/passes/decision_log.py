@@ -1,6 +1,6 @@
-"""Keeps decisions beside the compiled code, for :func:`records` after a warm cache hit.
+"""Stores decisions with the compiled code, for :func:`records` after a cache hit.
 
-Each pass leaves its records on the calls of its graph, whose metadata the partitioner copies.
+Each pass attaches its records to the calls of its graph, whose metadata the partitioner copies.
 """
 
 import json

@@ -1,12 +1,12 @@
 """Guard Inductor's own folding of constants under ``freezing=True``.
 
 Freezing turns weights into constants and folds what is added to or multiplied with a layer's
-output into them (``torch._inductor.fx_passes.binary_folding``). On torch 2.11 to 2.15 it takes a
-weight's first dimension for the output channels and an operand's dimension 1 for the
-channels, whatever the layer and the ranks are, so that some graphs come out wrong or do not
-compile. Its check is made stricter here; what it then leaves is computed as written.
+output into them (``torch._inductor.fx_passes.binary_folding``). On torch 2.11 to 2.15 it assumes
+that a weight's first dimension is the output channels and an operand's dimension 1 the channels,
+whatever the layer and the ranks are, so some graphs give wrong results or do not compile. Its
+check is made stricter here; what it then rejects is computed as written.
 
-Can go: once the check compares the operand with the layer's output channels.
+Can be removed once the check compares the operand with the layer's output channels.
 """
 
 import contextlib

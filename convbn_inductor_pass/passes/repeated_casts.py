@@ -3,11 +3,11 @@
 Before:  w = where(mask, 0, g);  f = float32(w);  sum(f);  f * scale      stores f, four bytes each
 After:   w = where(mask, 0, g);  sum(float32(w));  float32(w) * scale     stores w, two bytes each
 
-A value that several kernels use, and that takes more than a few reads to compute, Inductor stores
-as it is in the graph. So it is in BN-tuning under autocast, where a mask is computed anew from the
-batch norm's input. Nothing is rounded that was not: ``where`` only chooses.
+If several kernels use a value that takes more than a few reads to compute, Inductor stores it as it
+is in the graph. This happens in BN-tuning under autocast, where a mask is recomputed from the batch
+norm's input. There is no additional rounding: ``where`` only selects.
 
-Declines: other devices than CUDA's, and casts of anything else.
+Declines: devices other than CUDA, and casts of anything else.
 """
 
 import torch

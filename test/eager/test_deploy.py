@@ -167,7 +167,7 @@ LEFT = {
     hook_on_the_layer: (Code.NOT_MERGED, "has hooks"),
     hook_that_stores: (Code.LAYER_OUTPUT_USED, ""),
     tied_weight: (Code.NOT_MERGED, "tied"),
-    subclass: (Code.NOT_MERGED, "not a module of PyTorch's own"),
+    subclass: (Code.NOT_MERGED, "not one of PyTorch's own modules"),
     functional_norm: (Code.NOT_MERGED, "or as functions"),
     called_alone_too: (Code.NOT_MERGED, "without each other"),
     output_used: (Code.LAYER_OUTPUT_USED, ""),

@@ -64,7 +64,7 @@ def test_restricted_to_modules():
     ("kwargs", "message"),
     [
         ({"mode": "tuned"}, "must be one of 'train', 'eval', 'tune', 'deploy', got 'tuned'"),
-        ({"modules": ["backbon"]}, "no module at 'backbon'.*the first parts here are: 'stem'"),
+        ({"modules": ["backbon"]}, "no module at 'backbon'.*the top-level ones here are: 'stem'"),
         ({"modules": "stem"}, r"such as \['stem'\]"),
         ({"modules": []}, "no module at"),
         ({"modules": ["relu"]}, "nothing to pair in 'relu'"),

@@ -1,7 +1,7 @@
-"""Find every batch norm call of a graph in aten IR, which holds none: they are decomposed.
+"""Find every batch norm call of a graph in aten IR, where batch norms are decomposed.
 
-A call's nodes have the operator that they were as ``meta["original_aten"]``. Each decomposition
-subtracts the mean from the input once, which tells one call from the next.
+Each node has the operator that it came from as ``meta["original_aten"]``. Each decomposition
+subtracts the mean from the input once, which distinguishes one call from the next.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ def find_batch_norms(
 ) -> Iterator[BatchNormCall]:
     """The batch norm calls of the forward in ``graph``, in order.
 
-    Bodies of some higher-order operators do not say what their nodes were: with
-    ``without_origin`` whatever is subtracted per channel from a layer's output counts.
+    In the bodies of some higher-order operators, nodes lack that metadata: with
+    ``without_origin``, any per-channel subtraction from a layer's output counts.
     """
     for node in graph.nodes:
         if node.target is not aten.sub.Tensor or node in backward:

@@ -29,8 +29,8 @@ aten = torch.ops.aten
 def apply(decisions: list[Decision], graph: fx.Graph) -> int:
     """Rewrite the graph as decided; returns the number of layers whose output is not summed over.
 
-    New calls stand before what they replace, and the graph is sorted in the end. No cycle can
-    arise: what is replaced depends on a ``g`` each, and all else that is read depends on no
+    New calls are inserted before what they replace, and the graph is sorted at the end. No cycle
+    can arise: each replaced call depends on a ``g``, and nothing else that is read depends on a
     gradient.
     """
     wanted = [(_first_replaced(d.match), d.layer, d.match) for d in decisions if d.match]
@@ -81,12 +81,12 @@ class _Rewriting:
             self._replace(reduction.node, value)
 
     def _sum_g(self) -> fx.Node:
-        """The sum of ``g`` [C]: if there is one, as for a batch norm's shift, that one.
+        """The sum of ``g`` [C]: an existing one if there is one, as for a batch norm's shift.
 
-        Nobody makes the two one later: PyTorch leaves what the graph returns alone.
+        Nothing merges the two later: PyTorch does not deduplicate what the graph returns.
         """
         g = self.build.current(self.g)
-        # Of meta tensors PyTorch makes anew, last, what is returned, for whoever uses it.
+        # PyTorch recreates returned meta tensors at the end of the graph, for all their users.
         is_meta = value_of(g).device.type == "meta"
         for wide in () if is_meta else (g, *(u for u in g.users if is_cast(u))):
             for user in wide.users if value_of(wide).dtype == self.wide else ():

@@ -1,4 +1,4 @@
-"""For what a layer's output is saved for backward though no sum over it is left.
+"""Why a layer's output is saved for backward although no sum over it is left.
 
 The partitioner saves as few bytes as it can and recomputes pointwise calls. Its decision is not
 known here; what is said here is the usual outcome.
@@ -16,9 +16,9 @@ from .match import Match
 def saved_by(candidate: Candidate, match: Match, backward: set[fx.Node]) -> fx.Node | None:
     """A call for which the layer's output is saved, though it is not summed over.
 
-    One that is computed by a library and needs the output itself, or what the sum is over; or a
-    pointwise one of what would be recomputed from the output: computed from it alone element by
-    element, and not from something that is saved for a reason of its own.
+    Either a library call that needs the output itself, or what is summed over; or a pointwise call
+    on a value that would be recomputed from the output, that is, one that is computed from it
+    alone, element by element, and not from something that is saved for another reason.
     """
     layer = candidate.layer
     reasons = []

@@ -4,7 +4,7 @@ Each rule is a file. The first three read the joint graph, before it is partitio
 
 * :mod:`pooling`: the mask of an activation before max-pooling, from what is pooled;
 * :mod:`activations`: the mask of an activation, from its output, which is saved anyway;
-* :mod:`shapes`: tensors of which backward reads the shape alone.
+* :mod:`shapes`: tensors of which backward reads only the shape.
 
 The last one, :mod:`bits`, sees what the partitioner has decided to save, and packs masks.
 """

@@ -1,4 +1,4 @@
-"""Rule 1: tensors of which backward reads the shape alone.
+"""Rule 1: tensors of which backward reads only the shape.
 
 Before, for a layer whose weight needs no gradient:
 
@@ -9,9 +9,9 @@ After, with ``p = size(x) - ((size(dy) - 1) * stride - 2 * padding + dilation * 
     dx = convolution(dy, W, transposed, output_padding=p)     db = sum(dy)            x is not saved
 
 and a plain convolution if the layer is a transposed one. Other operators of the table, and layers
-for which that is not known to be the same size, get an uninitialized tensor of x's shape instead.
-Depthwise layers on a GPU do, too: PyTorch has kernels of its own for their input gradient, and none
-for a transposed depthwise convolution.
+for which the result is not known to have that size, get an uninitialized tensor of x's shape
+instead. So do depthwise layers on a GPU: PyTorch has special kernels for their input gradient, but
+none for a transposed depthwise convolution.
 
 Declines where the tensor is saved for another reason.
 

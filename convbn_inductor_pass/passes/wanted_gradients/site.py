@@ -75,7 +75,7 @@ def apply(
 
 
 def record(site: Site) -> Record:
-    """What users read of a decision."""
+    """The record of a decision, as users see it."""
     return record_of(
         site.node,
         pass_name="mask_bits" if site.kind == "mask" else "wanted_gradients",
