@@ -59,8 +59,10 @@ def reads_strides(target: Any) -> bool:
     """Whether ``target`` may depend on how its arguments lie in memory."""
     if not isinstance(target, torch._ops.OpOverload):
         return isinstance(target, torch._ops.HigherOrderOperator)
-    is_as_strided = target._schema.name.startswith("aten::as_strided")
-    return is_as_strided or target.namespace not in ("aten", "prims", "mkldnn")
+    of_memory = ("aten::as_strided", "aten::as_strided_scatter", "aten::view_as_complex")
+    if target._schema.name in of_memory or target is torch.ops.aten.view.dtype:
+        return True
+    return target.namespace not in ("aten", "prims", "mkldnn")
 
 
 def is_pure(target: Any) -> bool:

@@ -1,73 +1,73 @@
-"""Where the strides of a layer's result can be observed: another kernel may choose other ones."""
+"""Keep the strides that were traced where something reads them: a kernel may choose others."""
 
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
 from .._torch import compat, inductor
 from . import layers
+from .builder import Builder
 from .layers import tensor_of, value_of
+from .uses import depending_on
+
+aten = torch.ops.aten
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def has_returned_view(node: fx.Node, parts_of_subclasses: set[fx.Node]) -> bool:
-    """Whether the graph returns a view of a part of ``node``, or of what is generated from it.
+def laid_out(node: fx.Node, strides: Sequence[Any], build: Builder) -> fx.Node:
+    """``node`` with ``strides``, if it can be made so by what computes it, or a copy.
 
-    Inductor restores the strides of an output that is dense. A slice gets those of the memory that
-    it is cut from. Nor does Inductor restore the strides of each of ``parts_of_subclasses``. With
-    another rank they do not depend on how images are laid out.
+    Of symbolic strides the order counts: what comes is dense.
     """
-    rank = value_of(node).ndim
-    for whole, views in _laid_out_like(node):
-        size = tensor_of(whole)
-        for returned in (whole, *views):
-            part = tensor_of(returned)
-            is_part = (
-                part is None or size is None or not layers.known_equal(part.numel(), size.numel())
-            )
-            if is_part and any(u.op == "output" for u in returned.users):
-                return True
-            if returned in parts_of_subclasses and part is not None and part.ndim == rank:
-                return True
-    return False
+    if all(isinstance(s, int) for s in strides):
+        return build.call(inductor.force_stride_order, node, list(strides))
+    hints = [compat.size_hint(s) for s in strides]
+    order = sorted(range(len(hints)), key=lambda d: -hints[d])
+    moved = build.call(aten.permute.default, node, order)
+    dense = build.call(aten.clone.default, moved, memory_format=torch.contiguous_format)
+    return build.call(aten.permute.default, dense, [order.index(d) for d in range(len(order))])
 
 
-def is_observed(node: fx.Node) -> bool:
-    """Whether an operator may depend on the strides of ``node``, or of what is generated from it.
+def keep_observed(graph: fx.Graph, changed: Sequence[fx.Node], build: Builder) -> None:
+    """Lay out as traced what depends on ``changed`` and is read by calls that see how it lies.
 
-    A library's kernel may lay its result out otherwise than the graph says. Inductor accounts for
-    that in aten's operators, but not in ``as_strided`` and in custom operators. What lies in
-    memory in the order of channels-last as traced, as 1x1 maps do, stays so.
+    A library's kernel may lay its result out otherwise than the graph says, and so does what is
+    computed from that, up to the next copy. Inductor accounts for that in most of aten's operators.
+    It gives others what the graph says, and that is what they get: a copy, if need be.
     """
-    laid_out = _laid_out_like(node, but_not=_is_channels_last)
-    values = (n for whole, views in laid_out for n in (whole, *views))
-    users = (u for n in values for u in n.users if u.op == "call_function")
-    return any(compat.reads_strides(u.target) for u in users)
+    affected = depending_on(changed)
+    for node in dict.fromkeys(filter(affected.__contains__, _observed(graph))):
+        users = list(node.users)
+        with graph.inserting_before(node.next):
+            new = laid_out(node, value_of(node).stride(), build)
+        for user in users:
+            user.replace_input_with(node, new)
 
 
-def _laid_out_like(
-    node: fx.Node, but_not: Callable[[fx.Node], bool] = lambda node: False
-) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
-    """``node`` and what is generated from it, laid out as its inputs are, each with its views."""
-    pending, seen = [node], {node}
-    while pending:
-        node = pending.pop()
-        if but_not(node):
-            continue
-        views = views_of(node)
-        yield node, views
-        made = {u for n in (node, *views) for u in n.users if inductor.is_generated(u.target)}
-        pending += made - seen
-        seen |= made
+def _observed(graph: fx.Graph) -> Iterator[fx.Node]:
+    """What is in the memory that calls read otherwise than element by element."""
+    for node in graph.nodes:
+        reads = compat.reads_strides(node.target)
+        for read in node.all_input_nodes if reads or node.op == "output" else ():
+            whole, part = tensor_of(base_of(read)), tensor_of(read)
+            if whole is None or part is None:
+                continue
+            # Inductor restores the strides of what is returned, but not those of a slice.
+            if reads or not layers.known_equal(part.numel(), whole.numel()):
+                yield base_of(read)
 
 
-def _is_channels_last(node: fx.Node) -> bool:
-    tensor = tensor_of(node)
-    is_static = tensor is not None and all(isinstance(size, int) for size in tensor.shape)
-    memory_format = CHANNELS_LAST.get(tensor.ndim) if tensor is not None and is_static else None
-    return memory_format is not None and value_of(node).is_contiguous(memory_format=memory_format)
+def base_of(node: fx.Node) -> fx.Node:
+    """What ``node`` is a view of, however deep; itself if it is none."""
+    while True:
+        call = node.all_input_nodes[0] if node.target is operator.getitem else node
+        if not compat.is_view(call.target):
+            return node
+        node = call.all_input_nodes[0]
 
 
 def views_of(node: fx.Node) -> list[fx.Node]:

@@ -14,7 +14,7 @@ from ...graph.affine import AffineChain
 from ...graph.builder import Builder
 from ...graph.layers import Layer, value_of
 from ...graph.operators import convolution_relu
-from ...graph.strides import CHANNELS_LAST, views_of
+from ...graph.strides import CHANNELS_LAST, keep_observed, laid_out, views_of
 from .find import FoldCandidate
 
 aten = torch.ops.aten
@@ -26,6 +26,7 @@ def rewrite(graph: fx.Graph, candidates: Sequence[FoldCandidate]) -> None:
     names = _names(graph)
     made: dict[str, tuple[fx.Node, fx.Node | None]] = {}
     with inductor.update_metadata(graph), Builder(graph) as build:
+        keep_observed(graph, [c.end for c in candidates], build)
         for candidate in sorted(candidates, key=lambda c: c.end):
             with graph.inserting_before(candidate.end):
                 key = _key(candidate.chain, names)
@@ -140,8 +141,8 @@ def _channels_last(node: fx.Node, build: Builder) -> fx.Node:
     memory_format = CHANNELS_LAST.get(tensor.ndim)
     if memory_format is None or tensor.is_contiguous(memory_format=memory_format):
         return node
-    strides = torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
-    return build.call(inductor.force_stride_order, node, list(strides))
+    like = torch.empty(tensor.shape, device="meta", memory_format=memory_format)
+    return laid_out(node, like.stride(), build)
 
 
 def _dense(bias: fx.Node, build: Builder) -> fx.Node:

@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from ...graph import layers
-from ...graph.layers import Layer, same_sizes, tensor_of
-from ...graph.uses import source_of
+from ...graph.layers import Layer, numel_of, same_sizes, tensor_of
+from ...graph.uses import is_move, source_of
 
 aten = torch.ops.aten
 
@@ -53,7 +53,9 @@ def find_batch_norms(
         source = source_of(minuend, casts=True)
         layer = layers.layer_of(source)
         if _is_of_batch_norm(node) or (without_origin and layer is not None):
-            yield BatchNormCall(node, source, layer, tuple(_scales(node)), _is_of_the_batch(mean))
+            yield BatchNormCall(
+                node, source, layer, tuple(_scales(node, backward)), _is_of_the_batch(mean)
+            )
 
 
 def subgraphs_of(graph: fx.Graph, backward: Collection[fx.Node] = ()) -> Iterator[fx.Graph]:
@@ -70,13 +72,18 @@ def _is_of_batch_norm(node: fx.Node) -> bool:
     return "batch_norm" in operator and "backward" not in operator
 
 
-def _scales(node: fx.Node) -> Iterator[fx.Node]:
-    """What the difference is multiplied with, one factor after the other."""
-    while len(node.users) == 1:
-        (user,) = node.users
+def _scales(node: fx.Node, backward: Collection[fx.Node]) -> Iterator[fx.Node]:
+    """What the difference is multiplied with in the forward, one factor after the other.
+
+    Small tensors may be added in between, and elements moved: vmap multiplies after that.
+    """
+    while len(users := [u for u in node.users if u not in backward]) == 1:
+        (user,) = users
+        others = [n for n in user.all_input_nodes if n is not node]
+        is_shift = user.target is aten.add.Tensor and sum(map(numel_of, others)) < numel_of(node)
         if user.target is aten.mul.Tensor:
-            yield from (n for n in user.all_input_nodes if n is not node)
-        elif not layers.is_cast(user):
+            yield from others
+        elif not (is_shift or is_move(user) or layers.is_cast(user)):
             return
         node = user
 

@@ -43,7 +43,7 @@ def test_strides_of_outputs(fmt):
     with testing.fresh_compile(), torch.no_grad():
         exact = torch.compile(model)(x)
     out, records = compiled(model, x)
-    assert {r.layer: r.code.name for r in records} == {"conv": "VIEW_RETURNED", "down": "FOLDED"}
+    assert codes(records) == ["FOLDED"] * 2
     for a, b in zip(out, exact, strict=True):
         assert a.stride() == b.stride()
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -93,6 +93,14 @@ class TestWhy:
         assert [r.code for r in found] == [Code.BATCH_STATISTICS] + [Code.FUSED] * 5
         assert found[0].bytes_saved == 0 < found[1].bytes_saved
 
+    @pytest.mark.parametrize("trained", [True, False])
+    def test_vmap(self, x, trained):
+        """Normalizes first, and moves elements before it multiplies with the weight."""
+        model = ConvBN(nn.Conv2d(3, 4, 3))
+        model.bn.weight.requires_grad_(trained)
+        [record] = records_of(lambda x: torch.vmap(model)(x), x[None])
+        assert record.code is (Code.UNBATCHED if trained else Code.AFFINE_FROZEN)
+
     def test_training_mode_is_no_other_scale(self, x):
         [record] = records_of(ConvBN(nn.Conv2d(3, 4, 3)).train(), x)
         assert record.code is Code.BATCH_STATISTICS
