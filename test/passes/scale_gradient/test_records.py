@@ -98,7 +98,7 @@ class TestWhy:
         """Normalizes first, and moves elements before it multiplies with the weight."""
         model = ConvBN(nn.Conv2d(3, 4, 3))
         model.bn.weight.requires_grad_(trained)
-        [record] = records_of(lambda x: torch.vmap(model)(x), x[None])
+        [record] = records_of(lambda x: torch.vmap(lambda t: model(t))(x), torch.stack([x, x]))
         assert record.code is (Code.UNBATCHED if trained else Code.AFFINE_FROZEN)
 
     def test_training_mode_is_no_other_scale(self, x):
