@@ -59,6 +59,8 @@ def reads_strides(target: Any) -> bool:
     """Whether ``target`` may depend on how its arguments lie in memory."""
     if not isinstance(target, torch._ops.OpOverload):
         return isinstance(target, torch._ops.HigherOrderOperator)
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        return True  # a library's random numbers come in the order of memory
     of_memory = ("aten::as_strided", "aten::as_strided_scatter", "aten::view_as_complex")
     if target._schema.name in of_memory or target is torch.ops.aten.view.dtype:
         return True

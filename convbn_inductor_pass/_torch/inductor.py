@@ -15,6 +15,7 @@ from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
     InputMutationAOTOutput,
+    IntermediateBaseAOTOutput,
     SubclassGetAttrAOTInput,
     SubclassGetAttrAOTOutput,
 )
@@ -120,15 +121,18 @@ def for_python() -> bool:
     return not (config.cpp_wrapper or V.aot_compilation)
 
 
-def parts_of_subclasses(graph: torch.fx.Graph) -> set[torch.fx.Node]:
-    """Nodes that ``graph`` returns as one of the several tensors inside a tensor subclass."""
+def restore_hidden_outputs(graph: torch.fx.Graph) -> None:
+    """Have Inductor restore the strides of outputs that AOTAutograd makes what users see of.
+
+    It does so for what users see itself, and not for the tensors inside a subclass, nor for the
+    tensor that views are made of.
+    """
     (output,) = graph.find_nodes(op="output")
-    returned: Any = output.args[0]
-    kinds = output.meta.get("desc")
-    if kinds is None:  # the body of a higher-order operator, or one made by hand
-        return set()
-    pairs = zip(returned, kinds, strict=True)
-    return {node for node, kind in pairs if isinstance(kind, SubclassGetAttrAOTOutput)}
+    visible, kinds = output.meta.get("user_visible_output_idxs"), output.meta.get("desc")
+    if visible is not None and kinds is not None:
+        hidden = (SubclassGetAttrAOTOutput, IntermediateBaseAOTOutput)
+        found = (i for i, kind in enumerate(kinds) if isinstance(kind, hidden))
+        output.meta["user_visible_output_idxs"] = sorted({*visible, *found})
 
 
 def is_outermost(graph: torch.fx.Graph) -> bool:

@@ -39,6 +39,7 @@ def keep_observed(graph: fx.Graph, changed: Sequence[fx.Node], build: Builder) -
     computed from that, up to the next copy. Inductor accounts for that in most of aten's operators.
     It gives others what the graph says, and that is what they get: a copy, if need be.
     """
+    inductor.restore_hidden_outputs(graph)
     affected = depending_on(changed)
     for node in dict.fromkeys(filter(affected.__contains__, _observed(graph))):
         users = list(node.users)

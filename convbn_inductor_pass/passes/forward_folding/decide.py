@@ -8,7 +8,6 @@ from ...codes import Code
 from ...config import Options
 from ...graph import affine, layers
 from ...graph.layers import bytes_of, tensor_of, value_of
-from ...graph.uses import depending_on
 from ...records import Record
 from ..decisions import Row, denied, first_refusal, record_of
 from .find import FoldCandidate, find_candidates
@@ -82,14 +81,6 @@ def _is_inside_higher_order_op(c: FoldCandidate, _: Options) -> str | None:
     return None if inductor.is_outermost(c.layer.node.graph) else ""
 
 
-def _makes_a_subclass(c: FoldCandidate, _: Options) -> str | None:
-    """Inductor restores the strides of none but the first tensor in a subclass that is returned."""
-    parts = inductor.parts_of_subclasses(c.layer.node.graph)
-    affected = depending_on([c.end]) if parts else set()
-    made = (n for n in parts & affected if value_of(n).ndim == c.layer.out.ndim)
-    return next(map(str, made), None)
-
-
 def _is_denied(c: FoldCandidate, options: Options) -> str | None:
     return denied(options, c.layer.node, *(s.node for s in c.chain.steps))
 
@@ -137,7 +128,6 @@ LEGALITY: tuple[Row, ...] = (
     (Code.CONSTANT_RANGE, _constants_overflow),
     (Code.INPUT_MUTATED, _is_written_between),
     (Code.INSIDE_HIGHER_ORDER_OP, _is_inside_higher_order_op),
-    (Code.UNSUPPORTED_TENSOR, _makes_a_subclass),
 )
 
 # Whether folding is wanted, and pays.

@@ -48,9 +48,11 @@ def folded(
     return _run(fn, inputs, forward, grad, options)
 
 
-def compiled(fn: Callable[..., Any], *inputs: Any, **options: Any) -> tuple[Any, list[Record]]:
+def compiled(
+    fn: Callable[..., Any], *inputs: Any, grad: bool = False, **options: Any
+) -> tuple[Any, list[Record]]:
     """The same through Inductor."""
-    return _run(fn, inputs, "fold", False, options)
+    return _run(fn, inputs, "fold", grad, options)
 
 
 def _run(

@@ -148,7 +148,7 @@ def test_a_view_of_what_is_generated_from_the_layer_is_returned(sliced):
 
 @pytest.mark.parametrize("relu", [False, True])
 def test_a_subclass_made_of_the_result_is_returned(relu):
-    """Its parts have equal strides, of which Inductor restores the first one's only."""
+    """Its parts have equal strides, of which Inductor alone restores the first one's only."""
     torch.manual_seed(0)
     x, w, s = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3), torch.randn(4, 1, 1)
 
@@ -158,10 +158,40 @@ def test_a_subclass_made_of_the_result_is_returned(relu):
 
     args = x, TwoTensor(w, w + 1), s
     out, records = compiled(fn, *args)
-    assert codes(records) == ["UNSUPPORTED_TENSOR"] * 2
+    assert codes(records) == ["FOLDED"] * 2
     for part in (0, 1):
         got, expected = ((t.a, t.b)[part] for t in (out, fn(*args)))
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_views_of_a_result_that_has_a_gradient_are_returned(sliced):
+    """AOTAutograd returns the tensor that they are views of, and makes them of it each call."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)).eval(), torch.randn(2, 4, 6, 5)
+
+    def fn(x: Tensor) -> tuple[Tensor, ...]:
+        y = model(x).relu()
+        return (y[:, 1:], y[:, :3]) if sliced else (y.view(2, -1), y.view(2, 8, -1))
+
+    out, records = compiled(fn, x, grad=True)
+    assert codes(records) == ["FOLDED"]
+    torch.testing.assert_close(out, fn(x), rtol=1e-4, atol=1e-4, check_stride=True)
+
+
+def test_random_numbers_of_a_library():
+    """It draws them in the order of memory; Inductor's own kernels do not."""
+    model, x = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)).eval(), torch.randn(2, 4, 6, 5)
+
+    def fn(x: Tensor) -> Tensor:
+        return F.dropout(model(x).relu(), 0.5)
+
+    with torch._inductor.config.patch(fallback_random=True):
+        torch.manual_seed(0)
+        out, records = compiled(fn, x)
+    torch.manual_seed(0)
+    assert codes(records) == ["FOLDED"]
+    torch.testing.assert_close(out, fn(x).detach(), rtol=1e-4, atol=1e-4)
 
 
 @torch.library.custom_op("convbn_test::memory", mutates_args=())
