@@ -164,17 +164,24 @@ def test_a_subclass_made_of_the_result_is_returned(relu):
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("sliced", [False, True])
-def test_views_of_a_result_that_has_a_gradient_are_returned(sliced):
+RETURNED = {
+    "views": lambda y: (y.view(y.shape[0], -1), y.view(y.shape[0], 8, -1)),
+    "slices": lambda y: (y[:, 1:], y[:, :3]),
+    "permuted": lambda y: (y.transpose(1, 2), y.permute(0, 2, 3, 1), y.detach().flatten(1)),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("views", RETURNED.values(), ids=RETURNED)
+def test_views_of_a_result_that_has_a_gradient_are_returned(views, dynamic):
     """AOTAutograd returns the tensor that they are views of, and makes them of it each call."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)).eval(), torch.randn(2, 4, 6, 5)
 
     def fn(x: Tensor) -> tuple[Tensor, ...]:
-        y = model(x).relu()
-        return (y[:, 1:], y[:, :3]) if sliced else (y.view(2, -1), y.view(2, 8, -1))
+        return views(model(x).relu())
 
-    out, records = compiled(fn, x, grad=True)
+    out, records = compiled(fn, x, grad=True, dynamic=dynamic)
     assert codes(records) == ["FOLDED"]
     torch.testing.assert_close(out, fn(x), rtol=1e-4, atol=1e-4, check_stride=True)
 
