@@ -61,6 +61,7 @@ class Code(enum.Enum):
     NOT_MERGED = "deploy mode leaves this batch norm in eval mode"
     FLOAT16_RANGE = "a scaled weight might not fit in float16; it is unknown at compile time"
     QUANTIZED = "the weight is quantized, and Inductor has kernels for that"
+    VIEW_RETURNED = "a slice of a result of dynamic shape is returned, whose strides would change"
 
     # Rewriting is legal, but does not pay, or is not wanted.
     SAVED_ANYWAY = "backward needs that tensor, or what it is computed from, for something else too"

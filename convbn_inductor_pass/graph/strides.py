@@ -49,17 +49,23 @@ def keep_observed(graph: fx.Graph, changed: Sequence[fx.Node], build: Builder) -
             user.replace_input_with(node, new)
 
 
+def returned_in_parts(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Tensors of which the graph returns a slice or the like: Inductor restores no strides then."""
+    (output,) = graph.find_nodes(op="output")
+    for part in output.all_input_nodes:
+        size, whole = tensor_of(part), tensor_of(base_of(part))
+        if size is None or whole is None:
+            continue
+        if not layers.known_equal(size.numel(), whole.numel()):
+            yield base_of(part)
+
+
 def _observed(graph: fx.Graph) -> Iterator[fx.Node]:
     """What is in the memory that calls read otherwise than element by element."""
-    for node in graph.nodes:
-        reads = compat.reads_strides(node.target)
-        for read in node.all_input_nodes if reads or node.op == "output" else ():
-            whole, part = tensor_of(base_of(read)), tensor_of(read)
-            if whole is None or part is None:
-                continue
-            # Inductor restores the strides of what is returned, but not those of a slice.
-            if reads or not layers.known_equal(part.numel(), whole.numel()):
-                yield base_of(read)
+    yield from returned_in_parts(graph)
+    readers = (n for n in graph.nodes if compat.reads_strides(n.target))
+    read = (base_of(source) for reader in readers for source in reader.all_input_nodes)
+    yield from (node for node in read if tensor_of(node) is not None)
 
 
 def base_of(node: fx.Node) -> fx.Node:

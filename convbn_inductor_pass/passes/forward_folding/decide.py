@@ -6,8 +6,9 @@ from torch import fx
 from ..._torch import compat, inductor
 from ...codes import Code
 from ...config import Options
-from ...graph import affine, layers
+from ...graph import affine, layers, strides
 from ...graph.layers import bytes_of, tensor_of, value_of
+from ...graph.uses import depending_on
 from ...records import Record
 from ..decisions import Row, denied, first_refusal, record_of
 from .find import FoldCandidate, find_candidates
@@ -81,6 +82,13 @@ def _is_inside_higher_order_op(c: FoldCandidate, _: Options) -> str | None:
     return None if inductor.is_outermost(c.layer.node.graph) else ""
 
 
+def _is_returned_in_symbolic_parts(c: FoldCandidate, _: Options) -> str | None:
+    """Strides are kept by a copy, of whose slices Inductor may fail to read symbolic strides."""
+    nodes = strides.returned_in_parts(c.layer.node.graph)
+    symbolic = {n for n in nodes if not all(isinstance(s, int) for s in value_of(n).shape)}
+    return next(map(str, symbolic & depending_on([c.end])), None) if symbolic else None
+
+
 def _is_denied(c: FoldCandidate, options: Options) -> str | None:
     return denied(options, c.layer.node, *(s.node for s in c.chain.steps))
 
@@ -128,6 +136,7 @@ LEGALITY: tuple[Row, ...] = (
     (Code.CONSTANT_RANGE, _constants_overflow),
     (Code.INPUT_MUTATED, _is_written_between),
     (Code.INSIDE_HIGHER_ORDER_OP, _is_inside_higher_order_op),
+    (Code.VIEW_RETURNED, _is_returned_in_symbolic_parts),
 )
 
 # Whether folding is wanted, and pays.
