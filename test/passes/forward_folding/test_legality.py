@@ -244,6 +244,8 @@ CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
 # Each raises in eager mode, or fails without folding, too (2.13).
 NOT_OURS = [(name, dynamic, LAST) for name in ("complex", "other_dtype") for dynamic in (0, 1)]
 NOT_OURS += [("of_a_view", 1, LAST), ("returned", 1, CONTIGUOUS), ("returned", 1, LAST)]
+if VERSION < "2.13":  # as_strided of a slice of something stored loses the slice's offset
+    NOT_OURS += [("of_a_view", 0, CONTIGUOUS), ("of_a_view", 0, LAST)]
 OBSERVED = [c for c in itertools.product(OBSERVE, (0, 1), (CONTIGUOUS, LAST)) if c not in NOT_OURS]
 
 
