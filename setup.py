@@ -17,7 +17,8 @@ def _version() -> str:
 
 
 DEMO = ["scikit-learn>=1.3"]
-TEST = ["pytest>=8", "pytest-xdist>=3.5", "expecttest>=0.2", "hypothesis>=6.100", *DEMO]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "expecttest>=0.2", "hypothesis>=6.100"]
+TEST += ["markdown-it-py>=2.2", *DEMO]
 # Exact: their verdicts change from version to version.
 DEV = [*TEST, "mypy==2.4.1", "pre-commit>=4", "ruff==0.17.5"]
 # Without these, tests of real models, recognition and report skip.
