@@ -3,8 +3,8 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core, so that each needs one thread
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
