@@ -61,10 +61,10 @@ def reads_strides(target: Any) -> bool:
         return isinstance(target, torch._ops.HigherOrderOperator)
     if torch.Tag.nondeterministic_seeded in target.tags:
         return True  # a library's random numbers come in the order of memory
-    of_memory = ("aten::as_strided", "aten::as_strided_scatter", "aten::view_as_complex")
-    if target._schema.name in of_memory or target is torch.ops.aten.view.dtype:
+    if target in (torch.ops.aten.view.dtype, torch.ops.aten.view_copy.dtype):
         return True
-    return target.namespace not in ("aten", "prims", "mkldnn")
+    is_of_memory = target._schema.name.startswith(("aten::as_strided", "aten::view_as_complex"))
+    return is_of_memory or target.namespace not in ("aten", "prims", "mkldnn")
 
 
 def is_pure(target: Any) -> bool:

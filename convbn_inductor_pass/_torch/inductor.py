@@ -122,10 +122,10 @@ def for_python() -> bool:
 
 
 def restore_hidden_outputs(graph: torch.fx.Graph) -> None:
-    """Have Inductor restore the strides of outputs that AOTAutograd makes what users see of.
+    """Have Inductor also restore the strides of outputs from which AOTAutograd builds the user's.
 
-    It does so for what users see itself, and not for the tensors inside a subclass, nor for the
-    tensor that views are made of.
+    These are the tensors inside a subclass and the bases of returned views. By itself Inductor
+    restores only the strides of outputs that users get as they are (2.11 to 2.14).
     """
     (output,) = graph.find_nodes(op="output")
     visible, kinds = output.meta.get("user_visible_output_idxs"), output.meta.get("desc")

@@ -1,4 +1,4 @@
-"""Keep the strides that were traced where something reads them: a kernel may choose others."""
+"""Preserve the traced strides where something reads them: another kernel may choose others."""
 
 import operator
 from collections.abc import Iterator, Sequence
@@ -18,26 +18,32 @@ aten = torch.ops.aten
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def laid_out(node: fx.Node, strides: Sequence[Any], build: Builder) -> fx.Node:
-    """``node`` with ``strides``, if it can be made so by what computes it, or a copy.
+def memory_order(strides: Sequence[Any]) -> tuple[list[int], list[int]]:
+    """A permutation of the dimensions to the order in memory, outermost first; and its inverse."""
+    hints = [compat.size_hint(s) for s in strides]
+    order = sorted(range(len(hints)), key=lambda d: -hints[d])
+    return order, [order.index(d) for d in range(len(order))]
 
-    Of symbolic strides the order counts: what comes is dense.
+
+def laid_out(node: fx.Node, strides: Sequence[Any], build: Builder) -> fx.Node:
+    """``node`` with ``strides``: its producer writes it that way, or it is copied.
+
+    Symbolic strides only determine the order of dimensions; the result is then dense.
     """
     if all(isinstance(s, int) for s in strides):
         return build.call(inductor.force_stride_order, node, list(strides))
-    hints = [compat.size_hint(s) for s in strides]
-    order = sorted(range(len(hints)), key=lambda d: -hints[d])
+    order, inverse = memory_order(strides)
     moved = build.call(aten.permute.default, node, order)
     dense = build.call(aten.clone.default, moved, memory_format=torch.contiguous_format)
-    return build.call(aten.permute.default, dense, [order.index(d) for d in range(len(order))])
+    return build.call(aten.permute.default, dense, inverse)
 
 
 def keep_observed(graph: fx.Graph, changed: Sequence[fx.Node], build: Builder) -> None:
-    """Lay out as traced what depends on ``changed`` and is read by calls that see how it lies.
+    """Give calls that read strides the traced ones, for operands that depend on ``changed``.
 
-    A library's kernel may lay its result out otherwise than the graph says, and so does what is
-    computed from that, up to the next copy. Inductor accounts for that in most of aten's operators.
-    It gives others what the graph says, and that is what they get: a copy, if need be.
+    A library's kernel may lay out its result differently from the graph, and results computed from
+    it follow, up to the next copy. For most aten operators Inductor accounts for that; for calls
+    that read strides it enforces the graph's metadata, which is kept as traced here.
     """
     inductor.restore_hidden_outputs(graph)
     affected = depending_on(changed)
@@ -50,7 +56,7 @@ def keep_observed(graph: fx.Graph, changed: Sequence[fx.Node], build: Builder) -
 
 
 def returned_in_parts(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Tensors of which the graph returns a slice or the like: Inductor restores no strides then."""
+    """Tensors of which the graph returns a part: a slice has the strides of the whole tensor."""
     (output,) = graph.find_nodes(op="output")
     for part in output.all_input_nodes:
         size, whole = tensor_of(part), tensor_of(base_of(part))
@@ -61,7 +67,7 @@ def returned_in_parts(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _observed(graph: fx.Graph) -> Iterator[fx.Node]:
-    """What is in the memory that calls read otherwise than element by element."""
+    """Tensors whose strides the outputs or a call of the graph depend on."""
     yield from returned_in_parts(graph)
     readers = (n for n in graph.nodes if compat.reads_strides(n.target))
     read = (base_of(source) for reader in readers for source in reader.all_input_nodes)

@@ -83,7 +83,7 @@ def _is_inside_higher_order_op(c: FoldCandidate, _: Options) -> str | None:
 
 
 def _is_returned_in_symbolic_parts(c: FoldCandidate, _: Options) -> str | None:
-    """Strides are kept by a copy, of whose slices Inductor may fail to read symbolic strides."""
+    """Preserving the strides takes a copy, and Inductor may fail on its symbolic slices (2.13)."""
     nodes = strides.returned_in_parts(c.layer.node.graph)
     symbolic = {n for n in nodes if not all(isinstance(s, int) for s in value_of(n).shape)}
     return next(map(str, symbolic & depending_on([c.end])), None) if symbolic else None

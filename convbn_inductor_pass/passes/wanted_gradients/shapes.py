@@ -29,6 +29,7 @@ from ...codes import Code
 from ...graph.builder import Builder
 from ...graph.layers import bytes_of, known_equal, numel_of, same_sizes, tensor_of, value_of
 from ...graph.layout import output_padding
+from ...graph.strides import memory_order
 from ...graph.uses import is_available, is_recomputed, read_in_backward, source_of, users_of
 from .site import JointGraph, Site
 
@@ -159,9 +160,7 @@ def _stand_in(build: Builder, call: fx.Node) -> fx.Node:
     args: Any = call.args
     dy, x = args[:2]
     tensor, sizes = value_of(x), build.sizes(x)
-    strides = [compat.size_hint(s) for s in tensor.stride()]
-    order = sorted(range(tensor.ndim), key=lambda d: -strides[d])
+    order, inverse = memory_order(tensor.stride())
     # Of the gradient, so that it is made in backward.
     new = build.call(aten.new_empty.default, dy, [sizes[d] for d in order], dtype=tensor.dtype)
-    inverse = [order.index(d) for d in range(tensor.ndim)]
     return new if inverse == sorted(inverse) else build.call(aten.permute.default, new, inverse)

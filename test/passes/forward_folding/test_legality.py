@@ -231,6 +231,8 @@ OBSERVE = {
     "custom_operator": lambda y, layer: memory(y),
     "custom_operator_of_a_layer": lambda y, layer: memory(layer(y)),
     "complex": lambda y, layer: torch.view_as_complex(y[..., None].expand(2, 6, 6, 8, 2) + 1).abs(),
+    "as_strided_copy": lambda y, layer: torch.as_strided_copy(y, (2, 4), (1, 2)).sin(),
+    "other_dtype_copy": lambda y, layer: torch.view_copy(y * 0 + 3, torch.float64).sin(),
     "other_dtype": lambda y, layer: (y.contiguous() * 0 + 3).view(torch.float64).sin(),
     "loop": lambda y, layer: carried(y),
     "loop_after_a_layer": lambda y, layer: carried(layer(y)),
@@ -272,7 +274,10 @@ def test_what_observes_strides(name, dynamic, fmt):
 def test_weights_of_dynamic_shape():
     torch.manual_seed(0)
     args = torch.randn(2, 3, 7, 8), torch.randn(6, 3, 3, 3), torch.rand(6, 1, 1)
-    fn = lambda x, w, s: (F.conv2d(x, w) * s).relu()  # noqa: E731
+
+    def fn(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
+        return (F.conv2d(x, w) * s).relu()
+
     out, records = compiled(fn, *args, dynamic=True)
     assert codes(records) == ["FOLDED"]
     torch.testing.assert_close(out, fn(*args), rtol=1e-4, atol=1e-4)
