@@ -21,7 +21,6 @@ from torch import Tensor, fx
 
 from . import plugin
 from ._torch import compat, inductor, registry
-from ._torch.eager import storage_key
 from ._torch.tracing import copy_graph_module, graph_modules, trace
 from .config import get_options
 from .deployed import merge_pairs
@@ -202,7 +201,7 @@ def _new_tensors(
     """Tensors that the backward graph takes from the forward and that are not its inputs."""
     made_by = {node.name: node for node in forward.nodes}
     inputs = [n for n in forward.nodes if n.op == "placeholder"]
-    seen = {storage_key(n.meta.get("val")) for n in inputs}
+    seen = {compat.storage_key(n.meta.get("val")) for n in inputs}
     from_weights = _computed_from_parameters(forward, static_inputs)
     for taken in backward.nodes:
         if taken.op != "placeholder" or taken.name.startswith(("tangents_", "primals_")):
@@ -211,7 +210,7 @@ def _new_tensors(
         node = made_by.get(taken.name)
         if not isinstance(value, Tensor) or node is None:
             continue
-        key = storage_key(node.meta.get("val"))
+        key = compat.storage_key(node.meta.get("val"))
         if key is not None and key in seen:
             continue
         seen.add(key)

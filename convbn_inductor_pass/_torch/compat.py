@@ -75,6 +75,20 @@ def is_pure(target: Any) -> bool:
     return target.namespace in ("aten", "prims") and not is_random
 
 
+def storage_key(value: Any) -> int | None:
+    """Identity of the storage behind a tensor; None if it has none that can be compared.
+
+    Two tensors can alias only if their keys are equal. Fake tensors keep the aliasing of the
+    tensors that they stand for, graph inputs included.
+    """
+    if not isinstance(value, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return None
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors and wrapper subclasses
+        return None
+
+
 def fake_mode_of(tensor: Tensor | None) -> contextlib.AbstractContextManager[Any]:
     """The mode that ``tensor`` is fake in."""
     return tensor.fake_mode if isinstance(tensor, FakeTensor) else contextlib.nullcontext()

@@ -4,23 +4,8 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
-
-
-def storage_key(value: Any) -> int | None:
-    """Identity of the storage behind a tensor; None if it has none that can be compared.
-
-    Two tensors can alias only if their keys are equal. Fake tensors keep the aliasing of the
-    tensors that they stand for, graph inputs included.
-    """
-    if not isinstance(value, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(value):
-        return None
-    try:
-        return value.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse tensors and wrapper subclasses
-        return None
 
 
 def in_functional_transform() -> bool:

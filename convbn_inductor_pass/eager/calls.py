@@ -23,7 +23,7 @@ SAVES_NOTHING = {
     torch.cat,
 }
 # Questions that are no use of a tensor's elements.
-_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "grad_fn")
+_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda")
 _METADATA = {
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.stride, Tensor.is_contiguous),

@@ -40,6 +40,10 @@ class Event:
     code: Code | None = None
     detail: str = ""
 
+    def is_watched(self) -> bool:
+        """Whether someone may ask for the gradient of the layer's output."""
+        return self.used or self.output() is not None
+
     def mark_used(self) -> None:
         self.used = True
         if self.code is Code.FUSED:

@@ -169,8 +169,7 @@ class Region(TorchFunctionMode):
                 taken.mark_used()
             return func(*args, **kwargs)
         if bn.weight is not None and bn.weight.requires_grad:
-            c, mean, var, weight, bias = bn[:5]
-            return conv_bn.batch_norm(c, mean, var, weight, bias, bn.eps)
+            return conv_bn.batch_norm(*bn[:5], bn.eps, event.is_watched)
         with saved.saves_shape_only(bn.input):
             return func(*args, **kwargs)
 

@@ -12,11 +12,11 @@ the gradient of ``y`` and ``<,>`` the inner product per output channel, the grad
 
 ``<dW', W>`` is the sum of ``g * layer(x, W)``, for which eval mode reads the saved output.
 
-Both calls stay nodes of the autograd graph, connected by a real ``c``, so hooks and other uses of
-``c`` see the same as in eval mode. The batch norm's node saves no activation: it reads what the
-layer's node saved, computes the gradients of both, returns ``dc``, and leaves the layer's gradients
-at the layer's node. That node returns them if the gradient that arrives is exactly that ``dc``.
-Otherwise (``c`` has another use, or a hook changed ``dc``), it computes its own.
+Both calls stay nodes of the autograd graph, connected by a real ``c``. The batch norm's node saves
+no activation: it reads what the layer's node saved, computes the gradients of both, and leaves the
+layer's at the layer's node, which adds what it gets for other uses of ``c``. ``dc`` itself is
+computed only if someone may look at it: if ``c`` is alive in backward, or was used elsewhere. Then
+the layer's node computes its gradients from that.
 
 Numerics. Everything of channel size, and sums over activations, are float32 or wider; each gradient
 is rounded once to its parameter's dtype. dgamma is as accurate as the weight gradient; like eval
@@ -26,9 +26,8 @@ Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.1
 formula for dgamma follows from its equation for the folded weight.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +51,12 @@ def layer(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     x, weight, bias = layer_tensors(*args, **kwargs)
     if x.ndim < weight.ndim or (bias is not None and bias.ndim != 1):
         return function(*args, **kwargs)
-    # Autograd's node does not outlive this call: what it saves is nothing to others' hooks.
-    with saves_as_autograd():
+    if torch_eager.saved_tensors_hooks() is None:
         c = function(*args, **kwargs)
+    else:
+        # Autograd's node does not outlive this call: what it saves is nothing to others' hooks.
+        with saves_as_autograd():
+            c = function(*args, **kwargs)
     used, conv = _read(c)
     if used is None:
         return c
@@ -102,39 +104,31 @@ def layer_before(c: Tensor) -> Any:
 
 
 def batch_norm(
-    c: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    c: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    is_watched: Callable[[], bool],
 ) -> Tensor:
     """Batch norm in eval mode of a ``c`` [N, C, ...] that is not saved. Twice differentiable.
 
-    There must be a :func:`layer_before`, and its weight in the backward of the batch norm already.
+    ``is_watched`` is asked in backward: whether someone may look at the gradient of ``c``. There
+    must be a :func:`layer_before`, and its weight in the backward of the batch norm already.
     """
-    return _BatchNorm.apply(c, mean, var, weight, bias, eps, layer_before(c))
+    return _BatchNorm.apply(c, mean, var, weight, bias, eps, layer_before(c), is_watched)
 
 
-@dataclasses.dataclass(eq=False)
-class _HandedOver:
+class _HandedOver(NamedTuple):
     """What the batch norm's backward leaves at the node of its layer, in one backward pass.
 
     With the saved tensors: under checkpointing each may be unpacked only once a pass.
     """
 
-    dc: Tensor
+    backward_pass: int
     gradients: list[Tensor | None]
     saved: tuple[Tensor, Tensor, Tensor | None]
-
-    def __post_init__(self) -> None:
-        self.version = self.dc._version
-        self.backward_pass = torch_eager.backward_pass()
-
-    def is_for(self, g: Tensor) -> bool:
-        """Whether ``g`` is ``dc`` as it was sent, or a view of it with the same elements.
-
-        Memory cannot have been reused, because ``dc`` is held here.
-        """
-        dc, key = self.dc, torch_eager.storage_key(g)
-        is_view = key is not None and key == torch_eager.storage_key(dc)
-        is_view &= g.numel() == dc.numel() and g.is_contiguous() and dc.is_contiguous()
-        return (g is dc or is_view) and g._version == self.version
 
 
 class _Layer(torch.autograd.Function):
@@ -150,24 +144,25 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         left: _HandedOver | None = ctx.handed_over
         ctx.handed_over = None
-        if g is None:
-            return (None,) * 5
         if left is not None and left.backward_pass != torch_eager.backward_pass():
             left = None
-        if left is not None and left.is_for(g):
-            return (*left.gradients, None, None)
+        if g is None:
+            return (None,) * 5 if left is None else (*left.gradients, None, None)
         x, weight, bias = ctx.saved_tensors if left is None else left.saved
         needs = ctx.needs_input_grad[:3]
         dx, dw, db = torch_eager.call_below(layer_backward, g, x, weight, ctx.conv, needs)
         dw = None if dw is None else dw.to(weight.dtype)
         db = None if db is None or bias is None else db.to(bias.dtype)
+        if left is not None:
+            others = zip(left.gradients, (dx, dw, db), strict=True)
+            dx, dw, db = (b if a is None else a + b for a, b in others)
         return dx, dw, db, None, None
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, c: Tensor, *arguments: Any) -> Tensor:
-        mean, var, weight, bias, ctx.eps, ctx.node = arguments
+        mean, var, weight, bias, ctx.eps, ctx.node, ctx.is_watched = arguments
         ctx.save_for_backward(mean, var, weight)
         ctx.set_materialize_grads(False)
         ctx.dtype, ctx.bias_dtype = c.dtype, None if bias is None else bias.dtype
@@ -176,7 +171,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 7
+            return (None,) * 8
         of_layer = None
         if ctx.needs_input_grad[3]:
             if torch_eager.in_compiled_autograd():
@@ -189,7 +184,7 @@ class _BatchNorm(torch.autograd.Function):
         # Unpacked out here: checkpointing then runs the forward again, in a region.
         arguments = (ctx, g, ctx.saved_tensors, of_layer)
         dc, dgamma, dbeta = torch_eager.call_below(_norm_backward, *arguments)
-        return dc, None, None, dgamma, dbeta, None, None
+        return dc, None, None, dgamma, dbeta, None, None, None
 
 
 def _norm_backward(ctx: Any, g: Tensor, saved: Any, of_layer: Any) -> tuple[Tensor | None, ...]:
@@ -199,17 +194,19 @@ def _norm_backward(ctx: Any, g: Tensor, saved: Any, of_layer: Any) -> tuple[Tens
     acc = torch.promote_types(g.dtype, torch.float32)
     invstd = (var.to(acc) + ctx.eps).rsqrt()
     scale = gamma.to(acc) * invstd
-    dc = (g * per_channel(scale, g)).to(ctx.dtype) if need_dc else None
+    layer_runs = of_layer is not None and torch_eager.will_run(node)
+    dc = None
+    if need_dc and (ctx.is_watched() or not layer_runs):
+        dc = (g * per_channel(scale, g)).to(ctx.dtype)
     if of_layer is None:
         return dc, None, sum_positions(g).to(ctx.bias_dtype) if need_dbeta else None
     x, _, bias = of_layer
-    # What is left at a node that does not run would stay there.
-    layer_runs = torch_eager.will_run(node)
-    needs = node.needs_input_grad[:3] if layer_runs else (False,) * 3
+    hands_over = need_dc and dc is None
+    needs = node.needs_input_grad[:3] if hands_over else (False,) * 3
     *gradients, inner, sum_g = pair_backward(g, scale, (*of_layer, node.conv), needs)
     # Subtracted before anything else is done, because the two may be large and nearly equal.
     centre = (0 if bias is None else bias.to(x.dtype).to(acc)) - mean.to(acc)
     dgamma = (invstd * torch.addcmul(inner, centre, sum_g)).to(gamma.dtype)
-    if dc is not None and layer_runs:
-        node.handed_over = _HandedOver(dc, gradients, of_layer)
+    if hands_over:
+        node.handed_over = _HandedOver(torch_eager.backward_pass(), gradients, of_layer)
     return dc, dgamma, sum_g.to(ctx.bias_dtype) if need_dbeta else None

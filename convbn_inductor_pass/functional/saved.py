@@ -63,9 +63,9 @@ def saves_shape_only(x: Tensor) -> saved_tensors_hooks:
 
 
 def saves_mask() -> saved_tensors_hooks:
-    """Within, a ReLU saves where its result is positive or NaN, a byte for each element.
+    """Within, a ReLU saves where its result is not 0, a byte for each element.
 
     Its gradient compares with 0 what it saved, of whatever dtype.
     """
     outer_pack, outer_unpack = _hooks_around()
-    return saved_tensors_hooks(lambda y: outer_pack((y <= 0).logical_not_()), outer_unpack)
+    return saved_tensors_hooks(lambda y: outer_pack(y != 0), outer_unpack)

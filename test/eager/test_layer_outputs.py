@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from common import spread_statistics
 from eager_helpers import Fn, codes, run
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convbn_inductor_pass import Code, turn_on
 
@@ -138,6 +139,29 @@ def test_gradients_of_two_uses_add_up(use):
     turn_on(model)
     for _ in range(3):
         torch.testing.assert_close(gradients(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_gradient_that_nobody_asks_for_is_not_computed(stored):
+    """That of a layer's output, as large as the output itself."""
+    shapes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            shapes.append((str(func), tuple(out.shape) if isinstance(out, torch.Tensor) else ()))
+            return out
+
+    model, x = Fn(lambda m, x: m.bn(m.conv(x))), torch.randn(2, 4, 6, 7)
+    c = []
+    model.conv.register_forward_hook(lambda m, args, out: c.append(out) if stored else None)
+    y = turn_on(model)(x)
+    g = torch.randn_like(y)
+    with Watch():
+        y.backward(g)
+    made = [name for name, shape in shapes if shape == y.shape and "detach" not in name]
+    assert made == (["aten.mul.Tensor"] if stored else [])
+    assert [name for name, _ in shapes].count("aten.convolution_backward.default") == 1 + stored
 
 
 def test_retained_graphs_and_partial_backwards():

@@ -18,12 +18,12 @@ def call(module, x, weight, bias):
     return torch.func.functional_call(module, parameters, x)
 
 
-def fused(model, x, weight, bias, gamma, beta):
+def fused(model, x, weight, bias, gamma, beta, *, watched=False):
     bn = model.bn
     c = layer(functools.partial(call, model.layer), x, weight, bias)
     # Of a linear layer, as rows.
     c = c.flatten(0, -2) if isinstance(model.layer, nn.Linear) else c
-    return batch_norm(c, bn.running_mean, bn.running_var, gamma, beta, bn.eps)
+    return batch_norm(c, bn.running_mean, bn.running_var, gamma, beta, bn.eps, lambda: watched)
 
 
 def plain(model, x, weight, bias, gamma, beta):
@@ -67,8 +67,10 @@ def test_output_and_gradients(model, gamma):
     assert torch.equal(fused(model, *tensors), y)
     assert fused(model, *tensors).stride() == y.stride()
     dy = torch.randn_like(y)
-    got, expected = (gradients(call, model, tensors, dy) for call in (fused, plain))
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    expected = gradients(plain, model, tensors, dy)
+    for watched in (False, True):
+        got = gradients(functools.partial(fused, watched=watched), model, tensors, dy)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_gradcheck_and_gradgradcheck(model):
