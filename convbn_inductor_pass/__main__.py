@@ -123,7 +123,8 @@ def _explain(
         tensors = [torch.empty(shape, dtype=wanted) for shape in inputs]
     try:
         # Without Dynamo first: what fails here is the model's own, and says so more plainly.
-        with fake_mode, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        stance = torch.compiler.set_stance("force_eager")
+        with tracing.unchanged(module), fake_mode, torch.no_grad(), stance:
             module(*tensors)
     except tracing.ValuesNeeded:
         pass  # explain says so

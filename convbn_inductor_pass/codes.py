@@ -31,6 +31,9 @@ class Code(enum.Enum):
         "the batch norm's input is a graph input: the layer before it, if there is one, is in "
         "another graph (graph break, DDP bucket, module compiled separately)"
     )
+    NOT_COMPILED = (
+        "in no graph that torch.compile sees: it is not called, or in a part that is not compiled"
+    )
     INSIDE_HIGHER_ORDER_OP = (
         "inside a higher-order operator (cond, scan, nested_compile_region), whose graph PyTorch "
         "partitions separately"
@@ -100,6 +103,7 @@ _REMEDIES = {
         "compile both in one graph: TORCH_LOGS=graph_breaks shows where it ends; for DDP, "
         "increase bucket_cap_mb"
     ),
+    Code.NOT_COMPILED: "TORCH_LOGS=graph_breaks shows what is not compiled",
     Code.INSIDE_HIGHER_ORDER_OP: "move the block out of the higher-order operator",
     Code.BATCH_STATISTICS: (
         "call model.eval() after each model.train(), or "

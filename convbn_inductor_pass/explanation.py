@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from ._torch import tracing
 from .codes import Code
 from .config import get_options
+from .graph.provenance import module_path
 from .passes.forward_folding import make_records as make_forward_records
 from .passes.scale_gradient.records import NamedRecord
 from .records import Record
@@ -44,8 +46,9 @@ class Explanation:
 
     @property
     def batch_norms(self) -> tuple[Record, ...]:
-        """The records of batch norms, one per call."""
-        return tuple(r for r in self.records if r.kind == "batch norm")
+        """The records of batch norms, one per call in a graph."""
+        norms = (r for r in self.records if r.kind == "batch norm")
+        return tuple(r for r in norms if r.code is not Code.NOT_COMPILED)
 
     @property
     def fused(self) -> int:
@@ -66,8 +69,11 @@ class Explanation:
         return {mode: s.peak_bytes for mode, s in self.saved.items()}
 
     def left(self, *, except_codes: tuple[Code, ...] = ()) -> tuple[Record, ...]:
-        """Batch norms left as written, except those left for one of ``except_codes``."""
-        left = (r for r in self.batch_norms if not r.code.rewritten)
+        """Batch norms left as written, except those left for one of ``except_codes``.
+
+        Includes modules that no graph calls (``NOT_COMPILED``).
+        """
+        left = (r for r in self.records if r.kind == "batch norm" and not r.code.rewritten)
         return tuple(r for r in left if r.code not in except_codes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,6 +156,7 @@ def explain(
     records: list[Record] = []
     total = {mode: SavedForBackward(()) for mode in _MODES}
     graphs = 0
+    called: set[str] = set()  # paths of modules
     options = get_options()
 
     def on_graph(gm: fx.GraphModule, inputs: list[Any]) -> None:
@@ -171,6 +178,9 @@ def explain(
         }
         # Only now, because Dynamo may give up on a graph above and trace again (dynamic floats).
         graphs += 1
+        called.update(
+            module_path(n) for each in tracing.graph_modules(gm) for n in each.graph.nodes
+        )
         records.extend(_with_bytes(found, saved["eval"], of_scales))
         records.extend(wanted)
         records.extend(forward)
@@ -193,7 +203,21 @@ def explain(
         raised = re.search(r"got (\w+\(.*\))", str(error))
         line = raised.group(1) if raised else str(error).strip().partition("\n")[0]
         raise ValueError(f"the model does not run on these inputs: {line}") from error
+    records += _not_compiled(model, called)
     return Explanation(tuple(records), {str(m): s for m, s in total.items()}, graphs)
+
+
+def _not_compiled(model: Callable[..., Any], called: set[str]) -> list[Record]:
+    """Records of the batch norms of a module of which no node of a graph comes."""
+    modules = model.named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ()
+    paths = {path.replace("_orig_mod.", ""): module for path, module in modules}
+    norms = {m: path for path, m in paths.items() if isinstance(m, _BatchNorm)}
+    for path in called & paths.keys():
+        norms.pop(paths[path], None)
+    code = Code.NOT_COMPILED
+    return [
+        Record("scale_gradient", "batch norm", code, batch_norm=path) for path in norms.values()
+    ]
 
 
 def _variant(
@@ -211,7 +235,7 @@ def _variant(
             raise ValueError(f"freeze: {pattern!r} matches no parameter; the model has {some}, ...")
         for name in found:
             parameters[name].requires_grad_(False)
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     for parameter in (p for m in norms if train_bn for p in m.parameters()):
         parameter.requires_grad_(True)
     if channels_last:

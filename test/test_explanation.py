@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 
 import pytest
@@ -130,6 +132,52 @@ class TestExplain:
         explanation = cbn.explain(Broken(), torch.randn(2, 3, 8, 8))
         assert explanation.graphs == 2
         assert explanation.fused == 2
+
+    @pytest.mark.parametrize("call", ["module", "method", "wrong"])
+    def test_leaves_the_module_as_it_was(self, call):
+        class Stateful(Residual):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+                self.register_buffer("table", None, persistent=False)
+
+            def forward(self, x):
+                self.steps += 1
+                self.last = y = super().forward(x)
+                if self.table is None:
+                    self.table = torch.arange(y.shape[-1], dtype=y.dtype)
+                return self.table * (y if call != "wrong" else y @ x)
+
+        model = Stateful().train()
+        names = [dict(m.__dict__) for m in model.modules()]
+        state = copy.deepcopy(model.state_dict())
+        run = model.forward if call == "method" else model
+        with (
+            pytest.raises(ValueError, match="does not run")
+            if call == "wrong"
+            else contextlib.nullcontext()
+        ):
+            cbn.explain(run, torch.randn(2, 3, 8, 8))
+        for before, module in zip(names, model.modules(), strict=True):
+            assert {k: id(v) for k, v in before.items()} == {
+                k: id(v) for k, v in module.__dict__.items()
+            }
+        assert model.table is None
+        torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+    def test_batch_norms_in_no_graph(self):
+        class Model(Residual):
+            def forward(self, x):
+                return self.stem_bn(self.stem(x))
+
+        model = Model()
+        model.bns.append(model.stem_bn)  # under a second path
+        explanation = cbn.explain(torch.compile(model), torch.randn(2, 3, 8, 8))
+        assert explanation.fused == len(explanation.batch_norms) == 1
+        left = explanation.left()
+        assert {r.code for r in left} == {cbn.Code.NOT_COMPILED}
+        assert [r.batch_norm for r in left] == [*(f"bns.{i}" for i in range(4)), "down_bn"]
+        assert "TORCH_LOGS=graph_breaks" in str(explanation)
 
     def test_reasons_are_told(self):
         model = Residual()

@@ -30,6 +30,23 @@ class TestHelpers:
             testing.assert_none_left(model, self.x)
         testing.assert_none_left(model, self.x, except_codes=[cbn.Code.AFFINE_FROZEN])
 
+    def test_assert_none_left_sees_what_is_not_compiled(self):
+        class Model(Residual):
+            @torch.compiler.disable
+            def rest(self, x):
+                return self.down_bn(self.down(x))
+
+            def forward(self, x):
+                return self.rest(self.stem_bn(self.stem(x)).relu())
+
+        model = Model()
+        del model.convs, model.bns
+        with pytest.raises(AssertionError, match=r"1 batch norm left alone \(NOT_COMPILED\)"):
+            testing.assert_none_left(model, self.x)
+        testing.assert_none_left(model, self.x, except_codes=[cbn.Code.NOT_COMPILED])
+        with pytest.raises(AssertionError, match=r"2 batch norms left alone \(NOT_COMPILED\)"):
+            testing.assert_none_left(torch.compiler.disable(model), self.x)
+
     def test_assert_saved_at_most(self):
         nbytes = saved_for_backward(Residual(), self.x).new_bytes
         testing.assert_saved_at_most(Residual(), self.x, nbytes=nbytes)
@@ -52,3 +69,60 @@ class TestHelpers:
         monkeypatch.setattr(rewrite._Rewriting, "_inner_product", wrong)
         with pytest.raises(AssertionError, match=r"bn.*weight: error .* in tune mode"):
             testing.assert_numerics(Residual(), self.x)
+
+    @pytest.mark.parametrize("zero", ["key_bias", "trained_batch_norm"])
+    def test_assert_numerics_where_a_gradient_is_all_rounding(self, zero):
+        """In theory it is zero; eval mode's error in it is no measure for other gradients."""
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+                self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+                self.conv, self.bn = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+
+            def forward(self, x):
+                x = self.stem(x)
+                if zero == "trained_batch_norm":
+                    return self.bn(self.conv(x))
+                t = x.flatten(2).mT
+                return (self.q(t) @ self.k(t).mT).softmax(-1) @ self.v(t)
+
+        def thousandfold(*, fuse):
+            backend = testing.fast_backend(fuse=fuse)
+
+            def compile(gm, inputs):
+                compiled = backend(gm, inputs)
+                return lambda *args: compiled(*(change(t) if fuse else t for t in args))
+
+            return compile
+
+        def change(t):
+            return _Thousandfold.apply(t) if getattr(t, "shape", ()) == (8, 3, 3, 3) else t
+
+        model = Model().eval()
+        model.bn.train(zero == "trained_batch_norm")
+        testing.assert_numerics(model, self.x)
+        with pytest.raises(AssertionError, match=r"stem.0.weight: error 9.99e\+02 in tune mode"):
+            testing.assert_numerics(model, self.x, backend=thousandfold)
+
+    def test_assert_numerics_leaves_gradients_and_takes_integers(self):
+        class Model(Residual):
+            def forward(self, x):
+                y = super().forward(x)
+                return y, y.argmax(1)
+
+        model = Model()
+        model.stem.weight.grad = gradient = torch.ones_like(model.stem.weight)
+        assert "output1" not in testing.assert_numerics(model, self.x)
+        assert model.stem.weight.grad is gradient
+
+
+class _Thousandfold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 1000 * g

@@ -1,13 +1,14 @@
 """Get the graphs that ``torch.compile`` would see, on fake tensors and without compiling."""
 
+import contextlib
 import copy
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import TorchRuntimeError, Unsupported, UserError
 from torch._dynamo.utils import counters
@@ -31,7 +32,7 @@ def trace(
     """Trace ``fn`` with Dynamo on fake tensors; ``on_graph`` gets every graph.
 
     Returns what ``fn`` returns, as fake tensors. Graph breaks give several graphs. Leaves no
-    compiled code behind for ``fn`` itself, and counters as they were.
+    compiled code behind for ``fn`` itself, and leaves counters and a module as they were.
 
     Raises:
         ModelError: ``fn`` cannot be traced, or raises on these inputs.
@@ -59,8 +60,36 @@ def trace(
     # Sizes that differ from an earlier trace's are no sign that they vary in the user's model.
     static = {} if dynamic is not None else {"automatic_dynamic_shapes": False}
     counted = mock.patch.dict(counters, {k: v.copy() for k, v in counters.items()})  # temporary
-    with fake_mode, counted, dynamo_config.patch(static):
+    with unchanged(fn), fake_mode, counted, dynamo_config.patch(static):
         return torch.compile(fresh, backend=backend, dynamic=dynamic)(fn, *fake_inputs)
+
+
+@contextlib.contextmanager
+def unchanged(fn: Callable[..., Any]) -> Iterator[None]:
+    """At the end, undo what calling ``fn``, a module or its method, has changed in the module.
+
+    Attributes would be fake tensors. In place, fake tensors change real ones of one element, which
+    they hold the values of, such as ``num_batches_tracked``.
+    """
+    owner = getattr(fn, "__self__", fn)
+    modules = owner.modules() if isinstance(owner, nn.Module) else ()
+    attributes: list[Any] = [d for m in modules for d in (m.__dict__, m._parameters, m._buffers)]
+    before = [d.copy() for d in attributes]
+    everything: list[Any] = [value for d in before for value in d.values()]
+    tensors = [t for t in everything if type(t) in (Tensor, nn.Parameter)]
+    numbers = [t for t in tensors if t.numel() == 1 and not t.is_inference()]
+    values = [(t, t._version, t.detach().clone()) for t in numbers]
+    try:
+        yield
+    finally:
+        for now, then in zip(attributes, before, strict=True):
+            for name in now.keys() - then.keys():
+                del now[name]
+            now.update(then)
+        with torch.no_grad():
+            for tensor, version, value in values:
+                if tensor._version != version:
+                    tensor.copy_(value)
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:

@@ -92,7 +92,8 @@ def _run_once(
     counted = [m for m in training if type(m) in _LAYERS or _is_norm(m)]
     hooks = [m.register_forward_pre_hook(lambda m, _: calls.update([m])) for m in counted]
     model.eval()
-    region = Region(Ledger(), nn.Module())  # of no module that could close it
+    nobody = nn.Module()  # whose forward could end the region
+    region = Region(Ledger(), nobody)
     open_region(region)
     try:
         with torch.no_grad():

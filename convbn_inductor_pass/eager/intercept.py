@@ -7,6 +7,7 @@ models with them can be copied, pickled and replicated. A module *called* under
 """
 
 import dataclasses
+import sys
 import threading
 from typing import Any
 
@@ -75,7 +76,7 @@ class Enter(Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
-        if _regions.open and _regions.open[0].module() is module:
+        if _regions.open and _regions.open[0].module() in (module, None):
             forget_interrupted()  # or it calls itself; then its inner forward has the region
         hooks = torch_eager.saved_tensors_hooks()
         if not _regions.open or _regions.open[-1].hooks != hooks:
@@ -88,18 +89,28 @@ class Exit(Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         for region in reversed(_regions.open):
             if region.module() is module:
-                close_region(region, completed=output is not None)  # None after an error
+                # After an error the output is None, and this is called while that is handled.
+                failed = output is None and sys.exc_info()[1] is not region.handled
+                close_region(region, completed=not failed)
                 return
+
+
+def callers(scope: nn.Module, kinds: Any = _BatchNorm) -> list[nn.Module]:
+    """The modules in ``scope`` whose forward may call one of these kinds of modules."""
+    return [
+        module
+        for module in scope.modules()
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        and any(isinstance(m, kinds) and m is not module for m in module.modules())
+    ]
 
 
 def add_hooks(scope: nn.Module, ledger: Ledger) -> None:
     """Let what runs in ``scope`` run in regions, with the events in ``ledger``."""
-    for module in scope.modules():
-        norms = (m for m in module.modules() if isinstance(m, _BatchNorm) and m is not module)
-        if any(norms) and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            module.register_forward_pre_hook(Enter(ledger))
-            # First, so that other hooks see tensors; after errors too.
-            module.register_forward_hook(Exit(ledger), prepend=True, always_call=True)
+    for module in callers(scope):
+        module.register_forward_pre_hook(Enter(ledger))
+        # First, so that other hooks see tensors; after errors too.
+        module.register_forward_hook(Exit(ledger), prepend=True, always_call=True)
 
 
 def remove_hooks(model: nn.Module, ledger: Ledger) -> None:

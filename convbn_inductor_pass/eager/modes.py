@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..records import Record
 from . import deploy
 from .events import Ledger
-from .intercept import Hook, add_hooks, forget_interrupted, remove_hooks
+from .intercept import Hook, add_hooks, callers, forget_interrupted, remove_hooks
 
 Mode = Literal["train", "eval", "tune", "deploy"]
 _ATTRIBUTE = "_convbn_mode"
@@ -60,7 +60,7 @@ def turn_on(
             parameters change after it, so create the optimizer later.
 
     Raises:
-        ValueError: unknown mode or module path, or no layer and batch norm to pair there;
+        ValueError: unknown mode or module path, or nothing to pair there;
             the model is then unchanged.
     """
     if mode not in get_args(Mode):
@@ -68,7 +68,7 @@ def turn_on(
         raise ValueError(f"mode must be one of {allowed}, got {mode!r}")
     if example_inputs is not None and mode != "deploy":
         raise ValueError(f"example_inputs are for mode 'deploy', not {mode!r}")
-    scopes = _scopes(model, modules)
+    scopes = _scopes(model, modules, mode)
     turn_off(model)
     state = _State(mode, {}, Ledger())
     norms = {m for scope in scopes for m in scope.modules() if isinstance(m, _BatchNorm)}
@@ -98,10 +98,10 @@ def turn_off(model: nn.Module) -> nn.Module:
     Training done in deploy mode is lost. A model that was never turned on is left alone.
     Returns ``model``.
     """
+    forget_interrupted()
     state: _State | None = getattr(model, _ATTRIBUTE, None)
     if state is None:
         return model
-    forget_interrupted()
     remove_hooks(model, state.ledger)
     for merged in reversed(state.merged):
         deploy.undo(model, merged)
@@ -132,7 +132,7 @@ def decisions(model: nn.Module) -> tuple[Record, ...]:
     return tuple(made.values())
 
 
-def _scopes(model: nn.Module, modules: Sequence[str] | None) -> list[nn.Module]:
+def _scopes(model: nn.Module, modules: Sequence[str] | None, mode: Mode) -> list[nn.Module]:
     """The modules to be turned on, in which there is something to pair."""
     if isinstance(modules, str):
         raise ValueError(f"modules must be a list of module paths such as [{modules!r}]")
@@ -154,6 +154,13 @@ def _scopes(model: nn.Module, modules: Sequence[str] | None) -> list[nn.Module]:
         raise ValueError(
             f"nothing to pair in {where}: it needs a convolution or linear layer and a batch norm, "
             f"but has {layers} layer weights and {norms} batch norms"
+        )
+    kinds = (_BatchNorm, deploy.MergedBatchNorm)
+    uncalled = [m for m, scope in zip(chosen, scopes, strict=True) if not callers(scope, kinds)]
+    if uncalled and mode == "tune":
+        raise ValueError(
+            f"no module in {', '.join(map(repr, uncalled))} calls a batch norm, as a ModuleList "
+            "does not: give the module whose forward calls it"
         )
     return scopes
 

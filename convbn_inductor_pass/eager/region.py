@@ -23,6 +23,7 @@ A region steps aside
 
 import contextlib
 import functools
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +49,7 @@ class Region(TorchFunctionMode):
         super().__init__()
         self.hooks = torch_eager.saved_tensors_hooks()
         self.module = weakref.ref(module)
+        self.handled = sys.exc_info()[1]  # an error that is being handled around the forward
         self.paused = False  # while another region is open inside this one
         self.before: dict[Any, Event] = ledger.forwards.pop(module, {})
         self.events: dict[Any, Event] = {}

@@ -1,5 +1,6 @@
 """Hooks of modules and checkpoints: what they are shown, what they change."""
 
+import gc
 import io
 
 import pytest
@@ -149,3 +150,46 @@ def test_interrupt_leaves_nothing_behind():
         model(x)
     assert torch.overrides._get_current_function_mode() is None
     assert type(model.conv(x)) is torch.Tensor
+
+
+@pytest.mark.parametrize("forget", ["turn_on", "gone"])
+def test_interrupted_model_is_forgotten_by_others(forget):
+    """Its region would take what other models do for its own."""
+
+    def interrupted(m, x):
+        m.conv(x)
+        raise KeyboardInterrupt
+
+    x, other = torch.randn(2, 4, 6, 6), Fn(lambda m, x: m.bn(m.conv(x)))
+    if forget == "gone":
+        turn_on(other)
+    model = turn_on(Fn(interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    if forget == "gone":
+        del model
+        gc.collect()
+    else:
+        turn_on(other)
+    other(x)
+    assert codes(other) == [Code.FUSED]
+    assert torch.overrides._get_current_function_mode() is None
+
+
+@pytest.mark.parametrize("around", ["nothing", "an error being handled"])
+def test_a_forward_that_returns_nothing(around):
+    def forward(m, x):
+        m.function.last = m.bn(m.conv(x))
+
+    model, x = Fn(forward), torch.randn(2, 4, 6, 6)
+    turn_on(model)
+    try:
+        raise ValueError(around)
+    except ValueError:
+        if around != "nothing":
+            model(x)
+    if around == "nothing":
+        model(x)
+    assert codes(model) == [Code.FUSED]
+    model.function.last.sum().backward()
+    assert model.bn.weight.grad is not None

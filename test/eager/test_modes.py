@@ -83,6 +83,18 @@ def test_wrong_arguments_change_nothing(kwargs, message, before):
     assert bool(model._forward_hooks) == (before is not None)
 
 
+def test_modules_that_nothing_calls():
+    """A ModuleList is not called; what uses it is outside of ``modules``."""
+    pair = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)]
+    model = nn.Sequential(nn.ModuleList(pair), nn.ModuleList([nn.Sequential(*pair)])).train()
+    with pytest.raises(ValueError, match="no module in '0' calls a batch norm, as a ModuleList"):
+        turn_on(model, modules=["0", "1"])
+    assert pair[1].training
+    turn_on(model, modules=["1"])
+    turn_on(model, "eval", modules=["0"])
+    assert not pair[1].training
+
+
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.Linear(2, 2), nn.BatchNorm2d(3)])
 def test_nothing_to_pair(model):
     with pytest.raises(ValueError, match="nothing to pair in the model"):
