@@ -119,9 +119,9 @@ def _explain(
     wanted = getattr(torch, dtype.value)
     module = _load_model(model).eval().to(wanted)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake_mode:
-        tensors = [torch.empty(shape, dtype=wanted) for shape in inputs]
     try:
+        with fake_mode:
+            tensors = [torch.empty(shape, dtype=wanted) for shape in inputs]
         # Without Dynamo first: what fails here is the model's own, and says so more plainly.
         stance = torch.compiler.set_stance("force_eager")
         with tracing.unchanged(module), fake_mode, torch.no_grad(), stance:

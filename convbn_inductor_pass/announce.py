@@ -7,7 +7,8 @@ up, it goes to stderr, as loggers' warnings do in Python. To silence it, use the
 
 Dynamo calls back at the end of each compilation; only then are the decisions of cached code known.
 A compilation has one graph or, for DDP, several; a graph break ends it, so each part of a model
-with graph breaks has its own line. Inference and graphs without batch norms are not reported.
+with graph breaks has its own line. Inference is not reported, nor are graphs without batch norms in
+which nothing is gained. The bytes are those of ``Record.bytes_saved`` while compiling: an estimate.
 """
 
 import collections
@@ -41,22 +42,24 @@ def _on_end(_compilation: object) -> None:
 
 
 def say(made: Iterable[Record]) -> None:
-    """Report the decisions about batch norms in graphs that have a backward."""
+    """Report the decisions about batch norms, and the bytes saved, of graphs with a backward."""
     made = list(made)
     norms = [r for r in made if r.kind == "batch norm" and r.code is not Code.NO_GRAD]
-    if not norms or not get_options().announce:
+    done = [r for r in made if r.code.rewritten]
+    # Wanted gradients save memory with and without batch norms in tune mode.
+    saved = sum(r.bytes_saved for r in done)
+    if not (norms or saved) or not get_options().announce:
         return
     fused = [r for r in norms if r.code.rewritten]
     left = collections.Counter(r.code for r in norms if not r.code.rewritten)
-    # If nothing was done, all parts of a model with graph breaks would have the same line.
-    paths = frozenset(r.batch_norm for r in norms) if fused else None
-    key = (paths, len(fused), frozenset(left.items()))
+    # If nothing was done, all parts of a model with graph breaks would have the same line. Of the
+    # sizes only channels, which another batch does not change.
+    where = ((r.layer, r.batch_norm, r.output_shape[1:2]) for r in (fused if norms else done))
+    key = (frozenset(where), len(norms), len(fused), frozenset(left.items()))
     if key not in _said:
         _said.add(key)
         left_out = sum(n for code, n in left.items() if code not in _NOTHING_TO_GAIN)
         level = logging.WARNING if 2 * left_out > len(norms) else logging.INFO
-        # Wanted gradients save memory with and without batch norms in tune mode.
-        saved = sum(r.bytes_saved for r in made if r.code.rewritten)
         _write(level, _line(len(norms), len(fused), saved, left))
 
 
@@ -64,9 +67,11 @@ def _line(norms: int, fused: int, saved: int, left: collections.Counter[Code]) -
     from rich.filesize import decimal
 
     line = f"{fused} of {norms} batch norms in tune mode"
-    less = f"{decimal(saved, precision=2)} less saved for backward"
-    if saved:
+    less = f"about {decimal(saved, precision=1)} less saved for backward"
+    if saved and norms:
         line = f"{line}, {less}" if fused else f"{less}; {line}"
+    elif saved:
+        line = less
     line = f"convbn_inductor_pass: {line}"  # for loggers whose format has no names, too
     if not left:
         return line

@@ -1,12 +1,11 @@
 """``explain``: what the passes do to a model, and what that saves, without compiling it."""
 
 import contextlib
-import copy
 import dataclasses
 import fnmatch
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,14 +34,17 @@ class Explanation:
     Attributes:
         records: one per decision, in the order of execution; see ``Record.kind``.
         saved: by mode ("eval", "tune", "deploy"), the new tensors saved for backward.
-        graphs: number of graphs that Dynamo made; more than one means graph breaks.
 
     ``str(explanation)`` is a readable table, :meth:`to_dict` is for programs.
     """
 
     records: tuple[Record, ...]
     saved: dict[str, SavedForBackward]
-    graphs: int
+
+    @property
+    def graphs(self) -> int:
+        """Number of graphs that Dynamo made; more than one means graph breaks."""
+        return self.saved["eval"].graphs
 
     @property
     def batch_norms(self) -> tuple[Record, ...]:
@@ -58,7 +60,7 @@ class Explanation:
     @property
     def saved_bytes(self) -> dict[str, int]:
         """By mode, bytes saved for backward, excluding parameters, buffers and inputs."""
-        return {mode: s.new_bytes + s.copied_bytes for mode, s in self.saved.items()}
+        return {mode: s.all_bytes for mode, s in self.saved.items()}
 
     @property
     def peak_bytes(self) -> dict[str, int]:
@@ -72,7 +74,12 @@ class Explanation:
         """Batch norms left as written, except those left for one of ``except_codes``.
 
         Includes modules that no graph calls (``NOT_COMPILED``).
+
+        Raises:
+            TypeError: ``except_codes`` has something that is no ``Code``.
         """
+        if unknown := [c for c in except_codes if not isinstance(c, Code)]:
+            raise TypeError(f"except_codes must be members of Code, got {unknown[0]!r}")
         left = (r for r in self.records if r.kind == "batch norm" and not r.code.rewritten)
         return tuple(r for r in left if r.code not in except_codes)
 
@@ -116,7 +123,7 @@ def explain(
     freeze: Sequence[str] = (),
     train_bn: bool = False,
 ) -> Explanation:
-    """Say what the passes do to ``torch.compile(model)`` and what that saves.
+    """What the passes would do if the model were compiled, and how many bytes that saves.
 
     The flag need not be set and nothing is compiled or run: the model is traced on fake
     tensors, so inputs may be made under ``FakeTensorMode`` for batches that do not fit in this
@@ -131,12 +138,13 @@ def explain(
         freeze: patterns of parameter names (``"layer1.*"``); these parameters are frozen.
         train_bn: train the weights and biases of batch norms, whatever ``freeze`` says.
 
-    The last three apply to a copy; ``model`` itself does not change.
+    The last three are undone at the end, as is whatever the model's code changes in it.
 
     Raises:
         TypeError: ``model`` is not a module or function, or not a module where one is needed.
-        ValueError: it does not run on these inputs, or reads values of tensors, as ``.item()``
-            does; or a pattern matches no parameter.
+        ValueError: it does not run on these inputs, is on the meta device, or reads values of
+            tensors, as ``.item()`` does; ``autocast`` is no half precision, or a pattern matches no
+            parameter.
 
     Example::
 
@@ -148,19 +156,19 @@ def explain(
     if isinstance(model, type) or not callable(model):
         what = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
         raise TypeError(f"model must be a module or a function, got {what}")
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast must be torch.bfloat16 or torch.float16, got {autocast!r}")
+    if isinstance(freeze, str):
+        raise ValueError(f"freeze must be a list such as [{freeze!r}]")
     inputs, keywords = example_inputs, dict(kwargs or {})
-    if channels_last or freeze or train_bn:
-        model = _variant(model, channels_last, freeze, train_bn)
     if channels_last:
         inputs, keywords = pytree.tree_map(_in_channels_last, (inputs, keywords))
     records: list[Record] = []
-    total = {mode: SavedForBackward(()) for mode in _MODES}
-    graphs = 0
+    total = {mode: SavedForBackward((), graphs=0) for mode in _MODES}
     called: set[str] = set()  # paths of modules
     options = get_options()
 
     def on_graph(gm: fx.GraphModule, inputs: list[Any]) -> None:
-        nonlocal graphs
         found: list[NamedRecord] = []
         forward: list[Record] = []
 
@@ -177,7 +185,6 @@ def explain(
             "deploy": saved_by_graph(gm, inputs, "deploy"),
         }
         # Only now, because Dynamo may give up on a graph above and trace again (dynamic floats).
-        graphs += 1
         called.update(
             module_path(n) for each in tracing.graph_modules(gm) for n in each.graph.nodes
         )
@@ -188,23 +195,27 @@ def explain(
             total[mode] = total[mode] + saved[mode]
 
     tensors = [t for t in pytree.tree_leaves((inputs, keywords)) if isinstance(t, Tensor)]
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    if any(t.device.type == "meta" for t in (*tensors, *parameters)):
+        raise ValueError("torch.compile has no meta device: put model and inputs on another")
     device = tensors[0].device.type if tensors else "cpu"
     region = torch.autocast(device, autocast) if autocast else contextlib.nullcontext()
-    try:
-        with region:
-            tracing.trace(model, inputs, on_graph, keywords, dynamic=dynamic)
-    except tracing.ValuesNeeded as error:
-        raise ValueError(
-            f"the model reads values of tensors ({error}), as .item() does, which cannot be "
-            "traced without running it; explain a part of the model that does not"
-        ) from error
-    except tracing.ModelError as error:
-        # Of Dynamo's many lines, only what the model's own call raised.
-        raised = re.search(r"got (\w+\(.*\))", str(error))
-        line = raised.group(1) if raised else str(error).strip().partition("\n")[0]
-        raise ValueError(f"the model does not run on these inputs: {line}") from error
+    with _as_asked(model, channels_last, freeze, train_bn):
+        try:
+            with region:
+                tracing.trace(model, inputs, on_graph, keywords, dynamic=dynamic)
+        except tracing.ValuesNeeded as error:
+            raise ValueError(
+                f"the model reads values of tensors ({error}), as .item() does, which cannot be "
+                "traced without running it; explain a part of the model that does not"
+            ) from error
+        except tracing.ModelError as error:
+            # Of Dynamo's many lines, only what the model's own call raised.
+            raised = re.search(r"got (\w+\(.*\))", str(error))
+            line = raised.group(1) if raised else str(error).strip().partition("\n")[0]
+            raise ValueError(f"the model does not run on these inputs: {line}") from error
     records += _not_compiled(model, called)
-    return Explanation(tuple(records), {str(m): s for m, s in total.items()}, graphs)
+    return Explanation(tuple(records), {str(m): s for m, s in total.items()})
 
 
 def _not_compiled(model: Callable[..., Any], called: set[str]) -> list[Record]:
@@ -220,27 +231,37 @@ def _not_compiled(model: Callable[..., Any], called: set[str]) -> list[Record]:
     ]
 
 
-def _variant(
+@contextlib.contextmanager
+def _as_asked(
     model: Callable[..., Any], channels_last: bool, freeze: Sequence[str], train_bn: bool
-) -> nn.Module:
-    """A copy of a module with other parameters trained, or in another memory format."""
+) -> Iterator[None]:
+    """Have other parameters of a module trained, or 4-d ones channels-last, and undo it."""
+    if not (channels_last or freeze or train_bn):
+        yield
+        return
     if not isinstance(model, nn.Module):
         raise TypeError(f"channels_last, freeze and train_bn need a module, got {model!r}")
-    model = copy.deepcopy(model)
     parameters = dict(model.named_parameters())
+    frozen: set[str] = set()
     for pattern in freeze:
         found = fnmatch.filter(parameters, pattern)
         if not found:
             some = ", ".join([*parameters][:3])
             raise ValueError(f"freeze: {pattern!r} matches no parameter; the model has {some}, ...")
-        for name in found:
-            parameters[name].requires_grad_(False)
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    for parameter in (p for m in norms if train_bn for p in m.parameters()):
-        parameter.requires_grad_(True)
-    if channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
+        frozen.update(found)
+    before = [(p, p.requires_grad, p.data) for p in parameters.values()]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)] if train_bn else []
+    trained = {p for m in norms for p in m.parameters()}
+    try:
+        for name, p in parameters.items():
+            p.requires_grad_(p in trained or (p.requires_grad and name not in frozen))
+            if channels_last and p.dim() == 4:
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        for p, requires_grad, data in before:
+            p.requires_grad_(requires_grad)
+            p.data = data
 
 
 def _in_channels_last(value: Any) -> Any:

@@ -57,10 +57,15 @@ def unfreeze_batch_norms(model: nn.Module) -> nn.Module:
         TypeError: ``model`` is not a module.
     """
     for norm in _batch_norms(model).values():
-        if getattr(norm.__dict__.get("train"), "func", None) is _train_but_stay_in_eval_mode:
+        if is_frozen(norm):
             del norm.train
             norm.train(model.training)
     return model
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether it is a batch norm that stays in eval mode."""
+    return getattr(module.__dict__.get("train"), "func", None) is _train_but_stay_in_eval_mode
 
 
 def _train_but_stay_in_eval_mode(norm: _BatchNorm, mode: bool = True) -> _BatchNorm:
@@ -72,7 +77,7 @@ def _train_but_stay_in_eval_mode(norm: _BatchNorm, mode: bool = True) -> _BatchN
 def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """All batch norms by path; one that is used in several places has several paths."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {_describe(model)}")
+        raise TypeError(f"model must be an nn.Module, got {describe(model)}")
     named = model.named_modules(remove_duplicate=False)
     return {path: m for path, m in named if isinstance(m, _BatchNorm)}
 
@@ -83,14 +88,14 @@ def _choose(
     if modules is None:
         return list(norms.values())
     if isinstance(modules, str) or not isinstance(modules, Iterable):
-        raise ValueError(f"modules must be a list such as ['backbone'], got {_describe(modules)}")
+        raise ValueError(f"modules must be a list such as ['backbone'], got {describe(modules)}")
     chosen: list[_BatchNorm] = []
     for each in modules:
         inside = {*each.modules()} if isinstance(each, nn.Module) else ()
         found = [n for path, n in norms.items() if n in inside or _matches(path, each)]
         if not found:
             paths = ", ".join(list(norms)[:3])
-            raise ValueError(f"no batch norm in {_describe(each)}; the model has: {paths}, ...")
+            raise ValueError(f"no batch norm in {describe(each)}; the model has: {paths}, ...")
         chosen += found
     if not chosen:
         raise ValueError("modules is empty: leave it out for all batch norms")
@@ -104,6 +109,6 @@ def _matches(path: str, pattern: str | nn.Module) -> bool:
     return isinstance(pattern, str) and any(fnmatch.fnmatchcase(p, pattern) for p in outer)
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
     """A one-line description; the ``repr`` of a module has many lines."""
     return f"a {type(value).__name__}" if isinstance(value, nn.Module) else repr(value)

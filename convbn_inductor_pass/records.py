@@ -57,7 +57,7 @@ class Record:
         batch_norm: module path of the batch norm, or its node's name; "" for other kinds.
         source: file and line of the user's call, "" if unknown.
         output_shape: shape of the layer's output, or of the tensor; symbolic sizes as strings.
-        output_bytes: its size in bytes; hints for symbolic sizes.
+        output_bytes: its size in bytes; where sizes are symbolic, of the example.
         bytes_saved: bytes not saved for backward because of this decision; 0 if not rewritten.
             While compiling, the size of the layer's output, whatever the partitioner saves
             instead; from ``explain``, how much less the partitioner actually saves.
@@ -108,14 +108,18 @@ class Record:
 
 
 def summary(found: Iterable[Record]) -> str:
-    """How many batch norms are in tune mode, and how often each other code was given."""
+    """How many calls of batch norms are in tune mode, and how often each other code was given.
+
+    A call counts once in each graph: a recompilation is another one.
+    """
     norms = [r for r in found if r.kind == "batch norm"]
-    fused = sum(r.code.rewritten for r in norms)
-    lines = [f"{fused} of {len(norms)} batch norms in tune mode"]
-    left = collections.Counter(r.code for r in norms if not r.code.rewritten)
+    left = collections.Counter(r.code for r in norms if r.code not in _IN_TUNE_MODE)
+    lines = [f"{len(norms) - left.total()} of {len(norms)} batch norms in tune mode"]
     lines += [f"  {n} x {code.name}: {code.value}" for code, n in left.most_common()]
     return "\n".join(lines)
 
+
+_IN_TUNE_MODE = (Code.FUSED, Code.WEIGHT_COPY)
 
 # The newest records of this process. Bounded: a long-running process compiles many.
 _history: collections.deque[Record] = collections.deque(maxlen=1 << 16)

@@ -45,7 +45,7 @@ class SavedTensor:
     """One tensor saved for backward.
 
     ``name`` is the node of the forward graph that makes it, ``shape`` may hold symbolic sizes
-    as strings, ``nbytes`` is its size in bytes (hints for symbolic sizes), ``kind`` is
+    as strings, ``nbytes`` is its size in bytes (of the example, where sizes are symbolic), ``kind`` is
     "activation", "weight" (computed from parameters and buffers alone) or "mask" (bool, uint8);
     ``layer`` is the node of the layer that it is computed from element by element, the nearest if
     there are several, or ""; ``readers`` are the operators of the backward that take it, up to
@@ -73,6 +73,7 @@ class SavedForBackward:
     tensors: tuple[SavedTensor, ...]
     copied_bytes: int = 0
     peak_bytes: int = 0
+    graphs: int = 1
 
     @property
     def new_bytes(self) -> int:
@@ -82,6 +83,11 @@ class SavedForBackward:
         convolution weights and inputs instead of the originals.
         """
         return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def all_bytes(self) -> int:
+        """Bytes of all tensors, with ``copied_bytes``."""
+        return self.new_bytes + self.copied_bytes
 
     def bytes_of(self, kind: str) -> int:
         """Bytes of one kind: "activation", "weight" or "mask"."""
@@ -94,8 +100,9 @@ class SavedForBackward:
     def __add__(self, other: SavedForBackward) -> SavedForBackward:
         """The total of two graphs that run one after the other."""
         copied = self.copied_bytes + other.copied_bytes
-        peak = max(self.peak_bytes, self.new_bytes + self.copied_bytes + other.peak_bytes)
-        return SavedForBackward(self.tensors + other.tensors, copied, peak)
+        peak = max(self.peak_bytes, self.all_bytes + other.peak_bytes)
+        graphs = self.graphs + other.graphs
+        return SavedForBackward(self.tensors + other.tensors, copied, peak, graphs)
 
 
 def saved_for_backward(
@@ -115,7 +122,7 @@ def saved_for_backward(
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    total = SavedForBackward(())
+    total = SavedForBackward((), graphs=0)
 
     def on_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> None:
         nonlocal total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 
 import pytest
@@ -89,6 +90,13 @@ class TestExplain:
                 ValueError,
                 "'layer9.*' matches no parameter; the model has stem.weight, ",
             ),
+            (lambda x: cbn.explain(Residual(), x, freeze="stem.*"), ValueError, "['stem.*']"),
+            (
+                lambda x: cbn.explain(Residual(), x, autocast="bfloat16"),
+                ValueError,
+                "must be torch.bfloat16 or torch.float16, got 'bfloat16'",
+            ),
+            (lambda x: cbn.explain(Residual().to("meta"), x), ValueError, "no meta device"),
         ],
     )
     def test_errors_are_one_line(self, call, error, message):
@@ -113,6 +121,10 @@ class TestExplain:
         assert there.saved["tune"].copied_bytes == 0
         assert "channels-last copies" not in str(there)
 
+    def test_channels_last_is_for_four_dimensions(self):
+        model = nn.Sequential(nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4)).eval()
+        assert cbn.explain(model, torch.randn(2, 3, 8, 8, 8), channels_last=True).fused == 1
+
     def test_picture(self, tmp_path):
         pytest.importorskip("matplotlib")
         cbn.explain(Residual(), torch.randn(2, 3, 16, 16)).save_picture(tmp_path / "a.png")
@@ -133,17 +145,20 @@ class TestExplain:
         assert explanation.graphs == 2
         assert explanation.fused == 2
 
-    @pytest.mark.parametrize("call", ["module", "method", "wrong"])
+    @pytest.mark.parametrize("call", ["module", "method", "partial", "step", "wrong"])
     def test_leaves_the_module_as_it_was(self, call):
         class Stateful(Residual):
             def __init__(self):
                 super().__init__()
                 self.register_buffer("steps", torch.zeros((), dtype=torch.long))
                 self.register_buffer("table", None, persistent=False)
+                self.all, self.by_name = [], {"nested": {}}
 
             def forward(self, x):
                 self.steps += 1
                 self.last = y = super().forward(x)
+                self.all.append(y)
+                self.by_name["nested"]["y"] = y
                 if self.table is None:
                     self.table = torch.arange(y.shape[-1], dtype=y.dtype)
                 return self.table * (y if call != "wrong" else y @ x)
@@ -151,7 +166,13 @@ class TestExplain:
         model = Stateful().train()
         names = [dict(m.__dict__) for m in model.modules()]
         state = copy.deepcopy(model.state_dict())
-        run = model.forward if call == "method" else model
+        model.stem.weight.grad = gradient = torch.ones_like(model.stem.weight)
+
+        def step(x):
+            model(x).sum().backward()
+
+        run = {"method": model.forward, "step": step}.get(call, model)
+        run = functools.partial(model) if call == "partial" else run
         with (
             pytest.raises(ValueError, match="does not run")
             if call == "wrong"
@@ -163,6 +184,11 @@ class TestExplain:
                 k: id(v) for k, v in module.__dict__.items()
             }
         assert model.table is None
+        assert model.all == []
+        assert model.by_name == {"nested": {}}
+        assert model.stem.weight.grad is gradient
+        assert gradient.eq(1).all()
+        assert all(p is model.stem.weight or p.grad is None for p in model.parameters())
         torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
     def test_batch_norms_in_no_graph(self):

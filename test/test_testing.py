@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from common import CONVS, Residual, freeze
@@ -44,11 +46,35 @@ class TestHelpers:
         with pytest.raises(AssertionError, match=r"1 batch norm left alone \(NOT_COMPILED\)"):
             testing.assert_none_left(model, self.x)
         testing.assert_none_left(model, self.x, except_codes=[cbn.Code.NOT_COMPILED])
-        with pytest.raises(AssertionError, match=r"2 batch norms left alone \(NOT_COMPILED\)"):
-            testing.assert_none_left(torch.compiler.disable(model), self.x)
+        disabled = torch.compiler.disable(model)
+        for check in (
+            testing.assert_none_left,
+            testing.assert_saved_like_deploy,
+            functools.partial(testing.assert_saved_at_most, nbytes=1 << 40),
+        ):
+            with pytest.raises(AssertionError, match="Dynamo captures no graph"):
+                check(disabled, self.x)
+        with pytest.raises(TypeError, match="must be members of Code, got 'NOT_COMPILED'"):
+            testing.assert_none_left(model, self.x, except_codes=["NOT_COMPILED"])
+
+    def test_many_traces_leave_compilation_on(self):
+        """A frame after a graph break has a cache entry for each trace, and Dynamo a limit."""
+
+        class Model(Residual):
+            def forward(self, x):
+                x = self.stem_bn(self.stem(x)).relu()
+                torch._dynamo.graph_break()
+                return self.down_bn(self.down(x))
+
+        del (model := Model()).convs, model.bns
+        for _ in range(torch._dynamo.config.recompile_limit):
+            testing.assert_none_left(model, self.x)
+        graphs = []
+        torch.compile(model, backend=lambda gm, _: graphs.append(gm) or gm.forward)(self.x)
+        assert len(graphs) == 2
 
     def test_assert_saved_at_most(self):
-        nbytes = saved_for_backward(Residual(), self.x).new_bytes
+        nbytes = saved_for_backward(Residual(), self.x).all_bytes
         testing.assert_saved_at_most(Residual(), self.x, nbytes=nbytes)
         with pytest.raises(AssertionError, match="bytes are saved for backward, expected at most"):
             testing.assert_saved_at_most(Residual(), self.x, nbytes=nbytes - 1)

@@ -20,6 +20,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 _PREFIX = "convbn_inductor_pass_decisions_"
 _HITS = "hits"
 _known: Counter[str] = Counter()  # counts that this process made or has told of
+_counted: list[Counter[str]] = []  # in this Counter
 
 
 def put(text: str) -> None:
@@ -30,6 +31,7 @@ def put(text: str) -> None:
 
     name = _PREFIX + hashlib.sha256(text.encode()).hexdigest()[:32]
     write_atomic(str(_path(name)), text, make_dirs=True, encode_utf_8=True)
+    _notice_clearing()
     counters["inductor"][name] += 1
     _known[name] += 1
 
@@ -39,6 +41,7 @@ def take() -> list[str]:
 
     A text whose file is gone is left out.
     """
+    _notice_clearing()
     hits = counters["aot_autograd"]["autograd_cache_hit"]
     ran, _known[_HITS] = hits == _known[_HITS], hits
     found = []
@@ -48,6 +51,16 @@ def take() -> list[str]:
                 found += [] if ran else [_path(name).read_text("utf-8")] * (count - _known[name])
             _known[name] = count
     return found
+
+
+def _notice_clearing() -> None:
+    """Start again where someone has cleared all counters, or Inductor's."""
+    now = counters["inductor"]
+    if not (_counted and _counted[0] is now) or any(
+        name not in now for name in _known if name != _HITS
+    ):
+        _known.clear()
+        _counted[:] = [now]
 
 
 def _path(name: str) -> pathlib.Path:

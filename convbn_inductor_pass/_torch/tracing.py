@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import functools
+import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,12 +12,19 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo import config as dynamo_config
+from torch._dynamo import convert_frame
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
 from torch._dynamo.exc import TorchRuntimeError, Unsupported, UserError
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.utils import _pytree as pytree
+
+from .version import version
+
+# Frames that the user has compiled, too, then have a limit of recompilations of their own.
+_APART: Any = {"isolate_recompiles": True} if version >= "2.13" else {}
 
 ValuesNeeded = (DataDependentOutputException, DynamicOutputShapeException)
 ModelError = (TorchRuntimeError, Unsupported, UserError, TypeError)
@@ -32,7 +41,7 @@ def trace(
     """Trace ``fn`` with Dynamo on fake tensors; ``on_graph`` gets every graph.
 
     Returns what ``fn`` returns, as fake tensors. Graph breaks give several graphs. Leaves no
-    compiled code behind for ``fn`` itself, and leaves counters and a module as they were.
+    compiled code behind, and leaves counters and modules as they were.
 
     Raises:
         ModelError: ``fn`` cannot be traced, or raises on these inputs.
@@ -50,46 +59,94 @@ def trace(
     fresh = types.FunctionType(call.__code__.replace(co_name="explained"), call.__globals__)
     fakes = (t for t in pytree.tree_leaves((inputs, keywords)) if isinstance(t, FakeTensor))
     fake_mode = next((t.fake_mode for t in fakes), FakeTensorMode())
-    fake_mode.allow_non_fake_inputs = True
 
     def fake(value: Any) -> Any:
         is_real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
         return fake_mode.from_tensor(value, static_shapes=True) if is_real else value
 
     fake_inputs = pytree.tree_map(fake, (inputs, dict(keywords or {})))
-    # Sizes that differ from an earlier trace's are no sign that they vary in the user's model.
-    static = {} if dynamic is not None else {"automatic_dynamic_shapes": False}
+    settings = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
+    if dynamic is None:
+        # Sizes that differ from an earlier trace's are no sign that they vary in the user's model.
+        settings["automatic_dynamic_shapes"] = False
     counted = mock.patch.dict(counters, {k: v.copy() for k, v in counters.items()})  # temporary
-    with unchanged(fn), fake_mode, counted, dynamo_config.patch(static):
-        return torch.compile(fresh, backend=backend, dynamic=dynamic)(fn, *fake_inputs)
+    real_allowed = mock.patch.object(fake_mode, "allow_non_fake_inputs", True)
+    try:
+        with unchanged(fn), real_allowed, fake_mode, counted, dynamo_config.patch(settings):
+            return torch.compile(fresh, backend=backend, dynamic=dynamic, **_APART)(
+                fn, *fake_inputs
+            )
+    finally:
+        _forget_code(backend)
+
+
+def _forget_code(backend: Callable[..., Any]) -> None:
+    """Drop what Dynamo has compiled with a backend.
+
+    Nothing calls it any more, but in frames after graph breaks it would count for Dynamo's limit of
+    recompilations, at which the user's own compilation stops. Only all of a code object's entries
+    can be dropped: what the user has compiled of it stays if it has a limit of its own.
+    """
+    for reference in list(convert_frame.input_codes.seen):
+        code = reference()
+        entries = [] if code is None else _debug_get_cache_entry_list(code)
+        backends = {getattr(e.backend, "compiler_fn", e.backend) for e in entries}
+        if code is not None and backend in backends and (len(backends) == 1 or not _APART):
+            reset_code(code)
 
 
 @contextlib.contextmanager
 def unchanged(fn: Callable[..., Any]) -> Iterator[None]:
-    """At the end, undo what calling ``fn``, a module or its method, has changed in the module.
+    """At the end, undo what calling ``fn`` has changed in the modules that it calls.
 
-    Attributes would be fake tensors. In place, fake tensors change real ones of one element, which
-    they hold the values of, such as ``num_batches_tracked``.
+    Attributes, gradients and elements of lists and dictionaries would be fake tensors. In place,
+    fake tensors change real ones of one element, which they hold the values of.
     """
-    owner = getattr(fn, "__self__", fn)
-    modules = owner.modules() if isinstance(owner, nn.Module) else ()
-    attributes: list[Any] = [d for m in modules for d in (m.__dict__, m._parameters, m._buffers)]
-    before = [d.copy() for d in attributes]
-    everything: list[Any] = [value for d in before for value in d.values()]
-    tensors = [t for t in everything if type(t) in (Tensor, nn.Parameter)]
-    numbers = [t for t in tensors if t.numel() == 1 and not t.is_inference()]
-    values = [(t, t._version, t.detach().clone()) for t in numbers]
+    containers: dict[int, tuple[Any, Any]] = {}  # by id, and as they are now
+    parameters: list[Any] = []
+    for module in (m for owner in _owners(fn) for m in owner.modules()):
+        _copy_containers(module.__dict__, containers)
+        parameters += module._parameters.values()
+    gradients = [(p, p.grad) for p in parameters if p is not None]
+    everything = (v for _, then in containers.values() for v in _values(then))
+    tensors = [t for t in everything if type(t) in (Tensor, nn.Parameter) and not t.is_inference()]
+    numbers = [(t, t._version, t.detach().clone()) for t in tensors if t.numel() == 1]
     try:
         yield
     finally:
-        for now, then in zip(attributes, before, strict=True):
-            for name in now.keys() - then.keys():
-                del now[name]
-            now.update(then)
+        for now, then in containers.values():
+            now.clear()
+            (now.extend if isinstance(now, list) else now.update)(then)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
         with torch.no_grad():
-            for tensor, version, value in values:
+            for tensor, version, value in numbers:
                 if tensor._version != version:
                     tensor.copy_(value)
+
+
+def _owners(fn: Any) -> list[nn.Module]:
+    """Modules that ``fn`` is, is a method of, or refers to."""
+    found = [fn, getattr(fn, "__self__", None)]
+    while isinstance(fn, functools.partial):
+        found += [fn.func, *fn.args, *fn.keywords.values()]
+        fn = fn.func
+    if inspect.isfunction(fn):
+        names = inspect.getclosurevars(fn)
+        found += [*names.nonlocals.values(), *names.globals.values()]
+    return [f for f in found if isinstance(f, nn.Module)]
+
+
+def _copy_containers(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
+    """Add ``value`` and what is inside it, with a copy of each."""
+    if isinstance(value, (dict, list, set)) and id(value) not in found:
+        found[id(value)] = value, value.copy()
+        for each in _values(value):
+            _copy_containers(each, found)
+
+
+def _values(container: Any) -> Any:
+    return container.values() if isinstance(container, dict) else container
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:

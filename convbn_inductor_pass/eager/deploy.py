@@ -60,7 +60,7 @@ def merge_pairs(
 
     ``norms`` are the paths of the batch norms that may be merged.
     """
-    events, calls = _run_once(model, args, kwargs)
+    events, calls, read = run_once(model, args, kwargs)
     paths = tensor_paths(model)
     modules = dict(model.named_modules())
     by_norm: dict[str, list[Event]] = collections.defaultdict(list)
@@ -76,6 +76,9 @@ def merge_pairs(
         layers = [e for e in events if e.weight() is first.weight()]
         as_modules = layer is not None and calls[layer] == calls[norm] == len(uses)
         why_not = _why_not(model, layer, norm, together=layers == uses and as_modules)
+        parameters = [p for m in (layer, norm) if m is not None for p in m.parameters(False)]
+        if not why_not and any(id(p) in read for p in parameters):
+            why_not = "a parameter of the layer or the batch norm is used elsewhere, too"
         first.code, first.detail = _decide(uses, why_not)
         if first.code is Code.MERGED:
             merged.append(_merge(model, layer_path, norm))
@@ -83,10 +86,13 @@ def merge_pairs(
     return merged, records
 
 
-def _run_once(
+def run_once(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[Event], Counter[nn.Module]]:
-    """What a forward shows, and how often it called each module that could be merged."""
+) -> tuple[list[Event], Counter[nn.Module], set[int]]:
+    """What a forward shows, and how often it called each module that could be merged.
+
+    And the ids of parameters that other functions than layers and batch norms read.
+    """
     training = {m: m.training for m in model.modules()}
     calls: Counter[nn.Module] = Counter()
     counted = [m for m in training if type(m) in _LAYERS or _is_norm(m)]
@@ -108,7 +114,7 @@ def _run_once(
     for event in events:
         event.used |= event.output() is not None  # stored, or in the result
     del result
-    return events, calls
+    return events, calls, region.parameters_read
 
 
 def _decide(uses: list[Event], not_merged: str) -> tuple[Code, str]:

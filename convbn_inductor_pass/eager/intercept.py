@@ -87,6 +87,8 @@ class Exit(Hook):
     """Forward hook, called after errors too: ends the region that ``Enter`` opened, if it did."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         for region in reversed(_regions.open):
             if region.module() is module:
                 # After an error the output is None, and this is called while that is handled.

@@ -6,12 +6,14 @@ Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.1
 import dataclasses
 import warnings
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..freeze import describe, is_frozen
 from ..records import Record
 from . import deploy
 from .events import Ledger
@@ -60,15 +62,21 @@ def turn_on(
             parameters change after it, so create the optimizer later.
 
     Raises:
-        ValueError: unknown mode or module path, or nothing to pair there;
-            the model is then unchanged.
+        TypeError: ``model`` is not a module.
+        ValueError: unknown mode or module path, nothing to pair there, or batch norms to be trained
+            that are frozen; the model is then unchanged.
     """
     if mode not in get_args(Mode):
         allowed = ", ".join(repr(m) for m in get_args(Mode))
         raise ValueError(f"mode must be one of {allowed}, got {mode!r}")
     if example_inputs is not None and mode != "deploy":
         raise ValueError(f"example_inputs are for mode 'deploy', not {mode!r}")
+    if not isinstance(example_inputs, (tuple, NoneType)):
+        kind = type(example_inputs).__name__
+        raise ValueError(f"example_inputs must be a tuple such as (batch,), got a {kind}")
     scopes = _scopes(model, modules, mode)
+    if example_inputs is not None:
+        deploy.run_once(model, example_inputs, {})  # what it raises, it raises before any change
     turn_off(model)
     state = _State(mode, {}, Ledger())
     norms = {m for scope in scopes for m in scope.modules() if isinstance(m, _BatchNorm)}
@@ -136,13 +144,15 @@ def _scopes(model: nn.Module, modules: Sequence[str] | None, mode: Mode) -> list
     """The modules to be turned on, in which there is something to pair."""
     if isinstance(modules, str):
         raise ValueError(f"modules must be a list of module paths such as [{modules!r}]")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r}")
     paths = dict(model.named_modules(remove_duplicate=False))
     chosen = [""] if modules is None else modules
     unknown = [m for m in chosen if m not in paths]
     if unknown or not chosen:
         children = ", ".join(repr(n) for n, _ in model.named_children())
         raise ValueError(
-            f"no module at {', '.join(map(repr, unknown)) or '[]'}; modules are given by path, "
+            f"no module at {', '.join(map(describe, unknown)) or '[]'}; they are given by path, "
             f"the top-level ones here are: {children}"
         )
     scopes = [paths[m] for m in chosen]
@@ -154,6 +164,10 @@ def _scopes(model: nn.Module, modules: Sequence[str] | None, mode: Mode) -> list
         raise ValueError(
             f"nothing to pair in {where}: it needs a convolution or linear layer and a batch norm, "
             f"but has {layers} layer weights and {norms} batch norms"
+        )
+    if mode == "train" and any(is_frozen(m) for m in inside):
+        raise ValueError(
+            "batch norms are frozen: call convbn_inductor_pass.unfreeze_batch_norms(model) first"
         )
     kinds = (_BatchNorm, deploy.MergedBatchNorm)
     uncalled = [m for m, scope in zip(chosen, scopes, strict=True) if not callers(scope, kinds)]

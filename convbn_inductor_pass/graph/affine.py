@@ -17,7 +17,7 @@ from torch import fx
 from . import layers
 from .builder import Builder
 from .layers import Layer, Operand, Step, value_of
-from .layout import Layout, views_onto_output_axis
+from .layout import Layout, onto_output_axis
 
 aten = torch.ops.aten
 
@@ -120,9 +120,13 @@ def emit_shift(
 
 def emit_scaled_weight(weight: fx.Node, scale: fx.Node, layout: Layout, build: Builder) -> fx.Node:
     """A node of ``weight`` times ``scale`` [C_out], in the scale's dtype."""
-    for view, sizes in views_onto_output_axis(value_of(weight).shape, layout):
-        scale = build.call(getattr(aten, view).default, scale, sizes)
-    return build.call(aten.mul.Tensor, build.cast(weight, value_of(scale).dtype), scale)
+    by_group, sizes = onto_output_axis(value_of(weight).shape, layout)
+    wide = build.cast(weight, value_of(scale).dtype)
+    scale = build.call(aten.reshape.default, scale, sizes)
+    if by_group is None:
+        return build.call(aten.mul.Tensor, wide, scale)
+    scaled = build.call(aten.mul.Tensor, build.call(aten.reshape.default, wide, by_group), scale)
+    return build.call(aten.reshape.default, scaled, [-1, *value_of(weight).shape[1:]])
 
 
 def wide_dtype(layer: Layer) -> torch.dtype:

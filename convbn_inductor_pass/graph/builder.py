@@ -29,12 +29,13 @@ class Builder:
         self.replaced: dict[fx.Node, fx.Node] = {}
         self._sizes: dict[Any, fx.Node] = {}
         self._values: dict[Any, Any] = {}
+        self._called = False
 
     def __enter__(self) -> Builder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.replaced:
+        if not self._called:
             return
         for output in self.graph.find_nodes(op="output"):
             output.args = fx.map_arg(output.args, self.current)
@@ -45,6 +46,7 @@ class Builder:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Call ``target`` at the insertion point."""
+        self._called = True
         args, kwargs = map_aggregate((args, kwargs), self._as_argument)
         node = self.graph.call_function(target, args, kwargs)
         node.meta = {**self.meta, "val": self._value(target, args, kwargs)}

@@ -22,24 +22,20 @@ class Layout(NamedTuple):
     groups: int = 1
 
 
-def views_onto_output_axis(
-    weight_shape: Sequence[int], layout: Layout
-) -> list[tuple[str, list[int]]]:
-    """Views that lay a scale [C_out] out so that it broadcasts against a weight.
+def onto_output_axis(
+    weight_shape: Sequence[Any], layout: Layout
+) -> tuple[list[Any] | None, list[Any]]:
+    """Sizes in which a weight and a scale [C_out] broadcast along the output channels.
 
-    Each is a name, "reshape" or "expand", and sizes: for tensors and for graphs alike.
+    None for a weight as it is. For tensors and for graphs alike; sizes may be symbolic.
     """
-    kernel_dims = [1] * (len(weight_shape) - 2)
+    ones = [1] * (len(weight_shape) - 2)
     if not layout.transposed:
-        return [("reshape", [-1, 1, *kernel_dims])]
+        return None, [-1, 1, *ones]
     if layout.groups == 1:
-        return [("reshape", [1, -1, *kernel_dims])]
-    rows, columns = weight_shape[:2]
-    return [
-        ("reshape", [layout.groups, 1, -1]),
-        ("expand", [layout.groups, rows // layout.groups, columns]),
-        ("reshape", [rows, columns, *kernel_dims]),
-    ]
+        return None, [1, -1, *ones]
+    by_group = [layout.groups, -1, *weight_shape[1:]]
+    return by_group, [layout.groups, 1, weight_shape[1], *ones]
 
 
 def output_padding(n: Any, m: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
@@ -56,9 +52,10 @@ def scale_weight(weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
     Shape and memory format are those of ``weight`` (a channels-last weight stays
     channels-last); the dtype follows type promotion of the two.
     """
-    for view, sizes in views_onto_output_axis(weight.shape, layout):
-        scale = getattr(scale, view)(sizes)
-    return weight * scale
+    by_group, sizes = onto_output_axis(weight.shape, layout)
+    if by_group is None:
+        return weight * scale.reshape(sizes)
+    return (weight.reshape(by_group) * scale.reshape(sizes)).reshape(weight.shape)
 
 
 def channel_inner_product(a: Tensor, b: Tensor, layout: Layout) -> Tensor:
@@ -68,6 +65,5 @@ def channel_inner_product(a: Tensor, b: Tensor, layout: Layout) -> Tensor:
     product = a * b
     if not layout.transposed:
         return product.sum(list(range(1, product.ndim)))
-    rows, columns, *kernel = product.shape
-    by_group = product.reshape(layout.groups, rows // layout.groups, columns, *kernel)
+    by_group = product.reshape(layout.groups, -1, *product.shape[1:])
     return by_group.sum([1, *range(3, by_group.ndim)]).flatten()

@@ -74,6 +74,11 @@ def is_recomputed(node: fx.Node) -> bool:
     return node.meta.get("recompute") in policies
 
 
+def is_saved_by_policy(node: fx.Node) -> bool:
+    """Whether selective activation checkpointing has ``node`` saved, needed or not."""
+    return node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE
+
+
 def is_available(
     node: fx.Node, forward: Collection[fx.Node], besides: Collection[fx.Node] = ()
 ) -> bool:

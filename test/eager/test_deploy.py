@@ -154,6 +154,10 @@ def called_alone_too(model):
     model.function = lambda m, x: m.bn(m.conv(x)) + m.conv(x)
 
 
+def weight_penalty(model):
+    model.function = lambda m, x: m.bn(m.conv(x)) + m.conv.weight.norm()
+
+
 def output_used(model):
     def forward(m, x):
         c = m.conv(x)
@@ -170,6 +174,7 @@ LEFT = {
     subclass: (Code.NOT_MERGED, "not one of PyTorch's own modules"),
     functional_norm: (Code.NOT_MERGED, "or as functions"),
     called_alone_too: (Code.NOT_MERGED, "without each other"),
+    weight_penalty: (Code.NOT_MERGED, "a parameter of the layer or the batch norm is used"),
     output_used: (Code.LAYER_OUTPUT_USED, ""),
 }
 

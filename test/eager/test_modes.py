@@ -10,7 +10,7 @@ from eager_helpers import codes
 from eager_models import conv_bn
 from torch import nn
 
-from convbn_inductor_pass import Code, turn_off, turn_on
+from convbn_inductor_pass import Code, freeze_batch_norms, turn_off, turn_on
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "tune", "deploy"])
@@ -68,7 +68,9 @@ def test_restricted_to_modules():
         ({"modules": "stem"}, r"such as \['stem'\]"),
         ({"modules": []}, "no module at"),
         ({"modules": ["relu"]}, "nothing to pair in 'relu'"),
+        ({"modules": [nn.ReLU()]}, "no module at a ReLU; they are given by path"),
         ({"example_inputs": ()}, "example_inputs are for mode 'deploy'"),
+        ({"mode": "deploy", "example_inputs": torch.ones(2)}, "such as .batch,., got a Tensor"),
     ],
 )
 @pytest.mark.parametrize("before", [None, "tune"])
@@ -81,6 +83,27 @@ def test_wrong_arguments_change_nothing(kwargs, message, before):
         turn_on(model, **kwargs)
     assert [m.training for m in model.modules()] == flags
     assert bool(model._forward_hooks) == (before is not None)
+
+
+@pytest.mark.parametrize("before", [None, "tune"])
+def test_inputs_that_do_not_fit_change_nothing(before):
+    model = Residual().train()
+    if before:
+        turn_on(model, before)
+    flags = [m.training for m in model.modules()]
+    with pytest.raises(RuntimeError, match="to have 3 channels"):
+        turn_on(model, "deploy", example_inputs=(torch.ones(2, 2, 8, 8),))
+    assert [m.training for m in model.modules()] == flags
+    assert bool(model._forward_hooks) == (before is not None)
+
+
+def test_what_cannot_be_turned_on():
+    with pytest.raises(TypeError, match=r"must be an nn\.Module, got 3"):
+        turn_on(3)
+    model = freeze_batch_norms(Residual().train())
+    with pytest.raises(ValueError, match="frozen: call convbn_inductor_pass"):
+        turn_on(model, "train")
+    assert not turn_on(model).stem_bn.training
 
 
 def test_modules_that_nothing_calls():

@@ -92,7 +92,7 @@ class _Site:
         return max(self.matches, key=lambda m: (m.gradient.wanted, len(m.reductions)))
 
     @functools.cached_property
-    def saved_by(self) -> fx.Node | None:
+    def saved_by(self) -> str | None:
         """What the layer's output is saved for anyway, if it is."""
         return saved_by(self.candidate, self.match, self.backward)
 

@@ -9,7 +9,7 @@ from ...codes import Code
 from ...graph import layers
 from ...graph.layers import Layer, bytes_of
 from ...graph.provenance import name_of
-from ...graph.uses import backward_of, depending_on
+from ...graph.uses import backward_of, depending_on, is_recomputed
 from ...records import Kind, Record
 from ..decisions import record_of
 from .batch_norms import BatchNormCall, find_batch_norms, subgraphs_of
@@ -73,7 +73,7 @@ def _code(bn: BatchNormCall, decision: Decision | None, trained: set[fx.Node]) -
 
 def _record(kind: Kind, layer: Layer | None, code: Code, detail: str, at: fx.Node) -> NamedRecord:
     saved = None
-    if layer is not None and code.rewritten:
+    if layer is not None and code.rewritten and not is_recomputed(layer.node):
         saved = layer.node if code is Code.FUSED else layer.weight
     record = record_of(
         None if layer is None else layer.node,

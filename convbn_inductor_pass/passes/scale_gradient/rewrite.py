@@ -196,11 +196,10 @@ class _Rewriting:
         shape = value_of(product).shape
         if not layout.transposed:
             return self._call(aten.sum.dim_IntList, product, [*range(1, len(shape))], False)
-        rows, columns, *kernel = shape
-        sizes = [layout.groups, rows // layout.groups, columns, *kernel]
+        sizes = [layout.groups, -1, *shape[1:]]
         by_group = self._call(aten.reshape.default, product, sizes)
         inner = self._call(aten.sum.dim_IntList, by_group, [1, *range(3, len(sizes))], False)
-        return self._call(aten.reshape.default, inner, [layout.groups * columns])
+        return self._call(aten.reshape.default, inner, [-1])
 
     def _scaled(self, weight: fx.Node, scale: fx.Node | None, layout: Layout) -> fx.Node:
         """``scale * weight`` along its output channels, computed wide, in the weight's dtype."""

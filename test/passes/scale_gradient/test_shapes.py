@@ -49,6 +49,15 @@ class TestShapes:
             torch.testing.assert_close(actual.gradients, expected.gradients, rtol=1e-4, atol=1e-4)
         assert recorder.codes == [Code.FUSED]
 
+    def test_channels_that_are_symbolic(self):
+        """A group's share of them is a size that no node gives."""
+
+        def fn(x, w, b, *rest):
+            return bn(F.conv_transpose2d(x, w, groups=2, padding=1), *rest)
+
+        make = arguments(grad=("x",), x=(2, 8, 6, 6), w=(8, 2, 3, 3))
+        check(fn, make, Code.FUSED, dynamic=True)
+
     def test_unbacked_sizes(self):
         """A size that depends on data has no number to count bytes with."""
 

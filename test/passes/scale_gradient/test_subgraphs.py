@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_same_as_unfused
@@ -16,7 +19,11 @@ from programs import (
 from torch._higher_order_ops import scan, while_loop
 from torch._higher_order_ops.map import map as map_
 from torch.torch_version import TorchVersion
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from convbn_inductor_pass import Code, explain
 
@@ -34,6 +41,25 @@ class TestSubgraphs:
             return checkpoint(lambda x: conv_bn(x, *rest).relu(), x, use_reentrant=False) * 2
 
         check(fn, arguments(grad=("x",)), Code.FUSED)
+
+    @pytest.mark.parametrize("policy", [None, CheckpointPolicy.MUST_SAVE])
+    def test_checkpoint_decides_what_is_saved(self, policy):
+        """A plain one saves neither output, a selective one what its policy says."""
+
+        def choose(ctx, op, *args, **kwargs):
+            is_layer = op == torch.ops.aten.convolution.default
+            return policy if is_layer else CheckpointPolicy.PREFER_RECOMPUTE
+
+        def fn(x, *rest):
+            contexts = functools.partial(create_selective_checkpoint_contexts, choose)
+            more = {} if policy is None else {"context_fn": contexts}
+            return checkpoint(lambda x: conv_bn(x, *rest).relu(), x, use_reentrant=False, **more)
+
+        code = Code.FUSED if policy is None else Code.SAVED_ANYWAY
+        recorder = check(fn, arguments(grad=("x",)), code)
+        (record,) = [r for result in recorder.results for r in result.records if r.batch_norm]
+        assert record.bytes_saved == 0
+        assert record.detail == ("" if policy is None else "by a checkpoint's policy")
 
     def test_cond(self):
         def fn(x, *rest):
