@@ -45,8 +45,8 @@ class SavedTensor:
     """One tensor saved for backward.
 
     ``name`` is the node of the forward graph that makes it, ``shape`` may hold symbolic sizes
-    as strings, ``nbytes`` is its size in bytes (of the example, where sizes are symbolic), ``kind`` is
-    "activation", "weight" (computed from parameters and buffers alone) or "mask" (bool, uint8);
+    as strings, ``nbytes`` is its size in bytes (of the example, where sizes are symbolic), ``kind``
+    is "activation", "weight" (computed from parameters and buffers alone) or "mask" (bool, uint8);
     ``layer`` is the node of the layer that it is computed from element by element, the nearest if
     there are several, or ""; ``readers`` are the operators of the backward that take it, up to
     views; ``module`` is the path of the module that makes it, "" if unknown.

@@ -1,4 +1,4 @@
-"""Inductor's caches across processes: warm hits, and never another configuration's artifact."""
+"""Inductor's caches, in one process and across: hits, and no other configuration's artifact."""
 
 import json
 import os
@@ -7,6 +7,11 @@ import sys
 import textwrap
 
 import pytest
+import torch
+from common import ConvBN
+from torch import nn
+
+import convbn_inductor_pass as cbn
 
 SCRIPT = """
 import json, sys
@@ -81,3 +86,23 @@ def test_warm_cache_and_other_configurations(run):
     assert denied["hits"] == 0
     assert denied["fused"] == ["DENIED"]
     assert "0 of 1 batch norms in tune mode: the options" in denied["said"][0]
+
+
+@pytest.mark.parametrize("clear", ["nothing", "all", "Inductor's"])
+def test_cleared_counters_hide_no_hit(clear, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    counters = torch._dynamo.utils.counters
+
+    def codes():
+        torch._dynamo.reset()
+        cbn.clear_records()
+        model = ConvBN(nn.Conv2d(3, 4, 3)).eval()
+        torch.compile(model)(torch.randn(2, 3, 8, 8)).sum().backward()
+        return [r.code for r in cbn.records()], counters["aot_autograd"]["autograd_cache_hit"]
+
+    with torch._inductor.config.patch(efficient_conv_bn_eval_fx_passes=True):
+        before = counters["aot_autograd"]["autograd_cache_hit"]
+        assert codes() == ([cbn.Code.FUSED], before)
+        if clear != "nothing":
+            (counters if clear == "all" else counters["inductor"]).clear()
+        assert codes() == ([cbn.Code.FUSED], (0 if clear == "all" else before) + 1)

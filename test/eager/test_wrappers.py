@@ -74,7 +74,7 @@ def test_distributed_data_parallel(tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("where", ["around", "inside", "in_place", "function"])
+@pytest.mark.parametrize("where", ["around", "before", "inside", "in_place", "function"])
 def test_under_compile(where, backend):
     """The interception steps aside: what is compiled is eval mode, for the pass to see."""
     model, x = nn.Sequential(Residual().stem, nn.BatchNorm2d(8), Residual()), None
@@ -83,8 +83,8 @@ def test_under_compile(where, backend):
     spread_statistics(model).eval()
     expected, gradients = run(model, x)
     parameters = dict(model.named_parameters())
-    turn_on(model)
-    call = model
+    call = torch.compile(model, backend=backend) if where == "before" else model
+    turn_on(call)
     if where == "around":
         call = torch.compile(model, backend=backend)
     elif where == "inside":
@@ -92,7 +92,7 @@ def test_under_compile(where, backend):
         turn_on(model)
     elif where == "in_place":
         model[2].compile(backend=backend)
-    else:
+    elif where == "function":
         model[2].forward = torch.compile(model[2].forward, backend=backend)
     for _ in range(2):
         got, tune_gradients = run(call, x, parameters=parameters)
