@@ -67,11 +67,14 @@ class TestHelpers:
                 return self.down_bn(self.down(x))
 
         del (model := Model()).convs, model.bns
+        graphs = []
+        compiled = torch.compile(model, backend=lambda gm, _: graphs.append(gm) or gm.forward)
+        torch.compile(model)(self.x)  # a backend without a hash
+        compiled(self.x)
         for _ in range(torch._dynamo.config.recompile_limit):
             testing.assert_none_left(model, self.x)
-        graphs = []
-        torch.compile(model, backend=lambda gm, _: graphs.append(gm) or gm.forward)(self.x)
-        assert len(graphs) == 2
+        compiled(self.x[:, :, 1:])
+        assert len(graphs) == 4
 
     def test_assert_saved_at_most(self):
         nbytes = saved_for_backward(Residual(), self.x).all_bytes

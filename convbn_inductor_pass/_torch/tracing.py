@@ -90,8 +90,8 @@ def _forget_code(backend: Callable[..., Any]) -> None:
     for reference in list(convert_frame.input_codes.seen):
         code = reference()
         entries = [] if code is None else _debug_get_cache_entry_list(code)
-        backends = {getattr(e.backend, "compiler_fn", e.backend) for e in entries}
-        if code is not None and backend in backends and (len(backends) == 1 or not _APART):
+        ours = [getattr(e.backend, "compiler_fn", e.backend) is backend for e in entries]
+        if code is not None and any(ours) and (all(ours) or not _APART):
             reset_code(code)
 
 

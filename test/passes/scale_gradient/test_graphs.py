@@ -102,6 +102,7 @@ class GraphTest(expecttest.TestCase):
 - sub1 = sub(convolution, unsqueeze3)
 - mul1 = mul(dy, sub1)
 - sum1 = sum(mul1, [0, 2, 3])
++ reshape1 = reshape(w, [2, -1, 2, 3, 3])
 + mul2 = mul(m, -1)
 + mul3 = mul(sum, mul2)
 - unsqueeze4 = unsqueeze(mul, 0)
@@ -112,22 +113,21 @@ class GraphTest(expecttest.TestCase):
 - convolution_backward1 = convolution_backward(mul4, x, w, ..., [True, True, False])
 - getitem1 = convolution_backward1[0]
 - getitem2 = convolution_backward1[1]
-+ reshape1 = reshape(mul, [2, 1, -1])
-+ expand1 = expand(reshape1, [2, 2, 2])
-+ reshape2 = reshape(expand1, [4, 2, 1, 1])
-+ mul6 = mul(w, reshape2)
-+ convolution_backward2 = convolution_backward(dy, x, mul6, ..., [True, True, False])
++ reshape2 = reshape(mul, [2, 1, 2, 1, 1])
++ mul6 = mul(reshape1, reshape2)
++ reshape3 = reshape(mul6, [-1, 2, 3, 3])
++ convolution_backward2 = convolution_backward(dy, x, reshape3, ..., [True, True, False])
 + getitem3 = convolution_backward2[1]
++ reshape4 = reshape(getitem3, [2, -1, 2, 3, 3])
 + mul7 = mul(getitem3, w)
-+ reshape3 = reshape(mul7, [2, 2, 2, 3, 3])
-+ sum2 = sum(reshape3, [1, 3, 4], False)
-+ reshape4 = reshape(sum2, [4])
-+ add1 = add(reshape4, mul3)
++ reshape5 = reshape(mul7, [2, -1, 2, 3, 3])
++ sum2 = sum(reshape5, [1, 3, 4], False)
++ reshape6 = reshape(sum2, [-1])
++ add1 = add(reshape6, mul3)
 + getitem4 = convolution_backward2[0]
-+ reshape5 = reshape(mul, [2, 1, -1])
-+ expand2 = expand(reshape5, [2, 2, 2])
-+ reshape6 = reshape(expand2, [4, 2, 1, 1])
-+ mul8 = mul(getitem3, reshape6)
++ reshape7 = reshape(mul, [2, 1, 2, 1, 1])
++ mul8 = mul(reshape4, reshape7)
++ reshape8 = reshape(mul8, [-1, 2, 3, 3])
 + mul5 = mul(add1, rsqrt)""",
         )
 
