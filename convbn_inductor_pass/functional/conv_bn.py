@@ -121,12 +121,11 @@ def batch_norm(
 
 
 class _HandedOver(NamedTuple):
-    """What the batch norm's backward leaves at the node of its layer, in one backward pass.
+    """What the batch norm's backward leaves at the node of its layer, by backward pass.
 
     With the saved tensors: under checkpointing each may be unpacked only once a pass.
     """
 
-    backward_pass: int
     gradients: list[Tensor | None]
     saved: tuple[Tensor, Tensor, Tensor | None]
 
@@ -137,15 +136,12 @@ class _Layer(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
         ctx.set_materialize_grads(False)
         (c,) = output
-        ctx.conv, ctx.channels, ctx.handed_over = conv, c.shape[1], None
+        ctx.conv, ctx.channels, ctx.handed_over = conv, c.shape[1], {}
         return c
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        left: _HandedOver | None = ctx.handed_over
-        ctx.handed_over = None
-        if left is not None and left.backward_pass != torch_eager.backward_pass():
-            left = None
+        left: _HandedOver | None = ctx.handed_over.pop(torch_eager.backward_pass(), None)
         if g is None:
             return (None,) * 5 if left is None else (*left.gradients, None, None)
         x, weight, bias = ctx.saved_tensors if left is None else left.saved
@@ -208,5 +204,5 @@ def _norm_backward(ctx: Any, g: Tensor, saved: Any, of_layer: Any) -> tuple[Tens
     centre = (0 if bias is None else bias.to(x.dtype).to(acc)) - mean.to(acc)
     dgamma = (invstd * torch.addcmul(inner, centre, sum_g)).to(gamma.dtype)
     if hands_over:
-        node.handed_over = _HandedOver(torch_eager.backward_pass(), gradients, of_layer)
+        node.handed_over[torch_eager.backward_pass()] = _HandedOver(gradients, of_layer)
     return dc, dgamma, sum_g.to(ctx.bias_dtype) if need_dbeta else None

@@ -184,6 +184,36 @@ def test_retained_graphs_and_partial_backwards():
         torch.testing.assert_close(gradients(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_backward_pass_inside_another():
+    """A hook of another branch runs between the two nodes of a pair, and goes over both."""
+
+    def forward(m, x):
+        c = m.conv(x)
+        z = x * 2
+        return m.bn(c), z
+
+    model, x = Fn(forward), torch.randn(2, 4, 6, 6, requires_grad=True)
+    order = []
+
+    def gradients():
+        y, z = model(x)
+
+        def again(g):
+            order.append("again")
+            with torch.enable_grad():
+                torch.autograd.grad(y.sum(), model.parameters(), retain_graph=True)
+
+        z.register_hook(again)
+        y.grad_fn.register_hook(lambda *_: order.append("batch norm"))
+        loss = y.square().sum() + z.sum()
+        return torch.autograd.grad(loss, [x, *model.parameters()], retain_graph=True)
+
+    expected = gradients()
+    turn_on(model)
+    torch.testing.assert_close(gradients(), expected, rtol=1e-4, atol=1e-4)
+    assert order == ["batch norm", "again", "batch norm"] * 2
+
+
 def test_partial_backwards_leave_nothing_behind():
     """Left at a node that does not run, a gradient with a graph would hold that graph."""
     model = turn_on(Fn(lambda m, x: F.relu(m.bn(m.conv(x)))))
