@@ -54,7 +54,8 @@ def say(made: Iterable[Record]) -> None:
     left = collections.Counter(r.code for r in norms if not r.code.rewritten)
     # If nothing was done, all parts of a model with graph breaks would have the same line. Of the
     # sizes only channels, which another batch does not change.
-    where = ((r.layer, r.batch_norm, r.output_shape[1:2]) for r in (fused if norms else done))
+    told = fused if norms else done
+    where = ((r.kind, r.code, r.layer, r.batch_norm, r.output_shape[1:2]) for r in told)
     key = (frozenset(where), len(norms), len(fused), frozenset(left.items()))
     if key not in _said:
         _said.add(key)

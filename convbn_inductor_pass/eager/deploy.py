@@ -112,7 +112,7 @@ def run_once(
             module.training = flag
     events = list(region.events.values())
     for event in events:
-        event.used |= event.output() is not None  # stored, or in the result
+        event.used |= event.is_alive()  # stored, or in the result
     del result
     return events, calls, region.parameters_read
 

@@ -29,7 +29,7 @@ class Event:
 
     input: Callable[[], Any] = nothing  # weak references, of layers
     weight: Callable[[], Any] = nothing
-    output: Callable[[], Any] = nothing  # of ReLUs, too
+    outputs: list[Callable[[], Any]] = dataclasses.field(default_factory=list)  # of ReLUs, too
     norm: Callable[[], Any] = nothing  # to the tensor by which a batch norm is known
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
@@ -40,9 +40,13 @@ class Event:
     code: Code | None = None
     detail: str = ""
 
+    def is_alive(self) -> bool:
+        """Whether the output, or the rows of it that a batch norm takes, still exist."""
+        return any(output() is not None for output in self.outputs)
+
     def is_watched(self) -> bool:
         """Whether someone may ask for the gradient of the layer's output."""
-        return self.used or self.output() is not None
+        return self.used or self.is_alive()
 
     def mark_used(self) -> None:
         self.used = True

@@ -61,7 +61,12 @@ class Region(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if self.paused or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        if self.paused:
+            for t in calls.tensors_read(func, args, kwargs):
+                if (event := self._event_of(t)) is not None:
+                    event.mark_used()
             return func(*args, **kwargs)
         if func in calls.LAYERS:
             return self._layer(func, args, kwargs)
@@ -106,7 +111,8 @@ class Region(TorchFunctionMode):
         return key, use
 
     def _note(self, value: Any, event: Event) -> None:
-        self.outputs[id(value)] = weakref.ref(value), event
+        event.outputs.append(weakref.ref(value))
+        self.outputs[id(value)] = event.outputs[-1], event
 
     def _event_of(self, value: Any) -> Event | None:
         """Of the layer or ReLU whose output ``value`` is."""
@@ -136,7 +142,6 @@ class Region(TorchFunctionMode):
         event = self.events[key] = Event(
             input=weakref.ref(x),
             weight=weakref.ref(weight),
-            output=weakref.ref(c),
             shape=c.shape,
             dtype=c.dtype,
             linear=func is nn.functional.linear,
@@ -161,6 +166,7 @@ class Region(TorchFunctionMode):
             if layer is not None:  # this is its second batch norm
                 layer.mark_used()
         event.shape = bn.input.shape
+        event.outputs.append(weakref.ref(bn.input))
         if identity is not None:
             event.norm = weakref.ref(identity)
         if torch_eager.saved_tensors_hooks() != self.hooks:
@@ -187,7 +193,7 @@ class Region(TorchFunctionMode):
         is_saved = self.trains_convolutions if before is None else before.used
         with contextlib.nullcontext() if is_saved else saved.saves_mask():
             y = func(*args, **kwargs)
-        event = self.events[key] = Event(output=weakref.ref(y), relu=True)
+        event = self.events[key] = Event(relu=True)
         self._note(y, event)
         return y
 
@@ -201,6 +207,6 @@ class Region(TorchFunctionMode):
             if all(e.code is Code.BATCH_STATISTICS for e in norms):  # a trainer's ``train()``
                 announce.say(e.record({}) for e in norms)
         for _, event in self.outputs.values():
-            if (event.relu or event.code is Code.FUSED) and event.output() is not None:
+            if (event.relu or event.code is Code.FUSED) and event.is_alive():
                 event.mark_used()
         self.outputs.clear()

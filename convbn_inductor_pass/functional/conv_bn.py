@@ -15,8 +15,8 @@ the gradient of ``y`` and ``<,>`` the inner product per output channel, the grad
 Both calls stay nodes of the autograd graph, connected by a real ``c``. The batch norm's node saves
 no activation: it reads what the layer's node saved, computes the gradients of both, and leaves the
 layer's at the layer's node, which adds what it gets for other uses of ``c``. ``dc`` itself is
-computed only if someone may look at it: if ``c`` is alive in backward, or was used elsewhere. Then
-the layer's node computes its gradients from that.
+computed only if someone may look at it: if ``c`` is alive in backward or was used elsewhere, or if
+someone has gone from node to node. Then the layer's node computes its gradients from that.
 
 Numerics. Everything of channel size, and sums over activations, are float32 or wider; each gradient
 is rounded once to its parameter's dtype. dgamma is as accurate as the weight gradient; like eval
@@ -159,6 +159,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, c: Tensor, *arguments: Any) -> Tensor:
         mean, var, weight, bias, ctx.eps, ctx.node, ctx.is_watched = arguments
+        ctx.found = False
         ctx.save_for_backward(mean, var, weight)
         ctx.set_materialize_grads(False)
         ctx.dtype, ctx.bias_dtype = c.dtype, None if bias is None else bias.dtype
@@ -183,6 +184,15 @@ class _BatchNorm(torch.autograd.Function):
         return dc, None, None, dgamma, dbeta, None, None, None
 
 
+def _next_functions(node: Any) -> Any:
+    """Of a batch norm's node. From here, hooks of the layer's node can be reached."""
+    node.found = True
+    return super(_BatchNorm._backward_cls, node).next_functions
+
+
+_BatchNorm._backward_cls.next_functions = property(_next_functions)
+
+
 def _norm_backward(ctx: Any, g: Tensor, saved: Any, of_layer: Any) -> tuple[Tensor | None, ...]:
     """Gradients of the batch norm's input, weight and bias; the layer's are left at its node."""
     mean, var, gamma = saved
@@ -192,7 +202,7 @@ def _norm_backward(ctx: Any, g: Tensor, saved: Any, of_layer: Any) -> tuple[Tens
     scale = gamma.to(acc) * invstd
     layer_runs = of_layer is not None and torch_eager.will_run(node)
     dc = None
-    if need_dc and (ctx.is_watched() or not layer_runs):
+    if need_dc and (ctx.found or ctx.is_watched() or not layer_runs):
         dc = (g * per_channel(scale, g)).to(ctx.dtype)
     if of_layer is None:
         return dc, None, sum_positions(g).to(ctx.bias_dtype) if need_dbeta else None
@@ -203,6 +213,6 @@ def _norm_backward(ctx: Any, g: Tensor, saved: Any, of_layer: Any) -> tuple[Tens
     # Subtracted before anything else is done, because the two may be large and nearly equal.
     centre = (0 if bias is None else bias.to(x.dtype).to(acc)) - mean.to(acc)
     dgamma = (invstd * torch.addcmul(inner, centre, sum_g)).to(gamma.dtype)
-    if hands_over:
+    if layer_runs:
         node.handed_over[torch_eager.backward_pass()] = _HandedOver(gradients, of_layer)
     return dc, dgamma, sum_g.to(ctx.bias_dtype) if need_dbeta else None

@@ -66,4 +66,4 @@ def channel_inner_product(a: Tensor, b: Tensor, layout: Layout) -> Tensor:
     if not layout.transposed:
         return product.sum(list(range(1, product.ndim)))
     by_group = product.reshape(layout.groups, -1, *product.shape[1:])
-    return by_group.sum([1, *range(3, by_group.ndim)]).flatten()
+    return by_group.sum([1, *range(3, by_group.ndim)]).reshape(-1)

@@ -95,3 +95,39 @@ def test_module(kind, reentrant):
         names = [e.name for e in profile.events()]
         assert names.count("aten::native_batch_norm_backward") == 0
         assert codes(model) == [Code.FUSED] * (2 if kind == "pair" else 4)
+
+
+class UsesOutput(nn.Module):
+    """A pair whose layer's output is needed by more than the batch norm."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.conv, self.bn, self.use = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), use
+
+    def forward(self, x):
+        c = self.conv(x)
+        y = self.bn(c)
+        if self.use == "stored":
+            self.c = c
+        elif self.use == "hooked" and c.requires_grad:
+            c.register_hook(lambda g: 3 * g)
+        return y + c.sin() if self.use == "added" else y
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("use", ["added", "stored", "hooked"])
+def test_layer_output_that_is_used(use, reentrant):
+    """What the layer saved is unpacked once, though both nodes of the pair need it."""
+    block = spread_statistics(UsesOutput(use)).eval()
+    model = nn.Sequential(conv_bn(4, 4), block).eval()
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+
+    def forward(x):
+        return checkpoint(block, model[0](x), use_reentrant=reentrant)
+
+    expected, gradients = run(forward, x, parameters=dict(model.named_parameters()))
+    turn_on(model)
+    for _ in range(2):
+        got, tune_gradients = run(forward, x, parameters=dict(model.named_parameters()))
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        torch.testing.assert_close(tune_gradients, gradients, rtol=1e-4, atol=1e-4)

@@ -50,8 +50,30 @@ def store_in_forward(stored):
     return Model().eval()
 
 
+class Rows(nn.Module):
+    """A linear layer whose output a batch norm takes as rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.bn = nn.Linear(8, 3), nn.BatchNorm1d(3)
+        spread_statistics(self).eval()
+
+    def forward(self, x):
+        return self.bn(self.linear(x).flatten(0, -2)).sum(0, keepdim=True)
+
+
+def store_rows(stored):
+    model = Rows()
+    model.bn.register_forward_pre_hook(lambda m, args: stored.update(c=args[0]))
+    return model
+
+
+STORES = [store_by_hook, store_by_pre_hook, store_in_forward, store_rows]
+
+
 @pytest.mark.parametrize("how", ["grad", "retain_grad", "register_hook", "gradient_edge"])
-@pytest.mark.parametrize("store", [store_by_hook, store_by_pre_hook, store_in_forward])
+@pytest.mark.parametrize("store", STORES)
 def test_gradient_of_a_stored_output(store, how):
     def gradients(on):
         stored, found = {}, []
@@ -81,7 +103,7 @@ def test_gradient_of_a_stored_output(store, how):
     torch.testing.assert_close(gradients(on=True), expected)
 
 
-@pytest.mark.parametrize("change", ["returns", "in_place", "node"])
+@pytest.mark.parametrize("change", ["returns", "in_place", "node", "next_node", "inner_region"])
 def test_hooks_that_change_the_gradient(change):
     """Registered after the batch norm, when the pair is fused already."""
 
@@ -92,12 +114,20 @@ def test_hooks_that_change_the_gradient(change):
             c.register_hook(lambda g: 3 * g)
         elif change == "in_place":
             c.register_hook(lambda g: g.mul_(3))
+        elif change == "next_node":
+            (node, _), *_ = y.grad_fn.next_functions
+            node.register_prehook(lambda grads: (3 * grads[0],))
+        elif change == "inner_region":  # which a module opens that runs under other hooks
+            with torch.autograd.graph.save_on_cpu():
+                inner(c)
         else:
             c.grad_fn.register_prehook(lambda grads: (3 * grads[0],))
         return y
 
+    inner = Fn(lambda m, c: c.register_hook(lambda g: 3 * g))
     model, x = Fn(forward), torch.randn(2, 4, 6, 6, requires_grad=True)
     expected, gradients = run(model, x)
+    turn_on(inner)
     got, tune_gradients = run(turn_on(model), x)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     torch.testing.assert_close(tune_gradients, gradients, rtol=1e-4, atol=1e-4)
