@@ -16,7 +16,6 @@ from torch.utils import _pytree as pytree
 from ._torch import tracing
 from .codes import Code
 from .config import get_options
-from .graph.provenance import module_path
 from .passes.forward_folding import make_records as make_forward_records
 from .passes.scale_gradient.records import NamedRecord
 from .records import Record
@@ -142,9 +141,9 @@ def explain(
 
     Raises:
         TypeError: ``model`` is not a module or function, or not a module where one is needed.
-        ValueError: it does not run on these inputs, is on the meta device, or reads values of
-            tensors, as ``.item()`` does; ``autocast`` is no half precision, or a pattern matches no
-            parameter.
+        ValueError: it does not run on these inputs, is on the meta device, sharded by FSDP or lazy,
+            or reads values of tensors, as ``.item()`` does; ``autocast`` is no half precision, or a
+            pattern matches no parameter.
 
     Example::
 
@@ -165,7 +164,7 @@ def explain(
         inputs, keywords = pytree.tree_map(_in_channels_last, (inputs, keywords))
     records: list[Record] = []
     total = {mode: SavedForBackward((), graphs=0) for mode in _MODES}
-    called: set[str] = set()  # paths of modules
+    taken: set[int] = set()  # ids of the tensors that graphs take
     options = get_options()
 
     def on_graph(gm: fx.GraphModule, inputs: list[Any]) -> None:
@@ -185,14 +184,14 @@ def explain(
             "deploy": saved_by_graph(gm, inputs, "deploy"),
         }
         # Only now, because Dynamo may give up on a graph above and trace again (dynamic floats).
-        called.update(
-            module_path(n) for each in tracing.graph_modules(gm) for n in each.graph.nodes
-        )
         records.extend(_with_bytes(found, saved["eval"], of_scales))
         records.extend(wanted)
         records.extend(forward)
         for mode in _MODES:
             total[mode] = total[mode] + saved[mode]
+
+    def on_call(gm: fx.GraphModule, args: tuple[Any, ...]) -> None:
+        taken.update(map(id, (*args, *gm.parameters(), *gm.buffers())))
 
     tensors = [t for t in pytree.tree_leaves((inputs, keywords)) if isinstance(t, Tensor)]
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
@@ -203,7 +202,7 @@ def explain(
     with _as_asked(model, channels_last, freeze, train_bn):
         try:
             with region:
-                tracing.trace(model, inputs, on_graph, keywords, dynamic=dynamic)
+                tracing.trace(model, inputs, on_graph, keywords, dynamic=dynamic, on_call=on_call)
         except tracing.ValuesNeeded as error:
             raise ValueError(
                 f"the model reads values of tensors ({error}), as .item() does, which cannot be "
@@ -214,20 +213,24 @@ def explain(
             raised = re.search(r"got (\w+\(.*\))", str(error))
             line = raised.group(1) if raised else str(error).strip().partition("\n")[0]
             raise ValueError(f"the model does not run on these inputs: {line}") from error
-    records += _not_compiled(model, called)
+    records += _not_compiled(model, taken)
     return Explanation(tuple(records), {str(m): s for m, s in total.items()})
 
 
-def _not_compiled(model: Callable[..., Any], called: set[str]) -> list[Record]:
-    """Records of the batch norms of a module of which no node of a graph comes."""
-    modules = model.named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ()
-    paths = {path.replace("_orig_mod.", ""): module for path, module in modules}
-    norms = {m: path for path, m in paths.items() if isinstance(m, _BatchNorm)}
-    for path in called & paths.keys():
-        norms.pop(paths[path], None)
+def _not_compiled(model: Callable[..., Any], taken: set[int]) -> list[Record]:
+    """Records of the batch norms of a module that no graph takes a tensor of, given by id."""
+    norms = model.named_modules() if isinstance(model, nn.Module) else ()
     code = Code.NOT_COMPILED
     return [
-        Record("scale_gradient", "batch norm", code, batch_norm=path) for path in norms.values()
+        Record("scale_gradient", "batch norm", code, batch_norm=path.replace("_orig_mod.", ""))
+        for path, m in norms
+        if isinstance(m, _BatchNorm)
+        and (
+            tensors := {
+                id(t) for t in (m.weight, m.bias, m.running_mean, m.running_var) if t is not None
+            }
+        )
+        and tensors.isdisjoint(taken)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import functools
@@ -97,6 +98,11 @@ class TestExplain:
                 "must be torch.bfloat16 or torch.float16, got 'bfloat16'",
             ),
             (lambda x: cbn.explain(Residual().to("meta"), x), ValueError, "no meta device"),
+            (
+                lambda x: cbn.explain(nn.LazyConv2d(4, 1), x),
+                ValueError,
+                "run the model once",
+            ),
         ],
     )
     def test_errors_are_one_line(self, call, error, message):
@@ -204,6 +210,57 @@ class TestExplain:
         assert {r.code for r in left} == {cbn.Code.NOT_COMPILED}
         assert [r.batch_norm for r in left] == [*(f"bns.{i}" for i in range(4)), "down_bn"]
         assert "TORCH_LOGS=graph_breaks" in str(explanation)
+
+    @pytest.mark.parametrize("how", ["break inside", "traced", "compiled", "data parallel"])
+    def test_batch_norms_under_other_names_are_compiled(self, how):
+        """Of a frame after a graph break, a graph of torch.fx, a wrapper."""
+
+        class Broken(ConvBN):
+            def forward(self, x):
+                c = self.layer(x)
+                torch._dynamo.graph_break()
+                return self.bn(c.relu())
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = Broken(nn.Conv2d(3, 4, 1)), Broken(nn.Conv2d(4, 4, 1))
+
+            def forward(self, x):
+                return self.b(self.a(x))
+
+        model = Model().eval()
+        if how == "traced":
+            model = torch.fx.symbolic_trace(Residual())
+        elif how == "compiled":
+            model = torch.compile(model, backend="eager")
+        elif how == "data parallel":
+            model = nn.DataParallel(Residual())
+        explanation = cbn.explain(model, torch.randn(2, 3, 8, 8))
+        assert cbn.Code.NOT_COMPILED not in {r.code for r in explanation.records}
+        assert explanation.batch_norms
+
+    def test_containers_of_other_classes_are_left_alone(self):
+        class Strict(collections.OrderedDict):
+            def update(self, *args, **kwargs):
+                raise RuntimeError("no update")
+
+        class Model(Residual):
+            def forward(self, x):
+                self.calls.append(1)
+                self.recent.append(2)
+                return super().forward(x)
+
+        model = Model()
+        model.strict = Strict(a=1)
+        model.calls, model.recent = [], collections.deque(maxlen=3)
+        model.own = {"itself": model.calls}
+        model.own["cycle"] = model.own
+        assert cbn.explain(model, torch.randn(2, 3, 8, 8)).fused == Residual.pairs
+        assert dict(model.strict) == {"a": 1}
+        assert model.calls == []
+        assert list(model.recent) == []
+        assert model.own["itself"] is model.calls
 
     def test_reasons_are_told(self):
         model = Residual()

@@ -1,9 +1,11 @@
 """Get the graphs that ``torch.compile`` would see, on fake tensors and without compiling."""
 
+import collections
 import contextlib
 import copy
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,12 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import convert_frame
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+from torch._dynamo.eval_frame import DisableContext, _debug_get_cache_entry_list, reset_code
 from torch._dynamo.exc import TorchRuntimeError, Unsupported, UserError
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from .version import version
@@ -37,8 +40,11 @@ def trace(
     keywords: Mapping[str, Any] | None = None,
     *,
     dynamic: bool | None = None,
+    on_call: Callable[[fx.GraphModule, tuple[Any, ...]], None] = lambda gm, args: None,
 ) -> Any:
     """Trace ``fn`` with Dynamo on fake tensors; ``on_graph`` gets every graph.
+
+    ``on_call`` gets a graph and its arguments when it is called: there may be many calls of one.
 
     Returns what ``fn`` returns, as fake tensors. Graph breaks give several graphs. Leaves no
     compiled code behind, and leaves counters and modules as they were.
@@ -50,13 +56,20 @@ def trace(
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         on_graph(gm, example_inputs)
-        return gm.forward
+
+        def run(*args: Any) -> Any:
+            on_call(gm, args)
+            return gm.forward(*args)
+
+        return run
 
     def call(model: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         return model(*arguments, **keywords)
 
     # A code object of its own, so that the entries in Dynamo's cache go with it.
     fresh = types.FunctionType(call.__code__.replace(co_name="explained"), call.__globals__)
+    if not isinstance(getattr(fn, "dynamo_ctx", None), DisableContext):
+        fn = getattr(fn, "_orig_mod", fn)  # else its backend compiles frames after graph breaks
     fakes = (t for t in pytree.tree_leaves((inputs, keywords)) if isinstance(t, FakeTensor))
     fake_mode = next((t.fake_mode for t in fakes), FakeTensorMode())
 
@@ -101,13 +114,20 @@ def unchanged(fn: Callable[..., Any]) -> Iterator[None]:
 
     Attributes, gradients and elements of lists and dictionaries would be fake tensors. In place,
     fake tensors change real ones of one element, which they hold the values of.
+
+    Raises:
+        ValueError: one of the modules has more state than is seen here.
     """
-    containers: dict[int, tuple[Any, Any]] = {}  # by id, and as they are now
-    parameters: list[Any] = []
-    for module in (m for owner in _owners(fn) for m in owner.modules()):
-        _copy_containers(module.__dict__, containers)
-        parameters += module._parameters.values()
-    gradients = [(p, p.grad) for p in parameters if p is not None]
+    modules = [m for owner in _owners(fn) for m in owner.modules()]
+    parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+    if any(map(is_lazy, parameters)):
+        raise ValueError("a lazy module has no parameters yet: run the model once before")
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    if any(isinstance(m, kinds) for m in modules):
+        raise ValueError("the model is sharded by FSDP: ask about it before it is")
+    containers = _containers([m.__dict__ for m in modules])
+    gradients = [(p, p.grad) for p in parameters]
     everything = (v for _, then in containers.values() for v in _values(then))
     tensors = [t for t in everything if type(t) in (Tensor, nn.Parameter) and not t.is_inference()]
     numbers = [(t, t._version, t.detach().clone()) for t in tensors if t.numel() == 1]
@@ -115,8 +135,9 @@ def unchanged(fn: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         for now, then in containers.values():
-            now.clear()
-            (now.extend if isinstance(now, list) else now.update)(then)
+            if [*map(id, _values(now))] != [*map(id, _values(then))]:
+                now.clear()
+                (now.extend if isinstance(now, (list, collections.deque)) else now.update)(then)
         for parameter, gradient in gradients:
             parameter.grad = gradient
         with torch.no_grad():
@@ -137,12 +158,18 @@ def _owners(fn: Any) -> list[nn.Module]:
     return [f for f in found if isinstance(f, nn.Module)]
 
 
-def _copy_containers(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
-    """Add ``value`` and what is inside it, with a copy of each."""
-    if isinstance(value, (dict, list, set)) and id(value) not in found:
-        found[id(value)] = value, value.copy()
-        for each in _values(value):
-            _copy_containers(each, found)
+_CONTAINERS = (list, set, dict, collections.deque, collections.OrderedDict, collections.defaultdict)
+
+
+def _containers(pending: list[Any]) -> dict[int, tuple[Any, Any]]:
+    """By id, the containers in ``pending`` and those inside, each with a copy as it is now."""
+    found: dict[int, tuple[Any, Any]] = {}
+    while pending:
+        value = pending.pop()
+        if type(value) in _CONTAINERS and id(value) not in found:
+            found[id(value)] = value, value.copy()
+            pending += _values(value)
+    return found
 
 
 def _values(container: Any) -> Any:
