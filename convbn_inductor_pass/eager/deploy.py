@@ -6,17 +6,19 @@ Merging changes a layer's output: a forward has to show that only its batch norm
 import collections
 import dataclasses
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils import _pytree as pytree
 
 from ..codes import Code
 from ..graph.layout import Layout, scale_weight
 from ..records import Record
+from .calls import tensors_read
 from .events import Event, Ledger, nothing
 from .intercept import Hook, close_region, open_region
 from .region import Region
@@ -26,6 +28,23 @@ _LAYERS = (
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class _CountingRegion(Region):
+    """Also notes, by id, the tensors that functions take."""
+
+    def __init__(self, ledger: Ledger, module: nn.Module) -> None:
+        super().__init__(ledger, module)
+        self.taken: list[int] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.taken += [id(t) for t in tensors_read(func, args, kwargs or {})]
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[torch.Tensor]:
+    yield from module.parameters(recurse)
+    yield from module.buffers(recurse)
 
 
 class MergedBatchNorm(nn.Sequential):
@@ -60,7 +79,7 @@ def merge_pairs(
 
     ``norms`` are the paths of the batch norms that may be merged.
     """
-    events, calls, read = run_once(model, args, kwargs)
+    events, calls, reads = run_once(model, args, kwargs)
     paths = tensor_paths(model)
     modules = dict(model.named_modules())
     by_norm: dict[str, list[Event]] = collections.defaultdict(list)
@@ -76,9 +95,9 @@ def merge_pairs(
         layers = [e for e in events if e.weight() is first.weight()]
         as_modules = layer is not None and calls[layer] == calls[norm] == len(uses)
         why_not = _why_not(model, layer, norm, together=layers == uses and as_modules)
-        parameters = [p for m in (layer, norm) if m is not None for p in m.parameters(False)]
-        if not why_not and any(id(p) in read for p in parameters):
-            why_not = "a parameter of the layer or the batch norm is used elsewhere, too"
+        own = (t for m in (layer, norm) if m is not None for t in _tensors(m, recurse=False))
+        if not why_not and any(reads[id(t)] not in (0, len(uses)) for t in own):
+            why_not = "a parameter or buffer of the layer or the batch norm is used elsewhere, too"
         first.code, first.detail = _decide(uses, why_not)
         if first.code is Code.MERGED:
             merged.append(_merge(model, layer_path, norm))
@@ -88,10 +107,10 @@ def merge_pairs(
 
 def run_once(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[Event], Counter[nn.Module], set[int]]:
-    """What a forward shows, and how often it called each module that could be merged.
+) -> tuple[list[Event], Counter[nn.Module], Counter[int]]:
+    """What a forward shows; how often it called each module that could be merged.
 
-    And the ids of parameters that other functions than layers and batch norms read.
+    And, by id, how often it took or returned a parameter or buffer.
     """
     training = {m: m.training for m in model.modules()}
     calls: Counter[nn.Module] = Counter()
@@ -99,7 +118,7 @@ def run_once(
     hooks = [m.register_forward_pre_hook(lambda m, _: calls.update([m])) for m in counted]
     model.eval()
     nobody = nn.Module()  # whose forward could end the region
-    region = Region(Ledger(), nobody)
+    region = _CountingRegion(Ledger(), nobody)
     open_region(region)
     try:
         with torch.no_grad():
@@ -110,11 +129,13 @@ def run_once(
             hook.remove()
         for module, flag in training.items():
             module.training = flag
+    region.taken += [id(t) for t in pytree.tree_leaves(result)]
     events = list(region.events.values())
     for event in events:
         event.used |= event.is_alive()  # stored, or in the result
     del result
-    return events, calls, region.parameters_read
+    reads = Counter(i for i in region.taken if i in {id(t) for t in _tensors(model)})
+    return events, calls, reads
 
 
 def _decide(uses: list[Event], not_merged: str) -> tuple[Code, str]:

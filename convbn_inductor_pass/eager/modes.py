@@ -57,7 +57,7 @@ def turn_on(
             with new parameters, each batch norm an empty ``nn.Sequential``. For inference only:
             training is unstable, because a weight scaled by k has a gradient scaled by 1/k.
         modules: paths of submodules (``["backbone"]``) to restrict this to.
-        example_inputs: for ``"deploy"``, inputs for one forward that finds the blocks, run under
+        example_inputs: for ``"deploy"``, inputs for the forwards that find the blocks, run under
             ``no_grad`` in eval mode. If not given, the inputs of the first forward are used;
             parameters change after it, so create the optimizer later.
 
@@ -74,6 +74,7 @@ def turn_on(
     if not isinstance(example_inputs, (tuple, NoneType)):
         kind = type(example_inputs).__name__
         raise ValueError(f"example_inputs must be a tuple such as (batch,), got a {kind}")
+    given, model = model, _unwrapped(model)
     scopes = _scopes(model, modules, mode)
     if example_inputs is not None:
         deploy.run_once(model, example_inputs, {})  # what it raises, it raises before any change
@@ -97,7 +98,7 @@ def turn_on(
             _merge(model, example_inputs, {})
         else:
             model.register_forward_hook(_MergeAfterForward(state.ledger), with_kwargs=True)
-    return model
+    return given
 
 
 def turn_off(model: nn.Module) -> nn.Module:
@@ -107,9 +108,10 @@ def turn_off(model: nn.Module) -> nn.Module:
     Returns ``model``.
     """
     forget_interrupted()
+    given, model = model, _unwrapped(model)
     state: _State | None = getattr(model, _ATTRIBUTE, None)
     if state is None:
-        return model
+        return given
     remove_hooks(model, state.ledger)
     for merged in reversed(state.merged):
         deploy.undo(model, merged)
@@ -120,7 +122,12 @@ def turn_off(model: nn.Module) -> nn.Module:
         if norm is not None and norm.training == (state.mode == "train"):
             norm.train(training)
     delattr(model, _ATTRIBUTE)
-    return model
+    return given
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model that ``torch.compile`` has wrapped, if it has."""
+    return getattr(model, "_orig_mod", model)
 
 
 def decisions(model: nn.Module) -> tuple[Record, ...]:

@@ -55,7 +55,6 @@ class Region(TorchFunctionMode):
         self.events: dict[Any, Event] = {}
         ledger.forwards[module] = self.events  # the latest comes last
         self.uses: dict[int, int] = {}
-        self.parameters_read: set[int] = set()  # their ids, by other functions than these
         # By id, the outputs of layers and ReLUs, and rows made of a linear layer's.
         self.outputs: dict[int, tuple[Callable[[], Any], Event]] = {}
 
@@ -73,7 +72,6 @@ class Region(TorchFunctionMode):
         if func is nn.functional.batch_norm:
             return self._batch_norm(func, args, kwargs)
         tensors = list(calls.tensors_read(func, args, kwargs))
-        self.parameters_read.update(id(t) for t in tensors if isinstance(t, nn.Parameter))
         events = [event for t in tensors if (event := self._event_of(t)) is not None]
         for event in events:
             # Rows of a linear layer's output may be what a batch norm takes.

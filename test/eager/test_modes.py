@@ -13,8 +13,9 @@ from torch import nn
 from convbn_inductor_pass import Code, freeze_batch_norms, turn_off, turn_on
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("mode", ["train", "eval", "tune", "deploy"])
-def test_turn_off_restores_everything(mode):
+def test_turn_off_restores_everything(mode, wrapped):
     model, x = Residual(), torch.randn(2, 3, 8, 8)
     model.bns[0].train()
     flags = {n: m.training for n, m in model.named_modules()}
@@ -23,10 +24,13 @@ def test_turn_off_restores_everything(mode):
     expected = copy.deepcopy(model)(x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        turn_on(model, mode)
+        # Its wrapper and the model are turned on and off alike.
+        given = torch.compile(model, backend="eager") if wrapped else model
+        assert turn_on(given, mode) is given
     if mode != "train":
         model(x)
     assert turn_off(model) is model
+    assert turn_off(turn_on(given, "tune")) is given
     assert {n: m.training for n, m in model.named_modules()} == flags
     assert list(model.state_dict()) == names
     assert all(p is tensors[n] for n, p in model.named_parameters())
