@@ -52,6 +52,7 @@ def trace(
     Raises:
         ModelError: ``fn`` cannot be traced, or raises on these inputs.
         ValuesNeeded: its Python code asks for values of tensors, which fake ones do not have.
+        ValueError: see :func:`unchanged`.
     """
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -135,7 +136,7 @@ def unchanged(fn: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         for now, then in containers.values():
-            if [*map(id, _values(now))] != [*map(id, _values(then))]:
+            if _ids(now) != _ids(then):
                 now.clear()
                 (now.extend if isinstance(now, (list, collections.deque)) else now.update)(then)
         for parameter, gradient in gradients:
@@ -174,6 +175,11 @@ def _containers(pending: list[Any]) -> dict[int, tuple[Any, Any]]:
 
 def _values(container: Any) -> Any:
     return container.values() if isinstance(container, dict) else container
+
+
+def _ids(container: Any) -> list[int]:
+    keys = container if isinstance(container, dict) else ()
+    return [*map(id, keys), *map(id, _values(container))]
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
