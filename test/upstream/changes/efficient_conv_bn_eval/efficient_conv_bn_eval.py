@@ -21,8 +21,8 @@ Layers are convolutions (transposed and grouped ones, too) and linear layers. Wh
 not exactly of this form is left as it is; DEBUG logs say why. So is float16: ``dWg`` is
 ``dW / A``, and may leave its range where ``dW`` does not.
 
-NOTE [efficient_conv_bn_eval is no register_graph_pattern]: what depends on a tangent
-and which inputs are written to are found once for the graph, not for each match.
+NOTE [efficient_conv_bn_eval is not a register_graph_pattern handler]: what depends on
+a tangent and which inputs are written to are found once per graph, not once per match.
 """
 
 import logging
@@ -57,13 +57,15 @@ class CantFuse(RuntimeError): ...
 def efficient_conv_bn_eval_pass(graph: torch.fx.Graph) -> int:
     """Rewrites the joint graph; returns the number of batch norms that were fused."""
     inputs = graph.find_nodes(op="placeholder")
-    backward = _depending_on(n for n in inputs if "tangents" in str(n.target))
-    written = _written_inputs(graph) if backward else OrderedSet()
+    tangents = [n for n in inputs if str(n.target).startswith("tangents")]
+    if not tangents:
+        return 0
+    backward, written = _depending_on(tangents), _written_inputs(graph)
     count = 0
     for node in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
         match = _DOT_P.match(node)
         origin = str(node.meta.get("original_aten"))
-        if not backward or not match or "batch_norm_backward" not in origin:
+        if not match or "batch_norm_backward" not in origin:
             continue
         try:
             found = _find(node, **match.kwargs, backward=backward, written=written)
@@ -85,20 +87,24 @@ def _find(dot_p, grad, value, mean, dims, backward, written) -> tuple[Any, ...]:
     _, weight, bias = _tensors_of(layer)
     if grad not in backward or layer in backward:
         raise CantFuse("not a gradient times a value of the forward")
+    rank, channels = _val(grad).ndim, _val(layer).shape[1]
+    per_channel = [channels if dim == 1 else 1 for dim in range(rank)]
     for call, layer_grad in _weight_gradients(layer):
         scaled = _source(layer_grad)
         if scaled.target is aten.mul.Tensor and scaled.args[0] is grad:
-            break
+            scale = scaled.args[1]
+            if _has_shape(scale, per_channel):
+                break
     else:
         raise CantFuse("the layer's gradient is not a multiple of the batch norm's")
-    scale = scaled.args[1]
-    rank, channels = _val(grad).ndim, _val(layer).shape[1]
-    per_channel = [channels if dim == 1 else 1 for dim in range(rank)]
     if sorted(dims) != [dim for dim in range(rank) if dim != 1]:
         raise CantFuse("not one sum per channel")
-    for each in (scale, mean):
-        if not isinstance(each, Node) or list(_val(each).shape) != per_channel:
-            raise CantFuse(f"{each} is not one number per channel")
+    if not _has_shape(mean, per_channel):
+        raise CantFuse(f"{mean} is not one number per channel")
+    # A symbolic number in the layer's arguments or sizes would need a node of its own.
+    numbers = [n for n in layer.all_input_nodes if not isinstance(_val(n), torch.Tensor)]
+    if numbers or not all(isinstance(n, int) for n in _val(weight).shape):
+        raise CantFuse(f"{layer} has symbolic arguments or weights")
     for each in (value, grad):
         if not statically_known_true(sym_eq(_val(each).shape, _val(layer).shape)):
             raise CantFuse("the layer's output is viewed in another shape")
@@ -153,7 +159,7 @@ def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, old, backward) -> None
     with layer.graph.inserting_before(old):
         scale, mean = (cast(view(v, [-1]), wide) for v in (scale, mean))
         dims = [dim for dim in range(_val(grad).ndim) if dim != 1]
-        # That of the batch norm's bias: what is returned is left out of CSE.
+        # Reuse the sum computed for the batch norm's bias: CSE skips graph outputs.
         sums = (u for u in grad.users if u.target is aten.sum.dim_IntList)
         same = [u for u in sums if u.args == (grad, dims) and _val(u).dtype == wide]
         sum_grad, *_ = same or [call(aten.sum.dim_IntList, cast(grad, wide), dims)]
@@ -193,8 +199,10 @@ def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, old, backward) -> None
             dwg = call(aten.mm.default, call(aten.permute.default, grad, [1, 0]), x)
             for user in list(layer_grad.users):
                 if user.target is aten.mm.default and user.args[0] is layer_grad:
-                    scaled = times_scale(user.args[1])  # the weight: [C_out, C_in]
-                    replace(user, call(aten.mm.default, grad, scaled))
+                    # The weight: [C_out, C_in]. Of another layer, if their sum is normalized.
+                    if _has_shape(user.args[1], split):
+                        scaled = times_scale(user.args[1])
+                        replace(user, call(aten.mm.default, grad, scaled))
             replace(old, times_scale(dwg))
 
         inner = mul(cast(dwg, wide), cast(weight, wide))
@@ -208,6 +216,12 @@ def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, old, backward) -> None
 
 def _val(node: Node) -> Any:
     return node.meta["val"]
+
+
+def _has_shape(node: Any, shape: list[Any]) -> bool:
+    if not isinstance(node, Node) or not isinstance(_val(node), torch.Tensor):
+        return False
+    return statically_known_true(sym_eq(list(_val(node).shape), shape))
 
 
 def _source(node: Node, *targets) -> Node:

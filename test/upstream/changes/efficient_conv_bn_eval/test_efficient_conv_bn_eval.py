@@ -227,6 +227,35 @@ class EfficientConvBNEvalTest(Base):
         model = Tokens(nn.Linear(6, 8), nn.BatchNorm1d(8)).to(device)
         self.check(model, torch.randn(2, 5, 6, device=device))
 
+    def test_sum_of_two_layers(self, device):
+        # Two layers share the input; the second one's gradient is another layer's, too.
+        class Sum(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first = Pair(nn.Linear(6, 8), nn.BatchNorm1d(8))
+                self.second = Pair(nn.Linear(6, 8), nn.BatchNorm1d(8))
+                self.third = nn.Linear(4, 8)
+
+            def forward(self, x):
+                c = self.second.layer(x) + self.third(x[:, :4])
+                return self.first(x) + self.second.norm(c)
+
+        self.check(Sum().to(device), torch.randn(5, 6, device=device))
+
+    @parametrize("dynamic", [False, True])
+    def test_sum_with_a_multiple_of_another_layer(self, device, dynamic):
+        # The gradient of that layer is a multiple of the batch norm's, too.
+        class Sum(Pair):
+            def __init__(self):
+                super().__init__(nn.Linear(6, 8), nn.BatchNorm1d(8))
+                self.other = nn.Linear(6, 8)
+
+            def forward(self, x):
+                return super().forward(x) + self.other(x) * x.shape[0]
+
+        x = torch.randn(5, 6, device=device)
+        self.check(Sum().to(device), x, dynamic=dynamic)
+
     def test_zero_gamma(self, device):
         model = Pair().to(device)
         nn.init.zeros_(model.norm.weight)
@@ -316,6 +345,16 @@ class EfficientConvBNEvalRefusalTest(Base):
         self.check(
             Standardized().to(device), torch.randn(2, 6, 7, 7, device=device), fused=0
         )
+
+    def test_symbolic_stride(self, device):
+        class Strided(Pair):
+            def forward(self, x):
+                stride = x.shape[-1] // 3
+                c = F.conv2d(x, self.layer.weight, self.layer.bias, stride=stride)
+                return self.norm(c)
+
+        x = torch.randn(3, 6, 7, 7, device=device)
+        self.check(Strided().to(device), x, fused=0, dynamic=True)
 
     def test_bias_written_after(self, device):
         class Writes(Pair):
