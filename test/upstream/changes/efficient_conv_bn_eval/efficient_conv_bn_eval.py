@@ -198,11 +198,11 @@ def _rewrite(dot_p, grad, mean, layer, scale, layer_grad, old, backward) -> None
         else:
             dwg = call(aten.mm.default, call(aten.permute.default, grad, [1, 0]), x)
             for user in list(layer_grad.users):
-                if user.target is aten.mm.default and user.args[0] is layer_grad:
-                    # The weight: [C_out, C_in]. Of another layer, if their sum is normalized.
-                    if _has_shape(user.args[1], split):
-                        scaled = times_scale(user.args[1])
-                        replace(user, call(aten.mm.default, grad, scaled))
+                is_product = user.target is aten.mm.default and user.args[0] is layer_grad
+                # The weight: [C_out, C_in]; or another layer's, if their sum is normalized.
+                if is_product and _has_shape(user.args[1], split):
+                    scaled = times_scale(user.args[1])
+                    replace(user, call(aten.mm.default, grad, scaled))
             replace(old, times_scale(dwg))
 
         inner = mul(cast(dwg, wide), cast(weight, wide))
