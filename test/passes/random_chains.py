@@ -157,6 +157,8 @@ class _Drawer:
     def operand(self, y: str) -> str:
         """Something to add to or multiply with ``y``."""
         shape = tuple(self.scope[y].shape)
+        if len(shape) < 2:
+            return self.tensor(shape)
         ones = (1,) * (len(shape) - 2)
         dim = self.pick(1, 1, 1, -1, 0)
         v = self.tensor((shape[dim],), kind=self.pick("normal", "normal", "zero"))
