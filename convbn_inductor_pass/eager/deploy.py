@@ -134,8 +134,8 @@ def run_once(
     for event in events:
         event.used |= event.is_alive()  # stored, or in the result
     del result
-    reads = Counter(i for i in region.taken if i in {id(t) for t in _tensors(model)})
-    return events, calls, reads
+    own = {id(t) for t in _tensors(model)}
+    return events, calls, Counter(i for i in region.taken if i in own)
 
 
 def _decide(uses: list[Event], not_merged: str) -> tuple[Code, str]:
