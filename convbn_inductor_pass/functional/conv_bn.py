@@ -200,6 +200,7 @@ def _norm_backward(ctx: Any, g: Tensor, saved: Any, of_layer: Any) -> tuple[Tens
     acc = torch.promote_types(g.dtype, torch.float32)
     invstd = (var.to(acc) + ctx.eps).rsqrt()
     scale = gamma.to(acc) * invstd
+    # What is left at a node that does not run would stay there.
     layer_runs = of_layer is not None and torch_eager.will_run(node)
     dc = None
     if need_dc and (ctx.found or ctx.is_watched() or not layer_runs):
