@@ -65,7 +65,10 @@ def saves_shape_only(x: Tensor) -> saved_tensors_hooks:
 def saves_mask() -> saved_tensors_hooks:
     """Within, a ReLU saves where its result is not 0, a byte for each element.
 
-    Its gradient compares with 0 what it saved, of whatever dtype.
+    Its gradient compares with 0 what it saved, of whatever dtype: CPUs are slow to convert a bool,
+    and slow to make one by a comparison.
     """
     outer_pack, outer_unpack = _hooks_around()
-    return saved_tensors_hooks(lambda y: outer_pack(y != 0), outer_unpack)
+    return saved_tensors_hooks(
+        lambda y: outer_pack(y.to(torch.bool).view(torch.uint8)), outer_unpack
+    )
