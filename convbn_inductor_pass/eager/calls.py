@@ -33,11 +33,12 @@ _METADATA = {
 # What may make rows of a linear layer's output, for a batch norm to take.
 VIEWS = {Tensor.flatten, torch.flatten, Tensor.reshape, torch.reshape, Tensor.view}
 # ``y.view_as(c)`` asks for the shape of ``c``.
+_PLAIN_TYPES = (Tensor, nn.Parameter, nn.Buffer)
 _SHAPE_OF_OTHER = {Tensor.reshape_as, Tensor.view_as, Tensor.expand_as}
 
 
 def is_plain(value: Any) -> bool:
-    is_dense = type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.layout is torch.strided
+    is_dense = type(value) in _PLAIN_TYPES and value.layout is torch.strided
     return is_dense and value.is_floating_point() and not value.is_inference()
 
 

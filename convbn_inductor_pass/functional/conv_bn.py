@@ -26,6 +26,7 @@ Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.1
 formula for dgamma follows from its equation for the folded weight.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from .gradients import Conv, layer_backward, pair_backward, per_channel, sum_pos
 from .saved import saves_as_autograd
 
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+_geometry = operator.attrgetter(*(f"_saved_{name}" for name in Conv._fields))
 _INPUT_OF_LINEAR = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
 
 
@@ -78,7 +80,7 @@ def _read(c: Tensor) -> tuple[Tensor | None, Conv | None]:
     """Input and geometry of the layer whose output is ``c``; of a linear layer the input's rows."""
     node: Any = c.grad_fn
     if type(node).__name__ == "ConvolutionBackward0":
-        return node._saved_input, Conv(*(getattr(node, f"_saved_{name}") for name in Conv._fields))
+        return node._saved_input, Conv(*_geometry(node))
     if type(node).__name__ == "AddBackward0":  # a bias, where the input is not contiguous
         node = node.next_functions[0][0]
     node = _below_views(node)
