@@ -15,69 +15,33 @@ shares) -> ``passes.scale_gradient`` (find, decide, rewrite). ``explain`` report
 what it saves. Importing this package loads no compiler: code that needs one is loaded on first use.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._torch import version
-
-version.check()
-
-from . import plugin  # noqa: E402
-from .codes import Code  # noqa: E402
-from .config import Options, get_options, options, set_options  # noqa: E402
-from .plugin import disable, enable, install, is_installed, uninstall  # noqa: E402
-from .records import PassFailedWarning, Record, clear_records, records, summary  # noqa: E402
+from . import plugin
+from .codes import Code
+from .config import Options, get_options, options, set_options
+from .eager import decisions, turn_off, turn_on
+from .freeze import freeze_batch_norms, unfreeze_batch_norms
+from .plugin import disable, enable, install, is_installed, uninstall
+from .records import PassFailedWarning, Record, clear_records, records, summary
 
 if TYPE_CHECKING:
-    from .eager import decisions, turn_off, turn_on
     from .explanation import Explanation, explain
-    from .freeze import freeze_batch_norms, unfreeze_batch_norms
 
 __version__ = "0.2.0"
 
-__all__ = [
-    "Code",
-    "Explanation",
-    "Options",
-    "PassFailedWarning",
-    "Record",
-    "__version__",
-    "clear_records",
-    "decisions",
-    "disable",
-    "enable",
-    "explain",
-    "freeze_batch_norms",
-    "get_options",
-    "install",
-    "is_installed",
-    "options",
-    "records",
-    "set_options",
-    "summary",
-    "turn_off",
-    "turn_on",
-    "unfreeze_batch_norms",
-    "uninstall",
-]
-
-_LAZY = {
-    "Explanation": "explanation",
-    "decisions": "eager",
-    "explain": "explanation",
-    "freeze_batch_norms": "freeze",
-    "turn_off": "eager",
-    "turn_on": "eager",
-    "unfreeze_batch_norms": "freeze",
-}
+__all__ = ["Code", "Explanation", "Options", "PassFailedWarning", "Record", "__version__"]
+__all__ += ["clear_records", "decisions", "disable", "enable", "explain", "freeze_batch_norms"]
+__all__ += ["get_options", "install", "is_installed", "options", "records", "set_options"]
+__all__ += ["summary", "turn_off", "turn_on", "unfreeze_batch_norms", "uninstall"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in ("Explanation", "explain"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    from . import explanation  # which loads the compiler
+
+    return getattr(explanation, name)
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .version import version
+from . import version
 
 # Before, an Inductor assertion may fail if a cast is fused with one call of a list (_foreach_mul)
 # and something else reads the same tensor in another order.

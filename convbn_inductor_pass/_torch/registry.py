@@ -12,7 +12,7 @@ from torch import fx
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 
-from .version import version
+from . import version
 
 GraphPass = Callable[..., None]
 PARTITIONER = "custom_partitioner_fn"  # the hook whose passes run on what the partitioner made

@@ -24,7 +24,7 @@ from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_modu
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from .version import version
+from . import version
 
 # Frames that the user has compiled, too, then have a limit of recompilations of their own.
 _APART: Any = {"isolate_recompiles": True} if version >= "2.13" else {}

@@ -10,7 +10,7 @@ from passes.wanted_gradients.wanted import check_bits
 from torch import nn
 
 from convbn_inductor_pass import Code, explain, options, testing
-from convbn_inductor_pass._torch.version import version
+from convbn_inductor_pass._torch import version
 
 MASKED = ("pooling", Code.MASK_AFTER_POOLING)
 POOLS = {
