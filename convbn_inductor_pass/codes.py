@@ -6,8 +6,6 @@ that users see; a decision adds a detail that names the nodes.
 
 import enum
 
-__all__ = ["Code"]
-
 
 class Code(enum.Enum):
     """Why something was rewritten, or left as written."""

@@ -10,8 +10,6 @@ import fnmatch
 from collections.abc import Iterator
 from typing import Literal, get_args
 
-__all__ = ["Options", "get_options", "options", "set_options"]
-
 Objective = Literal["memory", "speed"]
 Forward = Literal["exact", "fold", "auto"]
 

@@ -21,8 +21,6 @@ from .passes.scale_gradient.records import NamedRecord
 from .records import Record
 from .saved_tensors import Mode, SavedForBackward, saved_by_graph
 
-__all__ = ["Explanation", "explain"]
-
 _MODES: tuple[Mode, ...] = ("eval", "tune", "deploy")
 
 

@@ -12,8 +12,6 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["freeze_batch_norms", "unfreeze_batch_norms"]
-
 
 def freeze_batch_norms(
     model: nn.Module, modules: Iterable[str | nn.Module] | None = None

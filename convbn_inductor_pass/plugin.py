@@ -24,8 +24,6 @@ from ._torch.on_import import when_imported
 from .config import set_options
 from .records import PassFailedWarning
 
-__all__ = ["disable", "enable", "install", "installation", "is_installed", "uninstall"]
-
 _FLAG = "efficient_conv_bn_eval_fx_passes"
 _CONFIG = "torch._inductor.config"
 _PASSES = f"{__package__}.passes"

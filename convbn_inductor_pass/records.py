@@ -15,16 +15,6 @@ from typing import Any, Literal
 
 from .codes import Code
 
-__all__ = [
-    "PassFailedWarning",
-    "Record",
-    "clear_records",
-    "publish",
-    "records",
-    "summary",
-    "take_new",
-]
-
 log = logging.getLogger("convbn_inductor_pass")
 if log.level == logging.NOTSET:
     log.setLevel(logging.INFO)  # or the one-line report (announce.py) would not be shown

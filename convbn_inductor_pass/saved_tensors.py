@@ -33,9 +33,6 @@ from .passes.scale_gradient.rewrite import apply
 from .passes.wanted_gradients import MaskBitsPass, WantedGradientsPass
 from .records import Record
 
-__all__ = ["MODES", "Mode", "SavedForBackward", "SavedTensor", "saved_by_graph"]
-__all__ += ["saved_for_backward"]
-
 Mode = Literal["eval", "builtin", "tune", "deploy"]
 MODES: tuple[Mode, ...] = ("eval", "builtin", "tune", "deploy")
 

@@ -13,8 +13,6 @@ from .tune_mode import TuneMode
 _LIBRARY = "lightning.pytorch" if importlib.util.find_spec("lightning") else "pytorch_lightning"
 Callback: Any = importlib.import_module(_LIBRARY).Callback
 
-__all__ = ["TuneModeCallback"]
-
 
 class TuneModeCallback(TuneMode, Callback):
     """:class:`.TuneMode` from the start of ``fit``, with the same arguments."""

@@ -13,8 +13,6 @@ from mmengine.registry import HOOKS
 
 from .tune_mode import TuneMode
 
-__all__ = ["TuneModeHook"]
-
 
 @HOOKS.register_module()
 class TuneModeHook(TuneMode, Hook):

@@ -8,8 +8,6 @@ from transformers import TrainerCallback
 
 from .tune_mode import TuneMode
 
-__all__ = ["TuneModeCallback"]
-
 
 class TuneModeCallback(TuneMode, TrainerCallback):
     """:class:`.TuneMode` from the start of ``train``, with the same arguments."""

@@ -10,8 +10,6 @@ from torch import nn
 from ..freeze import freeze_batch_norms
 from ..plugin import enable
 
-__all__ = ["TuneMode"]
-
 
 class TuneMode:
     """Turns tune mode on, and keeps batch norms in eval mode while a trainer runs and after it.
