@@ -13,9 +13,8 @@ from .eager.calls import LAYERS, BatchNormCall
 _BETWEEN = {"flatten", "reshape", "view", "contiguous", "to", "dropout", "dropout2d"}
 
 
-def merge_pairs(graph: fx.Graph) -> int:
-    """Merge the pairs of a graph in torch IR in place; returns how many."""
-    merged = 0
+def merge_pairs(graph: fx.Graph) -> None:
+    """Merge the pairs of a graph in torch IR in place."""
     for norm in list(graph.nodes):
         if norm.target is not nn.functional.batch_norm:
             continue
@@ -30,8 +29,6 @@ def merge_pairs(graph: fx.Graph) -> int:
             layer.update_kwarg("bias", layer.kwargs.get("bias") or bias)
         norm.replace_all_uses_with(bn.input)
         graph.erase_node(norm)
-        merged += 1
-    return merged
 
 
 def _layer_before(node: Any, user: fx.Node) -> fx.Node | None:
@@ -46,10 +43,8 @@ def _layer_before(node: Any, user: fx.Node) -> fx.Node | None:
 
 
 def _asks_shape(user: fx.Node, of: fx.Node) -> bool:
-    name = _name(user)
-    if name in ("reshape_as", "view_as"):
-        return user.args[0] is not of
-    return name in ("size", "dim")
+    as_other = _name(user) in ("reshape_as", "view_as") and user.args[0] is not of
+    return as_other or _name(user) in ("size", "dim")
 
 
 def _name(node: fx.Node) -> str:

@@ -15,8 +15,6 @@ from torch.utils import _pytree as pytree
 
 from ._torch import tracing
 from .codes import Code
-from .config import get_options
-from .passes.forward_folding import make_records as make_forward_records
 from .passes.scale_gradient.records import NamedRecord
 from .records import Record
 from .saved_tensors import Mode, SavedForBackward, saved_by_graph
@@ -163,28 +161,13 @@ def explain(
     records: list[Record] = []
     total = {mode: SavedForBackward((), graphs=0) for mode in _MODES}
     taken: set[int] = set()  # ids of the tensors that graphs take
-    options = get_options()
 
     def on_graph(gm: fx.GraphModule, inputs: list[Any]) -> None:
         found: list[NamedRecord] = []
-        forward: list[Record] = []
-
-        def on_forward(graph: fx.Graph) -> None:
-            if options.forward != "exact":
-                forward.extend(make_forward_records(graph, options))
-
-        wanted: list[Record] = []
-        # With tune mode alone, without wanted gradients.
-        of_scales = saved_by_graph(gm, inputs, "tune", on_records=found.extend, wanted=None)
-        saved = {
-            "eval": saved_by_graph(gm, inputs, "eval"),
-            "tune": saved_by_graph(gm, inputs, "tune", on_forward, wanted=wanted.extend),
-            "deploy": saved_by_graph(gm, inputs, "deploy"),
-        }
+        of_scales = saved_by_graph(gm, inputs, "scale_gradient", found.extend)
+        saved = {mode: saved_by_graph(gm, inputs, mode, found.extend) for mode in _MODES}
         # Only now, because Dynamo may give up on a graph above and trace again (dynamic floats).
         records.extend(_with_bytes(found, saved["eval"], of_scales))
-        records.extend(wanted)
-        records.extend(forward)
         for mode in _MODES:
             total[mode] = total[mode] + saved[mode]
 

@@ -17,22 +17,24 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from . import plugin
 from ._torch import compat, inductor, registry
-from ._torch.tracing import copy_graph_module, graph_modules, trace
+from ._torch.tracing import copy_graph_module, trace
 from .config import get_options
 from .deployed import merge_pairs
 from .graph import layers
 from .graph.provenance import module_path
 from .graph.uses import users_of
+from .passes.forward_folding import make_records as make_forward_records
 from .passes.scale_gradient.decide import decide
 from .passes.scale_gradient.records import NamedRecord, account
 from .passes.scale_gradient.rewrite import apply
 from .passes.wanted_gradients import MaskBitsPass, WantedGradientsPass
 from .records import Record
 
+Kind = Literal["activation", "weight", "mask"]
 Mode = Literal["eval", "builtin", "tune", "deploy"]
 MODES: tuple[Mode, ...] = ("eval", "builtin", "tune", "deploy")
 
@@ -53,7 +55,7 @@ class SavedTensor:
     shape: tuple[int | str, ...]
     dtype: str
     nbytes: int
-    kind: Literal["activation", "weight", "mask"]
+    kind: Kind
     layer: str = ""
     readers: tuple[str, ...] = ()
     module: str = ""
@@ -132,21 +134,19 @@ def saved_for_backward(
 def saved_by_graph(
     gm: fx.GraphModule,
     example_inputs: list[Any],
-    mode: Mode,
-    on_forward: Callable[[fx.Graph], None] = lambda graph: None,
-    on_records: Callable[[list[NamedRecord]], None] = lambda records: None,
-    wanted: Callable[[Iterable[Record]], None] | None = lambda records: None,
+    mode: Mode | Literal["scale_gradient"],
+    report: Callable[[Iterable[NamedRecord]], None] = lambda records: None,
 ) -> SavedForBackward:
     """What one Dynamo graph saves for backward in ``mode``; ``gm`` is left as it is.
 
-    ``on_forward`` gets the graph, in aten IR, of the forward or of inference; ``on_records`` in
-    mode "tune" the records of each joint graph, ``wanted`` those of ``passes.wanted_gradients``,
-    which does not run if ``wanted`` is None.
+    Mode "scale_gradient" is "tune" without wanted gradients. There ``report`` gets the records of
+    that pass; in mode "tune" those of the others.
 
     Call it inside a Dynamo backend, whose tracing context it needs.
     """
     graphs: dict[bool, fx.GraphModule] = {}
     static_inputs: set[int] = set()
+    is_tune, is_builtin = mode == "tune", mode == "builtin"
 
     def stop_before_codegen(inner: fx.GraphModule, _inputs: Any, **kwargs: Any) -> Any:
         is_backward = bool(kwargs.get("is_backward"))
@@ -155,40 +155,47 @@ def saved_by_graph(
             static_inputs.update(kwargs.get("static_input_idxs") or ())
         return inner
 
+    def report_others(records: Iterable[Record]) -> None:
+        report(("", record) for record in records)
+
     def rewrite(graph: fx.Graph) -> None:
         decisions = decide(graph, get_options())
-        on_records(account(graph, decisions))
+        if not is_tune:
+            report(account(graph, decisions))
         apply(decisions, graph)
-        if wanted is not None:
-            wanted(WantedGradientsPass().run(graph).records)
+        if is_tune:
+            report_others(WantedGradientsPass().run(graph).records)
 
     def pack(forward: fx.Graph, backward: fx.Graph) -> None:
-        if wanted is not None:
-            wanted(MaskBitsPass().run(forward, backward).records)
+        report_others(MaskBitsPass().run(forward, backward).records)
 
-    ours, is_builtin = mode == "tune", mode == "builtin"
     gm = copy_graph_module(gm)
     if mode == "deploy":
-        for module in graph_modules(gm):
-            merge_pairs(module.graph)
-            module.recompile()
+        for module in gm.modules():  # with the bodies of higher-order operators
+            if isinstance(module, fx.GraphModule):
+                merge_pairs(module.graph)
+                module.recompile()
+    passes: dict[str, registry.GraphPass] = {"joint_custom_pre_pass": rewrite}
+    if is_tune:
+        passes[registry.PARTITIONER] = pack
     with (
         plugin.installation(False) if is_builtin else contextlib.nullcontext(),
-        registry.passes_added("joint_custom_pre_pass", *([rewrite] if ours else [])),
-        registry.passes_added(registry.PARTITIONER, *([pack] if ours else [])),
+        registry.passes_added(passes if is_tune or mode == "scale_gradient" else {}),
         inductor.caches_off(freezing=False, efficient_conv_bn_eval_fx_passes=is_builtin),
         inductor.functorch_config.patch(force_non_lazy_backward_lowering=True),
         inductor.tracing_apart(),
     ):
         inductor.compile_with(stop_before_codegen, gm, example_inputs)
-        if False in graphs:
-            on_forward(graphs[False].graph)  # with what is known of the inputs while compiling
-            channels_last = inductor.makes_channels_last(graphs[False].graph)
+        if False in graphs:  # with what is known of the inputs while compiling
+            forward = graphs[False].graph
+            if is_tune and get_options().forward != "exact":
+                report_others(make_forward_records(forward, get_options()))
+            channels_last = inductor.makes_channels_last(forward)
     if True not in graphs:  # nothing requires a gradient
         return SavedForBackward(())
     forward, backward = graphs[False].graph, graphs[True].graph
     tensors = tuple(_new_tensors(forward, backward, static_inputs))
-    copied = _copied_bytes(forward, backward, channels_last)
+    copied = _copied_bytes(forward, backward) if channels_last else 0
     inputs = [{*g.find_nodes(op="placeholder")} for g in (forward, backward)]
     new = {t.name for t in tensors}
     old = {n for n in inputs[1] if n.name not in new and not n.name.startswith("tangents_")}
@@ -196,56 +203,45 @@ def saved_by_graph(
     return SavedForBackward(tensors, copied, copied + max(peaks))
 
 
-_BOOLS = ("bool", "uint8")
-
-
 def _new_tensors(
     forward: fx.Graph, backward: fx.Graph, static_inputs: set[int]
 ) -> Iterator[SavedTensor]:
     """Tensors that the backward graph takes from the forward and that are not its inputs."""
     made_by = {node.name: node for node in forward.nodes}
-    inputs = [n for n in forward.nodes if n.op == "placeholder"]
+    inputs = forward.find_nodes(op="placeholder")
     seen = {compat.storage_key(n.meta.get("val")) for n in inputs}
     from_weights = _computed_from_parameters(forward, static_inputs)
-    for taken in backward.nodes:
-        if taken.op != "placeholder" or taken.name.startswith(("tangents_", "primals_")):
-            continue
-        value = taken.meta.get("val")
-        node = made_by.get(taken.name)
-        if not isinstance(value, Tensor) or node is None:
+    for taken in backward.find_nodes(op="placeholder"):
+        value, node = layers.tensor_of(taken), made_by.get(taken.name)
+        if value is None or node is None or taken.name.startswith(("tangents_", "primals_")):
             continue
         key = compat.storage_key(node.meta.get("val"))
         if key is not None and key in seen:
             continue
         seen.add(key)
         dtype = str(value.dtype).removeprefix("torch.")
-        kind: Literal["activation", "weight", "mask"] = "activation"
-        if dtype in _BOOLS:
+        kind: Kind = "weight" if node in from_weights else "activation"
+        if value.dtype in (torch.bool, torch.uint8):
             kind = "mask"
-        elif node in from_weights:
-            kind = "weight"
-        size = compat.size_hint(value.numel()) * value.element_size()
         readers = sorted({str(n.target) for n in users_of(taken) if n.op == "call_function"})
         yield SavedTensor(
-            *(node.name, compat.shape_of(value), dtype, size),
+            *(node.name, compat.shape_of(value), dtype, layers.bytes_of(taken)),
             *(kind, _nearest_layer(node), tuple(readers), module_path(node)),
         )
 
 
-def _copied_bytes(forward: fx.Graph, backward: fx.Graph, channels_last: bool) -> int:
+def _copied_bytes(forward: fx.Graph, backward: fx.Graph) -> int:
     """Bytes of channels-last copies of inputs that the backward takes, made for convolutions."""
-    saved = {n.name for n in backward.find_nodes(op="placeholder")} if channels_last else ()
-    total = 0
-    for node in forward.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        if node.name not in saved or not isinstance(value, Tensor) or value.ndim != 4:
-            continue
-        for user in node.users:
-            takes = node in user.args[:2] and user.target is torch.ops.aten.convolution.default
-            if takes and not value.is_contiguous(memory_format=torch.channels_last):
-                total += compat.size_hint(value.numel()) * value.element_size()
-                break
-    return total
+    saved = {n.name for n in backward.find_nodes(op="placeholder")}
+    calls = forward.find_nodes(op="call_function", target=torch.ops.aten.convolution.default)
+    taken = {n: layers.value_of(n) for call in calls for n in call.args[:2] if n.name in saved}
+    return sum(
+        layers.bytes_of(n)
+        for n, value in taken.items()
+        if n.op == "placeholder"
+        and value.ndim == 4
+        and not value.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _nearest_layer(node: fx.Node) -> str:
@@ -261,7 +257,7 @@ def _nearest_layer(node: fx.Node) -> str:
 
 def _computed_from_parameters(graph: fx.Graph, static_inputs: set[int]) -> set[fx.Node]:
     """Nodes of a partitioned forward that depend on parameters and buffers only."""
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    inputs = graph.find_nodes(op="placeholder")
     result = {n for i, n in enumerate(inputs) if i in static_inputs}
     for node in graph.nodes:
         sources = node.all_input_nodes if node.op == "call_function" else []

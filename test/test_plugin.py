@@ -265,7 +265,7 @@ def test_passes_of_others_run_before_and_after(x):
     setattr(config, HOOK, before)
     cbn.install()
     assert registry.passes_of(HOOK) == (before, *OURS)
-    with registry.passes_added(HOOK, after):
+    with registry.passes_added({HOOK: after}):
         assert compiled(Residual(), x) == Residual.pairs
     assert before.seen != after.seen  # ours ran between them
     cbn.uninstall()

@@ -5,7 +5,7 @@ entries are context-local from torch 2.13 on, and ``CustomGraphPass``.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -88,11 +88,9 @@ def _change(hook: str, change: Callable[[tuple[GraphPass, ...]], tuple[GraphPass
             setattr(owner, name, _as_value(hook, change(passes)))
 
 
-@contextlib.contextmanager
-def passes_added(hook: str, *passes: GraphPass) -> Iterator[None]:
-    """Run further passes in a hook, after those that are there, in a ``with`` block."""
-    with config.patch({hook: _as_value(hook, (*passes_of(hook), *passes))}):
-        yield
+def passes_added(passes: Mapping[str, GraphPass]) -> contextlib.AbstractContextManager[None]:
+    """In a ``with`` block, run one more pass in each of these hooks, after those that are there."""
+    return config.patch({h: _as_value(h, (*passes_of(h), p)) for h, p in passes.items()})
 
 
 @contextlib.contextmanager

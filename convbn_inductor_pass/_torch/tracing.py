@@ -199,11 +199,6 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     return new
 
 
-def graph_modules(gm: fx.GraphModule) -> list[fx.GraphModule]:
-    """The graph module and those inside it (bodies of higher-order operators), inner ones first."""
-    return [m for m in gm.modules() if isinstance(m, fx.GraphModule)][::-1]
-
-
 def _copy_dynamo_source(old: Any, new: Any) -> None:
     """Copy what tells AOTAutograd that a graph is Dynamo's and which inputs are parameters.
 

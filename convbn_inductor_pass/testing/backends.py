@@ -117,10 +117,7 @@ def _backend(
         return inductor.make_boxed_func(gm)
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(inductor.caches_off(**settings))
-            for hook, each in passes.items():
-                stack.enter_context(registry.passes_added(hook, each))
+        with inductor.caches_off(**settings), registry.passes_added(passes):
             return inductor.compile_with(run_eagerly, gm, example_inputs)
 
     return backend

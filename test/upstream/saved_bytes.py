@@ -49,9 +49,8 @@ def saved_bytes(network: str, precision: str, what: list[str]) -> dict[str, int]
 
     def on_graph(gm: fx.GraphModule, inputs: list[Any]) -> None:
         for each in what:
-            mode: Any = "tune" if each == "scale_gradient" else each
-            options: Any = {"wanted": None} if each == "scale_gradient" else {}
-            saved[each] += saved_by_graph(gm, inputs, mode, **options)
+            mode: Any = each
+            saved[each] += saved_by_graph(gm, inputs, mode)
 
     with workload.region():
         trace(workload.model, workload.inputs, on_graph)

@@ -164,7 +164,7 @@ def test_metadata_of_what_depends_on_a_folded_layer(through_inductor):
         return z.relu(), y.transpose(2, 3).cos(), F.max_pool2d(y, 2, return_indices=True)[0].exp()
 
     run = compiled if through_inductor else folded
-    with registry.passes_added("post_grad_custom_pre_pass", check):
+    with registry.passes_added({"post_grad_custom_pre_pass": check}):
         out, _ = run(fn, x, v, w, s)
     torch.testing.assert_close(out, fn(x, v, w, s))
     assert sum(stride == (256, 1, 32, 4) for stride in seen) >= 5  # the layers' and their users'

@@ -225,7 +225,7 @@ def test_running_again_changes_nothing(x):
         assert first.before != first.after == second.before == second.after
         seen.append(first)
 
-    added = registry.passes_added("joint_custom_pre_pass", twice)
+    added = registry.passes_added({"joint_custom_pre_pass": twice})
     with testing.fresh_compile(flag=False), added:
         torch.compile(Residual(), backend=testing.post_grad_backend())(x)
     assert [r.codes for r in seen] == [[Code.FUSED] * Residual.pairs]

@@ -73,9 +73,11 @@ def wanted_records(
     records: list[Record] = []
 
     def on_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> None:
-        found: list[Record] = []
-        saved_by_graph(gm, example_inputs, "tune", wanted=found.extend)
-        records.extend(r for r in found if r.kind in KINDS)  # now: Dynamo may have given up above
+        found: list[tuple[str, Record]] = []
+        saved_by_graph(gm, example_inputs, "tune", found.extend)
+        records.extend(
+            r for _, r in found if r.kind in KINDS
+        )  # now: Dynamo may have given up above
 
     tracing.trace(fn, inputs, on_graph, dynamic=dynamic)
     return records
