@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from . import show
 from ._torch import tracing
 from .codes import Code
 from .passes.scale_gradient.records import NamedRecord
@@ -93,9 +94,7 @@ class Explanation:
         }
 
     def __str__(self) -> str:
-        from .show import as_text
-
-        return as_text(self)
+        return show.as_text(self)
 
     def save_picture(self, path: str | pathlib.Path) -> None:
         """Draw what each part of the model saves for backward, in eval mode and in tune mode.
@@ -103,9 +102,7 @@ class Explanation:
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
         """
-        from .show import draw
-
-        draw(self, path)
+        show.draw(self, path)
 
 
 def explain(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import io
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -22,10 +22,16 @@ def as_text(explanation: Explanation) -> str:
     """Tables of the decisions, and the bytes of each mode."""
     text = io.StringIO()
     console = Console(file=text, width=120)
-    for kinds, title, columns in _TABLES:
+    for title, kinds, columns in _TABLES:
         found = [r for r in explanation.records if r.kind in kinds]
+        table = Table(title=title, title_justify="left")
+        for name in columns:
+            is_number = name.startswith("bytes")
+            table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+        for r in found:
+            table.add_row(*(_CELLS[name](r) for name in columns))
         if found:
-            console.print(_table(title, columns, found))
+            console.print(table)
     console.print(_summary(explanation))
     return text.getvalue()
 
@@ -44,14 +50,13 @@ def draw(explanation: Explanation, path: str | pathlib.Path) -> None:
 
     modules = [t.module.split(".") for s in explanation.saved.values() for t in s.tensors]
     depth = 1 if len({m[0] for m in modules}) > 1 else 2
-    sizes: dict[str, collections.Counter[str]] = {}
+    sizes: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for mode, saved in explanation.saved.items():
         for tensor in saved.tensors:
-            part = ".".join(tensor.module.split(".")[:depth]) or "(model)"
-            sizes.setdefault(part, collections.Counter())[mode] += tensor.nbytes
+            sizes[".".join(tensor.module.split(".")[:depth]) or "(model)"][mode] += tensor.nbytes
     for mode, saved in explanation.saved.items():
         if saved.copied_bytes:
-            sizes.setdefault("(copies)", collections.Counter())[mode] = saved.copied_bytes
+            sizes["(copies)"][mode] = saved.copied_bytes
     figure = Figure(figsize=(8, 1.4 + 0.5 * len(sizes)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -90,9 +95,8 @@ def _summary(explanation: Explanation) -> str:
         ("estimated peak of a step", explanation.peak_bytes),
     ):
         for mode, size in sizes.items():
-            share = (
-                f" ({size / sizes['eval'] - 1:+.1%})" if sizes["eval"] and mode != "eval" else ""
-            )
+            compared = sizes["eval"] and mode != "eval"
+            share = f" ({size / sizes['eval'] - 1:+.1%})" if compared else ""
             lines.append(f"{title}, {mode} mode: {size:,} bytes{share}")
     if copied := explanation.saved["tune"].copied_bytes:
         lines.append(
@@ -120,62 +124,46 @@ def _size(size: int) -> str:
     return decimal(size) if size >= 0 else f"-{decimal(-size)}"
 
 
-_Column = tuple[str, Callable[[Record], str]]
-_LAYER: _Column = ("layer", lambda r: r.layer)
-_DECISION: _Column = ("decision", _decision)
-_SHAPE: _Column = ("layer's output", _shape)
-_BYTES: _Column = ("bytes", lambda r: _size(r.output_bytes) if r.output_bytes else "")
-_SAVED: _Column = (
-    "bytes not saved",
-    lambda r: _size(r.bytes_saved) if r.code.rewritten else "",
-)
+_CELLS: dict[str, Callable[[Record], str]] = {
+    "layer": lambda r: r.layer,
+    "module": lambda r: r.layer,
+    "batch norm": lambda r: r.batch_norm,
+    "rule": lambda r: _WANTED[r.kind],
+    "epilogue": lambda r: r.epilogue,
+    "layer's output": _shape,
+    "tensor": _shape,
+    "bytes": lambda r: _size(r.output_bytes) if r.output_bytes else "",
+    "bytes not saved": lambda r: _size(r.bytes_saved) if r.code.rewritten else "",
+    "bytes as written": lambda r: _size(r.bytes_exact),
+    "bytes folded": lambda r: _size(r.bytes_folded),
+    "decision": _decision,
+}
 _WANTED: dict[Kind, str] = {
     "shape": "read for its shape",
     "activation": "activation's mask",
     "pooling": "mask before pooling",
     "mask": "mask as bits",
 }
-_TABLES: tuple[tuple[Sequence[str], str, tuple[_Column, ...]], ...] = (
+# Title, kinds of records, columns.
+_TABLES: tuple[tuple[str, Collection[str], tuple[str, ...]], ...] = (
     (
-        ["batch norm"],
         "Batch norms and the layers before them",
-        (_LAYER, ("batch norm", lambda r: r.batch_norm), _SHAPE, _BYTES, _SAVED, _DECISION),
+        ["batch norm"],
+        ("layer", "batch norm", "layer's output", "bytes", "bytes not saved", "decision"),
     ),
     (
-        ["scale"],
         "Other trained scales, by the layers before them",
-        (_LAYER, _SHAPE, _BYTES, _SAVED, _DECISION),
+        ["scale"],
+        ("layer", "layer's output", "bytes", "bytes not saved", "decision"),
     ),
     (
-        [*_WANTED],
         "Wanted gradients: tensors that backward does not need",
-        (
-            ("module", lambda r: r.layer),
-            ("rule", lambda r: _WANTED[r.kind]),
-            ("tensor", _shape),
-            _SAVED,
-            _DECISION,
-        ),
+        _WANTED,
+        ("module", "rule", "tensor", "bytes not saved", "decision"),
     ),
     (
-        ["layer"],
         "Forward folding: layers and their epilogues",
-        (
-            _LAYER,
-            ("epilogue", lambda r: r.epilogue),
-            ("bytes as written", lambda r: decimal(r.bytes_exact)),
-            ("bytes folded", lambda r: decimal(r.bytes_folded)),
-            _DECISION,
-        ),
+        ["layer"],
+        ("layer", "epilogue", "bytes as written", "bytes folded", "decision"),
     ),
 )
-
-
-def _table(title: str, columns: tuple[_Column, ...], records: list[Record]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name, _ in columns:
-        is_number = name.startswith("bytes")
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
-    for r in records:
-        table.add_row(*(cell(r) for _, cell in columns))
-    return table
