@@ -154,7 +154,7 @@ def explain(
         raise ValueError(f"freeze must be a list such as [{freeze!r}]")
     inputs, keywords = example_inputs, dict(kwargs or {})
     if channels_last:
-        inputs, keywords = pytree.tree_map(_in_channels_last, (inputs, keywords))
+        inputs, keywords = pytree.tree_map_only(Tensor, _in_channels_last, (inputs, keywords))
     records: list[Record] = []
     total = {mode: SavedForBackward((), graphs=0) for mode in _MODES}
     taken: set[int] = set()  # ids of the tensors that graphs take
@@ -197,18 +197,12 @@ def explain(
 
 def _not_compiled(model: Callable[..., Any], taken: set[int]) -> list[Record]:
     """Records of the batch norms of a module that no graph takes a tensor of, given by id."""
-    norms = model.named_modules() if isinstance(model, nn.Module) else ()
-    code = Code.NOT_COMPILED
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    norms = [(p.replace("_orig_mod.", ""), m) for p, m in modules if isinstance(m, _BatchNorm)]
     return [
-        Record("scale_gradient", "batch norm", code, batch_norm=path.replace("_orig_mod.", ""))
+        Record("scale_gradient", "batch norm", Code.NOT_COMPILED, batch_norm=path)
         for path, m in norms
-        if isinstance(m, _BatchNorm)
-        and (
-            tensors := {
-                id(t) for t in (m.weight, m.bias, m.running_mean, m.running_var) if t is not None
-            }
-        )
-        and tensors.isdisjoint(taken)
+        if (tensors := {*map(id, (*m.parameters(), *m.buffers()))}) and tensors.isdisjoint(taken)
     ]
 
 
@@ -245,11 +239,10 @@ def _as_asked(
             p.data = data
 
 
-def _in_channels_last(value: Any) -> Any:
-    if not isinstance(value, Tensor) or value.dim() != 4:
-        return value
-    made = value.detach().contiguous(memory_format=torch.channels_last)
-    return made.requires_grad_(value.requires_grad)
+def _in_channels_last(t: Tensor) -> Tensor:
+    if t.dim() != 4:
+        return t
+    return t.detach().contiguous(memory_format=torch.channels_last).requires_grad_(t.requires_grad)
 
 
 def _with_bytes(

@@ -74,11 +74,11 @@ def trace(
     fakes = (t for t in pytree.tree_leaves((inputs, keywords)) if isinstance(t, FakeTensor))
     fake_mode = next((t.fake_mode for t in fakes), FakeTensorMode())
 
-    def fake(value: Any) -> Any:
-        is_real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
-        return fake_mode.from_tensor(value, static_shapes=True) if is_real else value
+    def fake(t: Tensor) -> Tensor:
+        is_fake = isinstance(t, FakeTensor)
+        return t if is_fake else fake_mode.from_tensor(t, static_shapes=True)
 
-    fake_inputs = pytree.tree_map(fake, (inputs, dict(keywords or {})))
+    fake_inputs = pytree.tree_map_only(Tensor, fake, (inputs, dict(keywords or {})))
     settings = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
     if dynamic is None:
         # Sizes that differ from an earlier trace's are no sign that they vary in the user's model.
@@ -87,9 +87,8 @@ def trace(
     real_allowed = mock.patch.object(fake_mode, "allow_non_fake_inputs", True)
     try:
         with unchanged(fn), real_allowed, fake_mode, counted, dynamo_config.patch(settings):
-            return torch.compile(fresh, backend=backend, dynamic=dynamic, **_APART)(
-                fn, *fake_inputs
-            )
+            compiled = torch.compile(fresh, backend=backend, dynamic=dynamic, **_APART)
+            return compiled(fn, *fake_inputs)
     finally:
         _forget_code(backend)
 
@@ -101,8 +100,7 @@ def _forget_code(backend: Callable[..., Any]) -> None:
     recompilations, at which the user's own compilation stops. Only all of a code object's entries
     can be dropped: what the user has compiled of it stays if it has a limit of its own.
     """
-    for reference in list(convert_frame.input_codes.seen):
-        code = reference()
+    for code in [reference() for reference in convert_frame.input_codes.seen]:
         entries = [] if code is None else _debug_get_cache_entry_list(code)
         ours = [getattr(e.backend, "compiler_fn", e.backend) is backend for e in entries]
         if code is not None and any(ours) and (all(ours) or not _APART):

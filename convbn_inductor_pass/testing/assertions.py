@@ -136,7 +136,7 @@ def assert_numerics(
     """
     make_backend = fast_backend if backend is None else backend
     reference = copy.deepcopy(model).double()
-    doubles = pytree.tree_map(_as_double, inputs)
+    doubles = pytree.tree_map_only(Tensor, _as_double, inputs)
     exact = _named(*outputs_and_gradients(reference, dict(reference.named_parameters()), doubles))
     runs = []
     for fuse in (False, True):
@@ -173,7 +173,5 @@ def _named(outputs: list[Tensor], gradients: dict[str, Tensor]) -> dict[str, Ten
     return {**floating, **gradients}
 
 
-def _as_double(value: Any) -> Any:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    return value.detach().double().requires_grad_(value.requires_grad)
+def _as_double(t: Tensor) -> Tensor:
+    return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
