@@ -3,8 +3,6 @@
 A record is made when a pass runs on a graph, and holds no tensor and no node.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import json
@@ -85,7 +83,7 @@ class Record:
         return {**dataclasses.asdict(self), "code": self.code.name, "reason": self.code.value}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Record:
+    def from_dict(cls, data: dict[str, Any]) -> "Record":
         """The inverse of :meth:`to_dict`.
 
         Raises:
@@ -103,21 +101,21 @@ def summary(found: Iterable[Record]) -> str:
     A call counts once in each graph: a recompilation is another one.
     """
     norms = [r for r in found if r.kind == "batch norm"]
-    left = collections.Counter(r.code for r in norms if r.code not in _IN_TUNE_MODE)
+    in_tune_mode = (Code.FUSED, Code.WEIGHT_COPY)
+    left = collections.Counter(r.code for r in norms if r.code not in in_tune_mode)
     lines = [f"{len(norms) - left.total()} of {len(norms)} batch norms in tune mode"]
     lines += [f"  {n} x {code.name}: {code.value}" for code, n in left.most_common()]
     return "\n".join(lines)
 
 
-_IN_TUNE_MODE = (Code.FUSED, Code.WEIGHT_COPY)
-
-# The newest records of this process. Bounded: a long-running process compiles many.
-_history: collections.deque[Record] = collections.deque(maxlen=1 << 16)
+# The newest records of this process, those that :func:`take_new` has not returned yet apart.
+# Bounded: a long-running process compiles many.
+_taken: collections.deque[Record] = collections.deque(maxlen=1 << 16)
 _new: collections.deque[Record] = collections.deque(maxlen=1 << 16)
 
 
 def records() -> list[Record]:
-    """Decisions about the code that this process has compiled, newest last (65,536 at most).
+    """Decisions about the code that this process has compiled, newest last (131,072 at most).
 
     Includes code from a compile cache: its decisions are stored with it.
     """
@@ -125,8 +123,8 @@ def records() -> list[Record]:
         from ._torch import store
 
         for text in store.take():
-            _add([Record.from_dict(each) for each in json.loads(text)])
-    return list(_history)
+            _new.extend(Record.from_dict(each) for each in json.loads(text))
+    return [*_taken, *_new]
 
 
 def take_new() -> list[Record]:
@@ -134,24 +132,19 @@ def take_new() -> list[Record]:
     records()
     new = list(_new)
     _new.clear()
+    _taken.extend(new)
     return new
 
 
 def clear_records() -> None:
     """Forget the records so far."""
     take_new()
-    _history.clear()
+    _taken.clear()
 
 
-def _add(made: Sequence[Record]) -> None:
-    _history.extend(made)
-    _new.extend(made)
-
-
-def publish(made: Iterable[Record]) -> None:
+def publish(made: Sequence[Record]) -> None:
     """Keep records for :func:`records`, and log them at debug level: a summary, and a line each."""
-    made = tuple(made)
-    _add(made)
+    _new.extend(made)
     if any(r.kind == "batch norm" for r in made):
         log.debug("%s", summary(made))
     for r in made:
