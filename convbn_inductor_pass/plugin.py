@@ -24,11 +24,9 @@ from ._torch.on_import import when_imported
 from .config import set_options
 from .records import PassFailedWarning
 
-_FLAG = "efficient_conv_bn_eval_fx_passes"
 _CONFIG = "torch._inductor.config"
 _PASSES = f"{__package__}.passes"
 _PRE_GRAD = "torch._inductor.fx_passes.pre_grad"
-_FREEZING = "torch._inductor.fx_passes.freezing_patterns"
 
 
 class _State:
@@ -61,7 +59,7 @@ def _set_flag(value: bool) -> None:
     importlib.import_module(_CONFIG)  # which adds the passes, if they are to be added
     from ._torch import registry
 
-    registry.set_everywhere(_FLAG, value)
+    registry.set_everywhere("efficient_conv_bn_eval_fx_passes", value)
 
 
 def install() -> None:
@@ -70,8 +68,8 @@ def install() -> None:
     Call it again if other code has overwritten one of the hooks.
     """
     _State.installed = True
-    when_imported(_PASSES, _add_passes)
-    when_imported(_CONFIG, _load_passes)
+    when_imported(_PASSES, _set_passes)
+    when_imported(_CONFIG, functools.partial(importlib.import_module, _PASSES))
     for module, name, ours in _WRAPPED:
         when_imported(module, functools.partial(_wrap, module, name, ours))
 
@@ -80,11 +78,7 @@ def uninstall() -> None:
     """Undo :func:`install`: other passes stay, and PyTorch's own pass runs again."""
     _State.installed = False
     if _PASSES in sys.modules:
-        from ._torch import registry
-        from .passes import PASSES
-
-        for each in PASSES:
-            registry.remove_pass(each.hook, each)
+        _set_passes()
 
 
 def is_installed() -> bool:
@@ -111,19 +105,12 @@ def installation(installed: bool) -> Iterator[None]:
             _State.installed = before
 
 
-def _load_passes() -> None:
-    if _State.installed:
-        importlib.import_module(_PASSES)
-
-
-def _add_passes() -> None:
-    if not _State.installed:
-        return
+def _set_passes() -> None:
     from ._torch import registry
     from .passes import PASSES
 
     for each in PASSES:
-        registry.add_pass(each.hook, each)
+        registry.set_pass(each.hook, each, _State.installed)
 
 
 def _missing_hooks() -> dict[str, str]:
@@ -176,5 +163,5 @@ def _around_freezing(graph: Any, builtin: Callable[[Any], int], theirs: Any) -> 
 
 _WRAPPED = (
     (_PRE_GRAD, "efficient_conv_bn_eval_pass", _instead_of_builtin),
-    (_FREEZING, "binary_folding_pass", _around_freezing),
+    ("torch._inductor.fx_passes.freezing_patterns", "binary_folding_pass", _around_freezing),
 )

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-_waiting: dict[str, list[Callable[[], None]]] = {}
+_waiting: dict[str, list[Callable[[], object]]] = {}
 
 
-def when_imported(name: str, callback: Callable[[], None]) -> None:
+def when_imported(name: str, callback: Callable[[], object]) -> None:
     """Call ``callback()`` once module ``name`` is there: now, or right after its import."""
     if name in sys.modules:
         callback()

@@ -71,21 +71,13 @@ def passes_of(hook: str) -> tuple[GraphPass, ...]:
     return _as_tuple(getattr(config, hook))
 
 
-def add_pass(hook: str, ours: GraphPass) -> None:
-    """Add a pass after those that are there, in this context and in every other thread's."""
-    _change(hook, lambda passes: passes if ours in passes else (*passes, ours))
-
-
-def remove_pass(hook: str, ours: GraphPass) -> None:
-    """Undo :func:`add_pass`; the passes of others stay."""
-    _change(hook, lambda passes: tuple(p for p in passes if p is not ours))
-
-
-def _change(hook: str, change: Callable[[tuple[GraphPass, ...]], tuple[GraphPass, ...]]) -> None:
+def set_pass(hook: str, ours: GraphPass, wanted: bool) -> None:
+    """Have a pass after those that are there, or no longer, in this context and every thread's."""
     for owner, name in ((config, hook), (_entry(hook), "default")):
         passes = _as_tuple(getattr(owner, name))
-        if change(passes) != passes:
-            setattr(owner, name, _as_value(hook, change(passes)))
+        if (ours in passes) != wanted:
+            others = tuple(p for p in passes if p is not ours)
+            setattr(owner, name, _as_value(hook, (*others, ours) if wanted else others))
 
 
 def passes_added(passes: Mapping[str, GraphPass]) -> contextlib.AbstractContextManager[None]:
