@@ -1,7 +1,6 @@
 """Private imports of what reads and writes graphs: operators, symbolic sizes, fake tensors."""
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -121,13 +120,6 @@ def fake_copy(value: Any) -> Any:
             meta = torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
             return FakeTensor(value.fake_mode, meta, value.device)
     return tuple(map(fake_copy, value)) if isinstance(value, tuple) else value
-
-
-@contextlib.contextmanager
-def plain_dispatch() -> Iterator[None]:
-    """Call operators as they are: without autocast and without recording for autograd."""
-    with torch.no_grad(), torch._C._DisableAutocast():
-        yield
 
 
 def surely(condition: bool | torch.SymBool) -> bool:

@@ -42,10 +42,10 @@ def in_compiled_autograd() -> bool:
     return any(getattr(module, name, False) for name in names)
 
 
-def call_below(function: Any, *args: Any) -> Any:
+def call_below(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Call ``function`` with no autocast and no ``__torch_function__`` in between."""
     with torch._C._DisableAutocast(), torch._C.DisableTorchFunction():
-        return function(*args)
+        return function(*args, **kwargs)
 
 
 def remove_function_mode(mode: TorchFunctionMode) -> None:

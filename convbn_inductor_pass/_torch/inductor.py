@@ -5,7 +5,6 @@ Loads the compiler. Registering with it is in :mod:`registry`, which does not.
 
 import contextlib
 import copy
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -79,16 +78,10 @@ def library_settings() -> tuple[bool, ...]:
 
 def has_onednn_epilogues(dtype: torch.dtype) -> bool:
     """Whether oneDNN's convolution with post-ops runs here, and Inductor lowers it."""
-    return bool(torch.backends.mkldnn.enabled) and _computes_with_onednn(dtype)
-
-
-@functools.cache
-def _computes_with_onednn(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if torch.ops.mkldnn._is_mkldnn_acl_supported():  # no post-ops there
-        return False
-    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    mkldnn, ops = torch.backends.mkldnn, torch.ops.mkldnn
+    if not (mkldnn.is_available() and mkldnn.enabled) or ops._is_mkldnn_acl_supported():
+        return False  # Arm's Compute Library has no post-ops
+    return dtype == torch.float32 or bool(ops._is_mkldnn_bf16_supported())
 
 
 def has_cudnn_epilogues(device: torch.device) -> bool:
@@ -143,12 +136,6 @@ def is_outermost(graph: torch.fx.Graph) -> bool:
     partitioner describes those of an invoke_subgraph's body, too.
     """
     return any("desc" in node.meta for node in graph.find_nodes(op="placeholder"))
-
-
-def is_backward(graph: torch.fx.Graph) -> bool:
-    """Whether ``graph`` is the backward of a training step."""
-    inputs = graph.find_nodes(op="placeholder")
-    return any(node.name.startswith("tangents_") for node in inputs)
 
 
 def is_generated(target: Any) -> bool:

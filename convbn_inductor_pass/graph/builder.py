@@ -9,6 +9,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from .._torch import compat, inductor
+from .._torch.eager import call_below
 from .layers import tensor_of, value_of
 
 aten = torch.ops.aten
@@ -68,8 +69,8 @@ class Builder:
         like = compat.metadata_key((target, values))
         if like is not None and like in self._values:
             return compat.fake_copy(self._values[like])
-        with self._mode, compat.plain_dispatch():
-            value = target(*values[0], **values[1])
+        with self._mode, torch.no_grad():
+            value = call_below(target, *values[0], **values[1])
         if like is not None:
             self._values[like] = value
         return value

@@ -17,9 +17,10 @@ class DecisionLogPass(Pass):
     hook = "post_grad_custom_pre_pass"
 
     def run(self, graph: fx.Graph) -> Outcome:
-        from .._torch import inductor, store
+        from .._torch import store
+        from ..graph.uses import backward_of
 
         found = {id(made): made for node in graph.nodes for made in node.meta.get(self.KEY, ())}
-        if found and not inductor.is_backward(graph):
+        if found and not backward_of(graph):
             store.put(json.dumps([r.to_dict() for made in found.values() for r in made]))
         return Outcome(0)

@@ -16,6 +16,7 @@ from ..._torch import compat, inductor
 from ...graph import affine
 from ...graph.affine import AffineChain
 from ...graph.layers import Layer, same_sizes, tensor_of, value_of
+from ...graph.uses import backward_of
 
 aten = torch.ops.aten
 
@@ -68,7 +69,7 @@ class FoldCandidate:
 
 def find_candidates(graph: fx.Graph) -> Iterator[FoldCandidate]:
     """Every layer of ``graph``, unless it is a backward, that something foldable follows."""
-    if inductor.is_backward(graph):
+    if backward_of(graph):
         return
     # Some activations begin like an affine map, as hardsigmoid does with ``x + 3``.
     chains = list(affine.find_chains(graph, ends_before=_activation_of))
