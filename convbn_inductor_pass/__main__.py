@@ -9,8 +9,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Sequence
-from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from rich.console import Console
@@ -25,20 +24,14 @@ from .explanation import explain
 
 _PROGRAM = "python -m convbn_inductor_pass"
 _MODEL_FORM = "package.module:factory, such as torchvision.models:resnet50"
-_HELP = ("-h", "--help")
 # The class of all parsing errors; typer exports only a subclass.
 _USAGE_ERROR: Any = BadParameter.__mro__[1]
 
-_app = Typer(
-    add_completion=False, rich_markup_mode=None, context_settings={"help_option_names": list(_HELP)}
-)
+_settings = {"help_option_names": ["-h", "--help"]}
+_app = Typer(add_completion=False, rich_markup_mode=None, context_settings=_settings)
 
-_Half = Enum("_Half", {"bfloat16": "bfloat16", "float16": "float16"}, type=str)
-_Dtype = Enum(
-    "_Dtype",
-    {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float64": "float64"},
-    type=str,
-)
+_Half = Literal["bfloat16", "float16"]
+_Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 class _CannotDo(BadParameter):
@@ -48,10 +41,9 @@ class _CannotDo(BadParameter):
         return self.message
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: Exception) -> str:
     """Class of an error and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0].removesuffix(": ")
 
 
 def _shape(text: str) -> torch.Size:
@@ -89,7 +81,7 @@ def _explain(
             "--input", parser=_shape, metavar="SHAPE", help="such as 2x3x800x1333; once per input"
         ),
     ],
-    dtype: Annotated[_Dtype, Option(help="of the model and its inputs")] = _Dtype.float32,
+    dtype: Annotated[_Dtype, Option(help="of the model and its inputs")] = "float32",
     dynamic: Annotated[
         bool, Option("--dynamic", help="as torch.compile(dynamic=True): symbolic sizes")
     ] = False,
@@ -116,7 +108,7 @@ def _explain(
 
     The model is traced in eval mode on inputs that are not allocated. Nothing is run or compiled.
     """
-    wanted = getattr(torch, dtype.value)
+    wanted = getattr(torch, dtype)
     module = _load_model(model).eval().to(wanted)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
@@ -131,7 +123,7 @@ def _explain(
     except Exception as error:
         shapes = ", ".join("x".join(map(str, shape)) for shape in inputs)
         raise _CannotDo(
-            f"{model} does not run on {shapes} of {dtype.value} ({_one_line(error)}); expected "
+            f"{model} does not run on {shapes} of {dtype} ({_one_line(error)}); expected "
             "one --input for each of its inputs, with a shape that it accepts"
         ) from error
     try:
@@ -139,8 +131,8 @@ def _explain(
             explanation = explain(
                 module,
                 *tensors,
-                dynamic=True if dynamic else None,
-                autocast=getattr(torch, autocast.value) if autocast else None,
+                dynamic=dynamic or None,
+                autocast=getattr(torch, autocast) if autocast else None,
                 channels_last=channels_last,
                 freeze=freeze or (),
                 train_bn=train_bn,
@@ -162,9 +154,8 @@ def _load_model(text: str) -> nn.Module:
     try:
         value: Any = pkgutil.resolve_name(text)
     except Exception as error:  # importing runs other people's code, which may raise anything
-        raise _CannotDo(
-            f"cannot load {text!r} ({_one_line(error)}); expected {_MODEL_FORM}"
-        ) from error
+        why = f"cannot load {text!r} ({_one_line(error)}); expected {_MODEL_FORM}"
+        raise _CannotDo(why) from error
     if callable(value) and not isinstance(value, nn.Module):
         try:
             value = value()
