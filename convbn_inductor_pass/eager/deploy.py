@@ -66,9 +66,8 @@ def tensor_paths(model: nn.Module) -> dict[int, str]:
     """Path of the module that a parameter or buffer belongs to, by the tensor's id."""
     paths: dict[int, str] = {}
     for path, module in model.named_modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                paths.setdefault(id(tensor), path)
+        for tensor in _tensors(module, recurse=False):
+            paths.setdefault(id(tensor), path)
     return paths
 
 

@@ -6,7 +6,6 @@ Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.1
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from types import NoneType
 from typing import Any, Literal, get_args
 
 import torch
@@ -71,10 +70,10 @@ def turn_on(
         raise ValueError(f"mode must be one of {allowed}, got {mode!r}")
     if example_inputs is not None and mode != "deploy":
         raise ValueError(f"example_inputs are for mode 'deploy', not {mode!r}")
-    if not isinstance(example_inputs, (tuple, NoneType)):
+    if not isinstance(example_inputs, tuple | None):
         kind = type(example_inputs).__name__
         raise ValueError(f"example_inputs must be a tuple such as (batch,), got a {kind}")
-    given, model = model, _unwrapped(model)
+    given, model = model, getattr(model, "_orig_mod", model)  # what torch.compile wraps
     scopes = _scopes(model, modules, mode)
     if example_inputs is not None:
         deploy.run_once(model, example_inputs, {})  # what it raises, it raises before any change
@@ -90,14 +89,13 @@ def turn_on(
         for scope in scopes:
             add_hooks(scope, state.ledger)
     if mode == "deploy":
-        advice = (
-            "training merged convolutions is unstable. Use mode='tune' to train at the same cost"
-        )
+        advice = "training it is unstable. Use mode='tune' to train at the same cost"
         warnings.warn(f"deploy mode is for inference: {advice}", stacklevel=2)
+        merge = _Merge(state.ledger)
         if example_inputs is not None:
-            _merge(model, example_inputs, {})
+            merge(model, example_inputs, {})
         else:
-            model.register_forward_hook(_MergeAfterForward(state.ledger), with_kwargs=True)
+            model.register_forward_hook(merge, with_kwargs=True)
     return given
 
 
@@ -108,7 +106,7 @@ def turn_off(model: nn.Module) -> nn.Module:
     Returns ``model``.
     """
     forget_interrupted()
-    given, model = model, _unwrapped(model)
+    given, model = model, getattr(model, "_orig_mod", model)
     state: _State | None = getattr(model, _ATTRIBUTE, None)
     if state is None:
         return given
@@ -123,11 +121,6 @@ def turn_off(model: nn.Module) -> nn.Module:
             norm.train(training)
     delattr(model, _ATTRIBUTE)
     return given
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model that ``torch.compile`` has wrapped, if it has."""
-    return getattr(model, "_orig_mod", model)
 
 
 def decisions(model: nn.Module) -> tuple[Record, ...]:
@@ -162,10 +155,10 @@ def _scopes(model: nn.Module, modules: Sequence[str] | None, mode: Mode) -> list
             f"no module at {', '.join(map(describe, unknown)) or '[]'}; they are given by path, "
             f"the top-level ones here are: {children}"
         )
-    scopes = [paths[m] for m in chosen]
+    scopes, kinds = [paths[m] for m in chosen], (_BatchNorm, deploy.MergedBatchNorm)
     inside = [m for scope in scopes for m in scope.modules()]
     layers = sum(p.ndim >= 2 for scope in scopes for p in scope.parameters())
-    norms = sum(isinstance(m, (_BatchNorm, deploy.MergedBatchNorm)) for m in inside)
+    norms = sum(isinstance(m, kinds) for m in inside)
     if not layers or not norms:
         where = ", ".join(map(repr, modules or ())) or "the model"
         raise ValueError(
@@ -176,8 +169,7 @@ def _scopes(model: nn.Module, modules: Sequence[str] | None, mode: Mode) -> list
         raise ValueError(
             "batch norms are frozen: call convbn_inductor_pass.unfreeze_batch_norms(model) first"
         )
-    kinds = (_BatchNorm, deploy.MergedBatchNorm)
-    uncalled = [m for m, scope in zip(chosen, scopes, strict=True) if not callers(scope, kinds)]
+    uncalled = [m for m in chosen if not callers(paths[m], kinds)]
     if uncalled and mode == "tune":
         raise ValueError(
             f"no module in {', '.join(map(repr, uncalled))} calls a batch norm, as a ModuleList "
@@ -186,15 +178,11 @@ def _scopes(model: nn.Module, modules: Sequence[str] | None, mode: Mode) -> list
     return scopes
 
 
-class _MergeAfterForward(Hook):
-    """Forward hook: deploy mode without example inputs takes those of the first forward."""
+class _Merge(Hook):
+    """Finds and merges the pairs; a forward hook where there are no example inputs."""
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         if not torch.compiler.is_compiling():
-            _merge(module, args, kwargs)
-
-
-def _merge(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    state: _State = getattr(model, _ATTRIBUTE)
-    remove_hooks(model, state.ledger)
-    state.merged, state.deployed = deploy.merge_pairs(model, args, kwargs, state.training)
+            state: _State = getattr(model, _ATTRIBUTE)
+            remove_hooks(model, state.ledger)
+            state.merged, state.deployed = deploy.merge_pairs(model, args, kwargs, state.training)
