@@ -85,16 +85,10 @@ class Code(enum.Enum):
         return _REMEDIES.get(self, "")
 
 
-_REWRITTEN = (
-    Code.FUSED,
-    Code.WEIGHT_COPY,
-    Code.SHAPE_ONLY,
-    Code.MASK_FROM_OUTPUT,
-    Code.MASK_AFTER_POOLING,
-    Code.MASK_AS_BITS,
-    Code.MERGED,
-    Code.FOLDED,
-)
+_REWRITTEN = {
+    *(Code.FUSED, Code.WEIGHT_COPY, Code.SHAPE_ONLY, Code.MERGED, Code.FOLDED),
+    *(Code.MASK_FROM_OUTPUT, Code.MASK_AFTER_POOLING, Code.MASK_AS_BITS),
+}
 
 _REMEDIES = {
     Code.LAYER_IN_ANOTHER_GRAPH: (

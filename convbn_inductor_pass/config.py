@@ -63,8 +63,7 @@ class Options:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("allow", "deny"):
             value = getattr(self, name)
-            is_sequence = isinstance(value, (tuple, list))
-            if not is_sequence or not all(isinstance(p, str) for p in value):
+            if not (isinstance(value, (tuple, list)) and all(isinstance(p, str) for p in value)):
                 raise ValueError(
                     f"{name} must be a sequence of module path patterns such as "
                     f"('backbone.*',), got {value!r}"

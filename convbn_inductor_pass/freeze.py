@@ -7,6 +7,7 @@ can be copied and pickled, unlike a closure or a bound method. The class does no
 
 import fnmatch
 import functools
+import itertools
 from collections.abc import Iterable
 
 from torch import nn
@@ -103,7 +104,7 @@ def _choose(
 def _matches(path: str, pattern: str | nn.Module) -> bool:
     """Whether a pattern matches ``path``, or the path of an enclosing module."""
     parts = path.replace("_orig_mod.", "").split(".")  # without torch.compile's wrapper
-    outer = (".".join(parts[:n]) for n in range(1, len(parts) + 1))
+    outer = itertools.accumulate(parts, "{}.{}".format)
     return isinstance(pattern, str) and any(fnmatch.fnmatchcase(p, pattern) for p in outer)
 
 

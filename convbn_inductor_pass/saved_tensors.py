@@ -9,8 +9,6 @@ so a batch may be larger than this machine's memory.
 graph and views of them are alive anyway and are not counted.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -96,7 +94,7 @@ class SavedForBackward:
         """Bytes of tensors computed by pointwise calls from that layer (in one graph)."""
         return sum(t.nbytes for t in self.tensors if t.layer == layer)
 
-    def __add__(self, other: SavedForBackward) -> SavedForBackward:
+    def __add__(self, other: "SavedForBackward") -> "SavedForBackward":
         """The total of two graphs that run one after the other."""
         copied = self.copied_bytes + other.copied_bytes
         peak = max(self.peak_bytes, self.all_bytes + other.peak_bytes)

@@ -1,7 +1,5 @@
 """An explanation as text, and as a picture."""
 
-from __future__ import annotations
-
 import collections
 import io
 import pathlib
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
     from .explanation import Explanation
 
 
-def as_text(explanation: Explanation) -> str:
+def as_text(explanation: "Explanation") -> str:
     """Tables of the decisions, and the bytes of each mode."""
     text = io.StringIO()
     console = Console(file=text, width=120)
@@ -36,7 +34,7 @@ def as_text(explanation: Explanation) -> str:
     return text.getvalue()
 
 
-def draw(explanation: Explanation, path: str | pathlib.Path) -> None:
+def draw(explanation: "Explanation", path: str | pathlib.Path) -> None:
     """Draw megabytes saved for backward by part of the model, in each mode.
 
     A part is a top-level module or, if there is only one, a module below it. "(copies)" are the
@@ -74,7 +72,7 @@ def draw(explanation: Explanation, path: str | pathlib.Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _summary(explanation: Explanation) -> str:
+def _summary(explanation: "Explanation") -> str:
     if not explanation.graphs:
         return "Dynamo captured no graph: there is nothing for torch.compile to compile."
     if not explanation.records:

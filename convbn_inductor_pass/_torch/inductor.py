@@ -160,18 +160,18 @@ def most_alive(graph: torch.fx.Graph, kept: set[torch.fx.Node]) -> int:
     """
     from torch._inductor.fx_passes.memory_estimator import GraphAliasTracker
 
-    def total(storages: Any) -> int:
-        return sum(compat.size_hint(s.storage.nbytes()) for s in storages)
+    def total(found: Any) -> int:
+        return sum(compat.size_hint(s.storage.nbytes()) for s in found if s not in not_counted)
 
     storages = GraphAliasTracker([*graph.nodes])
     not_counted = {s for n in kept for s in storages.get_fresh_allocations(n)}
-    inputs = [n for n in graph.find_nodes(op="placeholder") if n not in kept]
+    inputs = graph.find_nodes(op="placeholder")
     most = now = sum(total(storages.get_fresh_allocations(n)) for n in inputs)
     for node in graph.nodes:
         if node.op != "placeholder":
             now += total(storages.get_fresh_allocations(node))
             most = max(most, now)
-        now -= total(s for s in storages.get_storages_last_used(node) if s not in not_counted)
+        now -= total(storages.get_storages_last_used(node))
     return most
 
 
@@ -180,10 +180,8 @@ def trained_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     returned = _described_outputs(graph)
     if not returned:
         return set(graph.find_nodes(op="placeholder"))
-    return _inputs_described_as(
-        graph,
-        {d.grad_of for d, node in returned if isinstance(d, GradAOTOutput) and node is not None},
-    )
+    gradients = (d for d, node in returned if isinstance(d, GradAOTOutput) and node is not None)
+    return _inputs_described_as(graph, {d.grad_of for d in gradients})
 
 
 def written_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:

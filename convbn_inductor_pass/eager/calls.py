@@ -32,8 +32,8 @@ _METADATA = {
 }
 # What may make rows of a linear layer's output, for a batch norm to take.
 VIEWS = {Tensor.flatten, torch.flatten, Tensor.reshape, torch.reshape, Tensor.view}
-# ``y.view_as(c)`` asks for the shape of ``c``.
 _PLAIN_TYPES = (Tensor, nn.Parameter, nn.Buffer)
+# ``y.view_as(c)`` asks for the shape of ``c``.
 _SHAPE_OF_OTHER = {Tensor.reshape_as, Tensor.view_as, Tensor.expand_as}
 
 

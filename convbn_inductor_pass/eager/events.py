@@ -1,7 +1,5 @@
 """What is noted of the calls in a forward, for :mod:`decide` and for the next forward."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import weakref
@@ -80,5 +78,5 @@ class Ledger:
     def __init__(self) -> None:
         self.forwards: Any = weakref.WeakKeyDictionary()
 
-    def __reduce__(self) -> tuple[type[Ledger], tuple[()]]:
+    def __reduce__(self) -> tuple[type["Ledger"], tuple[()]]:
         return Ledger, ()

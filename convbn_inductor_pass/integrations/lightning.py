@@ -3,8 +3,6 @@
 For ``lightning`` and ``pytorch_lightning``, 2.2 or later.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from typing import Any
 

@@ -3,8 +3,6 @@
 It takes the place of MMEngine's ``efficient_conv_bn_eval`` and of a backbone's ``norm_eval``.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from mmengine.hooks import Hook

@@ -1,7 +1,5 @@
 """Transformers: a callback that trains with batch norms in eval mode, in tune mode if compiled."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import TrainerCallback

@@ -1,7 +1,5 @@
 """What the adapters share: which batch norms stay in eval mode, and with which options."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
