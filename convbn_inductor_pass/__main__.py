@@ -24,21 +24,14 @@ from .explanation import explain
 
 _PROGRAM = "python -m convbn_inductor_pass"
 _MODEL_FORM = "package.module:factory, such as torchvision.models:resnet50"
-# The class of all parsing errors; typer exports only a subclass.
-_USAGE_ERROR: Any = BadParameter.__mro__[1]
+# What typer raises for arguments that it cannot use, of which it exports only a subclass.
+_UsageError: Any = BadParameter.__mro__[1]
 
 _settings = {"help_option_names": ["-h", "--help"]}
 _app = Typer(add_completion=False, rich_markup_mode=None, context_settings=_settings)
 
 _Half = Literal["bfloat16", "float16"]
 _Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-
-
-class _CannotDo(BadParameter):
-    """The request cannot be carried out; the message says what was expected."""
-
-    def format_message(self) -> str:
-        return self.message
 
 
 def _one_line(error: Exception) -> str:
@@ -122,7 +115,7 @@ def _explain(
         pass  # explain says so
     except Exception as error:
         shapes = ", ".join("x".join(map(str, shape)) for shape in inputs)
-        raise _CannotDo(
+        raise _UsageError(
             f"{model} does not run on {shapes} of {dtype} ({_one_line(error)}); expected "
             "one --input for each of its inputs, with a shape that it accepts"
         ) from error
@@ -141,11 +134,11 @@ def _explain(
             explanation.save_picture(png)
             print(f"wrote {png}", file=sys.stderr)
     except (ValueError, OSError) as error:
-        raise _CannotDo(str(error)) from error
+        raise _UsageError(str(error)) from error
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        raise _CannotDo("--png needs matplotlib; pip install matplotlib") from None
+        raise _UsageError("--png needs matplotlib; pip install matplotlib") from None
     print(json.dumps(explanation.to_dict(), indent=1) if as_json else str(explanation).rstrip())
 
 
@@ -155,18 +148,18 @@ def _load_model(text: str) -> nn.Module:
         value: Any = pkgutil.resolve_name(text)
     except Exception as error:  # importing runs other people's code, which may raise anything
         why = f"cannot load {text!r} ({_one_line(error)}); expected {_MODEL_FORM}"
-        raise _CannotDo(why) from error
+        raise _UsageError(why) from error
     if callable(value) and not isinstance(value, nn.Module):
         try:
             value = value()
         except Exception as error:
-            raise _CannotDo(
+            raise _UsageError(
                 f"calling {text} without arguments failed ({_one_line(error)}); expected "
                 f"{_MODEL_FORM}, where the factory needs no arguments"
             ) from error
         text = f"what {text} returns"
     if not isinstance(value, nn.Module):
-        raise _CannotDo(
+        raise _UsageError(
             f"{text} has type {type(value).__name__}; expected a torch.nn.Module, or something "
             "that returns one when called without arguments"
         )
@@ -183,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         # Not ``_app(...)``: that would replace sys.excepthook, for callers in Python as well.
         code = get_command(_app).main(given, prog_name=_PROGRAM, standalone_mode=False)
-    except _USAGE_ERROR as error:
+    except _UsageError as error:
         # In one line: some messages list choices in lines of their own.
         message = " ".join(error.format_message().split())
         print(f"convbn_inductor_pass: {message}", file=sys.stderr)
