@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from . import plugin
 from .codes import Code
 from .config import Options, get_options, options, set_options
-from .eager import decisions, turn_off, turn_on
+from .eager.modes import decisions, turn_off, turn_on
 from .freeze import freeze_batch_norms, unfreeze_batch_norms
 from .plugin import disable, enable, install, is_installed, uninstall
 from .records import PassFailedWarning, Record, clear_records, records, summary

@@ -7,9 +7,6 @@ folding under freezing is blocked where it is wrong. ``uninstall`` removes our p
 wrapped, but run unchanged.
 
 None of this loads Inductor: it happens as soon as Inductor is imported (``_torch.on_import``).
-
-Cache keys: Inductor asks each pass for its ``uuid``, which covers this package's sources and the
-options. The flag itself is part of Inductor's key already.
 """
 
 import contextlib

@@ -6,7 +6,7 @@ For ``lightning`` and ``pytorch_lightning``, 2.2 or later.
 import importlib.util
 from typing import Any
 
-from .tune_mode import TuneMode
+from . import TuneMode
 
 _LIBRARY = "lightning.pytorch" if importlib.util.find_spec("lightning") else "pytorch_lightning"
 Callback: Any = importlib.import_module(_LIBRARY).Callback

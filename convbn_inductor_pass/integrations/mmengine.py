@@ -9,7 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
-from .tune_mode import TuneMode
+from . import TuneMode
 
 
 @HOOKS.register_module()

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .tune_mode import TuneMode
+from . import TuneMode
 
 
 class TuneModeCallback(TuneMode, TrainerCallback):
