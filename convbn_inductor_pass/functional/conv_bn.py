@@ -28,7 +28,7 @@ formula for dgamma follows from its equation for the folded weight.
 
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,39 +122,31 @@ def batch_norm(
     return _BatchNorm.apply(c, mean, var, weight, bias, eps, layer_before(c), is_watched)
 
 
-class _HandedOver(NamedTuple):
-    """What the batch norm's backward leaves at the node of its layer, by backward pass.
-
-    With the saved tensors: under checkpointing each may be unpacked only once a pass.
-    """
-
-    gradients: list[Tensor | None]
-    saved: tuple[Tensor, Tensor, Tensor | None]
-
-
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, conv: Any, output: Any) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.set_materialize_grads(False)
         (c,) = output
-        ctx.conv, ctx.channels, ctx.handed_over = conv, c.shape[1], {}
+        ctx.conv, ctx.channels = conv, c.shape[1]
+        # What the batch norm's backward leaves here, by backward pass: gradients, and the saved
+        # tensors, since under checkpointing each may be unpacked only once a pass.
+        ctx.handed_over = {}
         return c
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        left: _HandedOver | None = ctx.handed_over.pop(torch_eager.backward_pass(), None)
+        nothing = (None, None, None), None
+        gradients, saved = ctx.handed_over.pop(torch_eager.backward_pass(), nothing)
         if g is None:
-            return (None,) * 5 if left is None else (*left.gradients, None, None)
-        x, weight, bias = ctx.saved_tensors if left is None else left.saved
+            return (*gradients, None, None)
+        x, weight, bias = saved or ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         dx, dw, db = torch_eager.call_below(layer_backward, g, x, weight, ctx.conv, needs)
         dw = None if dw is None else dw.to(weight.dtype)
         db = None if db is None or bias is None else db.to(bias.dtype)
-        if left is not None:
-            others = zip(left.gradients, (dx, dw, db), strict=True)
-            dx, dw, db = (b if a is None else a + b for a, b in others)
-        return dx, dw, db, None, None
+        both = zip(gradients, (dx, dw, db), strict=True)
+        return *(b if a is None else a + b for a, b in both), None, None
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -217,5 +209,5 @@ def _norm_backward(ctx: Any, g: Tensor, saved: Any, of_layer: Any) -> tuple[Tens
     centre = (0 if bias is None else bias.to(x.dtype).to(acc)) - mean.to(acc)
     dgamma = (invstd * torch.addcmul(inner, centre, sum_g)).to(gamma.dtype)
     if layer_runs:
-        node.handed_over[torch_eager.backward_pass()] = _HandedOver(gradients, of_layer)
+        node.handed_over[torch_eager.backward_pass()] = gradients, of_layer
     return dc, dgamma, sum_g.to(ctx.bias_dtype) if need_dbeta else None
