@@ -60,10 +60,7 @@ class Explanation:
 
     @property
     def peak_bytes(self) -> dict[str, int]:
-        """By mode, an estimate of a step's peak memory, in bytes.
-
-        Excludes parameters, buffers and inputs, includes gradients. See ``SavedForBackward``.
-        """
+        """By mode, an estimate of a step's peak memory, in bytes: see ``SavedForBackward``."""
         return {mode: s.peak_bytes for mode, s in self.saved.items()}
 
     def left(self, *, except_codes: tuple[Code, ...] = ()) -> tuple[Record, ...]:

@@ -39,11 +39,7 @@ def draw(explanation: "Explanation", path: str | pathlib.Path) -> None:
 
     A part is a top-level module or, if there is only one, a module below it. "(copies)" are the
     channels-last copies of weights and inputs that Inductor makes.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     modules = [t.module.split(".") for s in explanation.saved.values() for t in s.tensors]
@@ -56,7 +52,6 @@ def draw(explanation: "Explanation", path: str | pathlib.Path) -> None:
         if saved.copied_bytes:
             sizes["(copies)"][mode] = saved.copied_bytes
     figure = Figure(figsize=(8, 1.4 + 0.5 * len(sizes)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     colours = {"eval": "#999999", "tune": "#0072B2", "deploy": "#009E73"}
     for i, mode in enumerate(explanation.saved):

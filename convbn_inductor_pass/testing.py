@@ -254,16 +254,13 @@ def fast_backend(
     backward; no code is generated. ``on_result`` gets what the pass did to each graph in aten IR.
     """
 
-    def rewrite(graph: fx.Graph) -> None:
-        on_result(run_on_graph(graph))
-
     def pack(forward: fx.Graph, backward: fx.Graph) -> None:
         MaskBitsPass().run(forward, backward)
         forward.lint()
         backward.lint()
 
-    passes: dict[str, Callable[..., None]] = {
-        "joint_custom_pre_pass": rewrite,
+    passes: dict[str, registry.GraphPass] = {
+        "joint_custom_pre_pass": lambda graph: on_result(run_on_graph(graph)),
         registry.PARTITIONER: pack,
     }
     return _backend(passes if fuse else {}, efficient_conv_bn_eval_fx_passes=False)
@@ -288,7 +285,7 @@ def post_grad_backend(
 
 
 def _backend(
-    passes: Mapping[str, Callable[..., None]] = {},
+    passes: Mapping[str, registry.GraphPass] = {},
     on_post_grad: Callable[[fx.Graph], None] = lambda graph: None,
     **settings: Any,
 ) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitioner
 
 from . import version
 
-GraphPass = Callable[..., None]
+GraphPass = Callable[..., object]
 PARTITIONER = "custom_partitioner_fn"  # the hook whose passes run on what the partitioner made
 
 # Up to 2.12 a hook takes one pass, and a configuration is the whole process's.
