@@ -213,7 +213,7 @@ def _as_asked(
         return
     if not isinstance(model, nn.Module):
         raise TypeError(f"channels_last, freeze and train_bn need a module, got {model!r}")
-    parameters = dict(model.named_parameters())
+    parameters = {n.replace("_orig_mod.", ""): p for n, p in model.named_parameters()}
     frozen: set[str] = set()
     for pattern in freeze:
         found = fnmatch.filter(parameters, pattern)

@@ -75,8 +75,8 @@ class Record:
         """One line: the pass, the modules, the decision, and the user's source line."""
         norm = f" -> {self.batch_norm}" if self.kind == "batch norm" else ""
         detail = f" {self.detail}" if self.detail else ""
-        name = f"{self.layer or '-'}{norm}"
-        return f"{self.pass_name}: {name} {self.code.name}{detail} ({self.source})"
+        where = f" ({self.source})" if self.source else ""
+        return f"{self.pass_name}: {self.layer or '-'}{norm} {self.code.name}{detail}{where}"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON."""

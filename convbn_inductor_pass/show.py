@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def as_text(explanation: "Explanation") -> str:
     """Tables of the decisions, and the bytes of each mode."""
     text = io.StringIO()
-    console = Console(file=text, width=120)
+    console = Console(file=text, width=120, markup=False)
     for title, kinds, columns in _TABLES:
         found = [r for r in explanation.records if r.kind in kinds]
         table = Table(title=title, title_justify="left")

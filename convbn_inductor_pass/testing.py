@@ -314,6 +314,8 @@ def fresh_compile(*, flag: bool = True) -> Iterator[None]:
     through the pass. Code compiled before is dropped (``torch._dynamo.reset``).
     """
     torch._dynamo.reset()
-    with inductor.caches_off(efficient_conv_bn_eval_fx_passes=flag):
-        yield
-    torch._dynamo.reset()
+    try:
+        with inductor.caches_off(efficient_conv_bn_eval_fx_passes=flag):
+            yield
+    finally:
+        torch._dynamo.reset()

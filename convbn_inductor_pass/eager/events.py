@@ -54,7 +54,8 @@ class Event:
     def record(self, paths: dict[int, str]) -> Record:
         """What was decided; ``paths`` are those of modules, by the ids of their tensors."""
         assert self.code is not None
-        layer, norm = (paths.get(id(reference()), "") for reference in (self.weight, self.norm))
+        of = (paths.get(id(reference()), "") for reference in (self.weight, self.norm))
+        layer, norm = (path.replace("_orig_mod.", "") for path in of)
         size = math.prod(self.shape) * self.dtype.itemsize
         return Record(
             pass_name="eager",
