@@ -163,7 +163,7 @@ def explain(
         # Only now, because Dynamo may give up on a graph above and trace again (dynamic floats).
         records.extend(_with_bytes(found, saved["eval"], of_scales))
         for mode in _MODES:
-            total[mode] = total[mode] + saved[mode]
+            total[mode] += saved[mode]
 
     def on_call(gm: fx.GraphModule, args: tuple[Any, ...]) -> None:
         taken.update(map(id, (*args, *gm.parameters(), *gm.buffers())))
@@ -174,10 +174,9 @@ def explain(
         raise ValueError("torch.compile has no meta device: put model and inputs on another")
     device = tensors[0].device.type if tensors else "cpu"
     region = torch.autocast(device, autocast) if autocast else contextlib.nullcontext()
-    with _as_asked(model, channels_last, freeze, train_bn):
+    with _as_asked(model, channels_last, freeze, train_bn), region:
         try:
-            with region:
-                tracing.trace(model, inputs, on_graph, keywords, dynamic=dynamic, on_call=on_call)
+            tracing.trace(model, inputs, on_graph, keywords, dynamic=dynamic, on_call=on_call)
         except tracing.ValuesNeeded as error:
             raise ValueError(
                 f"the model reads values of tensors ({error}), as .item() does, which cannot be "

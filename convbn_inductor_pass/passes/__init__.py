@@ -1,6 +1,6 @@
 """The passes, in the order in which Inductor calls them; they are independent of each other."""
 
-from .base import Outcome, Pass
+from .base import Pass
 from .batched_weights import BatchedWeightsPass
 from .cpu_codegen import CpuCodegenPass
 from .decision_log import DecisionLogPass
@@ -8,8 +8,6 @@ from .forward_folding import ForwardFoldingPass
 from .repeated_casts import RepeatedCastsPass
 from .scale_gradient import ScaleGradientPass
 from .wanted_gradients import MaskBitsPass, WantedGradientsPass
-
-__all__ = ["PASSES", "Outcome", "Pass"]
 
 PASSES: tuple[Pass, ...] = (
     ScaleGradientPass(),

@@ -20,8 +20,6 @@ from ...config import Options, get_options
 from ...records import Record
 from ..base import Outcome, Pass
 
-__all__ = ["ForwardFoldingPass", "make_records"]
-
 
 class ForwardFoldingPass(Pass):
     """Runs on the graph of the forward, or of inference; does nothing with ``forward="exact"``."""

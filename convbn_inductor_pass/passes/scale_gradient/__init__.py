@@ -4,8 +4,6 @@ from torch import fx
 
 from ..base import Outcome, Pass
 
-__all__ = ["ScaleGradientPass"]
-
 
 class ScaleGradientPass(Pass):
     """Runs on the joint graph of forward and backward: see ``decide`` for the algebra."""

@@ -14,8 +14,6 @@ from torch import fx
 from ...records import Record
 from ..base import Outcome, Pass
 
-__all__ = ["MaskBitsPass", "WantedGradientsPass"]
-
 
 class WantedGradientsPass(Pass):
     """Runs on the joint graph, after tune mode has made weight gradients of sums."""

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 import convbn_inductor_pass as cbn
 from convbn_inductor_pass import Record, testing
 from convbn_inductor_pass._torch import inductor
-from convbn_inductor_pass.passes import Outcome
+from convbn_inductor_pass.passes.base import Outcome
 from convbn_inductor_pass.passes.forward_folding import ForwardFoldingPass
 
 __all__ = [
