@@ -75,9 +75,8 @@ def wanted_records(
     def on_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> None:
         found: list[tuple[str, Record]] = []
         saved_by_graph(gm, example_inputs, "tune", found.extend)
-        records.extend(
-            r for _, r in found if r.kind in KINDS
-        )  # now: Dynamo may have given up above
+        # Only now: Dynamo may have given up above.
+        records.extend(r for _, r in found if r.kind in KINDS)
 
     tracing.trace(fn, inputs, on_graph, dynamic=dynamic)
     return records
