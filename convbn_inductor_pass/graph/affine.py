@@ -36,8 +36,7 @@ class AffineChain:
     @property
     def scales(self) -> bool:
         """Whether the weight has to be scaled."""
-        by = [s.operand for s in self.steps if s.kind in ("scale", "divide")]
-        return any(o != Operand(number=1) for o in by)
+        return any(s.kind in ("scale", "divide") and s.operand != 1 for s in self.steps)
 
     @property
     def shifts(self) -> bool:
@@ -86,8 +85,8 @@ def constants_fit(chain: AffineChain) -> bool:
 
     As written, they need not: a value scaled by 1e-20 twice may have been large.
     """
-    constants = [(s, s.operand) for s in chain.steps if not s.reads_a_tensor]
-    numbers = [(s.kind, abs(o.number * s.factor)) for s, o in constants if o is not None]
+    constants = ((s, s.operand) for s in chain.steps)
+    numbers = [(s.kind, abs(o * s.factor)) for s, o in constants if isinstance(o, (int, float))]
     return all(
         n <= 1e30 if kind == "shift" else 1e-6 <= n <= 1e6 or (kind, n) == ("scale", 0)
         for kind, n in numbers
@@ -109,11 +108,11 @@ def emit_shift(
     The bias is as it is added, or, with ``narrowed`` False, as it was before autocast's cast.
     """
     emit = _Emitter(build, layer)
-    start: Value = 0.0
+    start: Operand = 0.0
     if layer.bias is not None:
         bias = layer.bias if narrowed else layers.without_casts(layer.bias)
         of_matmul = layers.operand_per_channel(bias, layer.out.shape[:2], layer.dim)
-        start = emit.vector(of_matmul or Operand(node=bias))
+        start = emit.vector(of_matmul or bias)
     shift = emit.replay(steps, start)
     return None if shift == 0 else emit.full_vector(shift)
 
@@ -134,16 +133,13 @@ def wide_dtype(layer: Layer) -> torch.dtype:
     return torch.float64 if layer.out.dtype == torch.float64 else torch.float32
 
 
-Value = fx.Node | float | int
-
-
 class _Emitter:
     """Adds nodes that compute with numbers and vectors [C] (or [1], which broadcast)."""
 
     def __init__(self, build: Builder, layer: Layer) -> None:
         self.build, self.out, self.dtype = build, layer.out, wide_dtype(layer)
 
-    def replay(self, steps: Iterable[Step], value: Value) -> Value:
+    def replay(self, steps: Iterable[Step], value: Operand) -> Operand:
         """What the steps make of ``value``."""
         for step in steps:
             if step.operand is None or (value == 0 and step.kind != "shift"):
@@ -157,16 +153,15 @@ class _Emitter:
                 value = self.add(value, self.mul(o, step.factor))
         return value
 
-    def vector(self, operand: Operand) -> Value:
+    def vector(self, operand: Operand) -> Operand:
         """An operand as a vector in the wide dtype; a number stays a number."""
-        node = operand.node
-        if node is None:
-            return operand.number
-        if value_of(node).ndim != 1:
-            node = self.build.call(aten.reshape.default, node, [value_of(node).numel()])
-        return self.build.cast(node, self.dtype)
+        if not isinstance(operand, fx.Node):
+            return operand
+        if value_of(operand).ndim != 1:
+            operand = self.build.call(aten.reshape.default, operand, [value_of(operand).numel()])
+        return self.build.cast(operand, self.dtype)
 
-    def full_vector(self, value: Value) -> fx.Node:
+    def full_vector(self, value: Operand) -> fx.Node:
         """``value`` with one element per channel."""
         channels = self.out.shape[1]
         if not isinstance(value, fx.Node):
@@ -176,7 +171,7 @@ class _Emitter:
             return self.build.call(aten.expand.default, value, [channels])
         return value
 
-    def mul(self, a: Value, b: Value) -> Value:
+    def mul(self, a: Operand, b: Operand) -> Operand:
         a, b = _node_first(a, b)
         if not isinstance(a, fx.Node):
             return a * b  # type: ignore[operator]
@@ -184,19 +179,19 @@ class _Emitter:
             return a if b == 1 else 0.0
         return self.build.call(aten.mul.Tensor, a, b)
 
-    def div(self, a: Value, b: Value) -> Value:
+    def div(self, a: Operand, b: Operand) -> Operand:
         if isinstance(a, fx.Node):
             return self.build.call(aten.div.Tensor, a, b)
         if isinstance(b, fx.Node):
             return self.mul(self.build.call(aten.reciprocal.default, b), a)
         return a / b
 
-    def add(self, a: Value, b: Value) -> Value:
+    def add(self, a: Operand, b: Operand) -> Operand:
         a, b = _node_first(a, b)
         if not isinstance(a, fx.Node):
             return a + b  # type: ignore[operator]
         return a if b == 0 else self.build.call(aten.add.Tensor, a, b)
 
 
-def _node_first(a: Value, b: Value) -> tuple[Value, Value]:
+def _node_first(a: Operand, b: Operand) -> tuple[Operand, Operand]:
     return (a, b) if isinstance(a, fx.Node) else (b, a)

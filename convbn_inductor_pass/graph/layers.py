@@ -33,7 +33,6 @@ _MULTIPLICATIONS = (aten.mul.Tensor, aten.mul.Scalar)
 _DIVISIONS = (aten.div.Tensor, aten.div.Scalar)
 _ADDITIONS = (aten.add.Tensor, aten.add.Scalar)
 _SUMS = (*_ADDITIONS, aten.sub.Tensor, aten.sub.Scalar)
-Number = int | float
 
 # What a layer of each dtype may meet: in half precision, values per channel are float32 at most.
 DTYPES_TOGETHER = {
@@ -129,12 +128,8 @@ def layer_of(node: fx.Node) -> Layer | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """What a step adds or multiplies: a tensor of 1 or C elements, in any shape; or a number."""
-
-    node: fx.Node | None = None
-    number: Number = 0
+Operand = fx.Node | int | float
+"""What a step adds or multiplies: a tensor of 1 or C elements, in any shape; or a number."""
 
 
 def operand_per_channel(value: Any, shape: Sequence[Any], dim: int) -> Operand | None:
@@ -143,7 +138,7 @@ def operand_per_channel(value: Any, shape: Sequence[Any], dim: int) -> Operand |
     An operand that has the shape of an activation only because it was expanded counts too.
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return Operand(number=value)
+        return value
     tensor = tensor_of(value)
     if tensor is None:
         return None
@@ -164,7 +159,7 @@ def operand_per_channel(value: Any, shape: Sequence[Any], dim: int) -> Operand |
         return None
     while node.target in RESHAPES and tensor_of(node.args[0]) is not None:
         node = node.args[0]  # the same elements in the same order
-    return Operand(node=node)
+    return node
 
 
 def without_casts(node: fx.Node) -> fx.Node:
@@ -202,11 +197,7 @@ class Step:
     kind: Kind
     dim: int
     operand: Operand | None = None
-    factor: Number = 1
-
-    @property
-    def reads_a_tensor(self) -> bool:
-        return self.operand is not None and self.operand.node is not None
+    factor: int | float = 1
 
 
 def read_step(node: fx.Node, of: fx.Node, dim: int) -> Sequence[Step] | None:
@@ -228,30 +219,22 @@ def read_step(node: fx.Node, of: fx.Node, dim: int) -> Sequence[Step] | None:
     if not after.dtype.is_floating_point or not same_sizes(after.shape, before.shape):
         return None
 
-    def step(kind: Kind, operand: Operand, factor: Number = 1) -> Step:
-        return Step(node, kind, dim, operand, factor)
-
-    read = [operand_per_channel(a, before.shape, dim) for a in args if a is not of]
-    operands = [o for o in read if o is not None]
+    operands: list[Any] = [operand_per_channel(a, before.shape, dim) for a in args if a is not of]
     constant = kwargs.get("alpha", kwargs.get("value", 1))
-    if len(operands) < len(read) or not isinstance(constant, (int, float)):
+    if None in operands or not isinstance(constant, (int, float)):
         return None
-    if target is aten.neg.default:
-        return [step("scale", Operand(number=-1))]
-    comes_first, (o, *more) = args[0] is of, operands or [Operand()]
-    if target in _MULTIPLICATIONS:
-        return [step("scale", o)]
-    if target in _DIVISIONS and comes_first and not kwargs:
-        return [step("divide", o)]
-    if target in _SUMS and not more:
+    comes_first, (o, *more) = args[0] is of, operands or [-1]
+    found: list[tuple[Any, ...]] = []
+    if target in _MULTIPLICATIONS or target is aten.neg.default:
+        found = [("scale", o)]
+    elif target in _DIVISIONS and comes_first and not kwargs:
+        found = [("divide", o)]
+    elif target in _SUMS and not more:
         constant = constant if target in _ADDITIONS else -constant
-        if comes_first:
-            return [step("shift", o, constant)]
-        return [step("scale", Operand(number=constant)), step("shift", o)]
-    if target is aten.addcmul.default and not comes_first:
-        (by,) = more
-        return [step("scale", by), step("scale", Operand(number=constant)), step("shift", o)]
-    return None
+        found = [("shift", o, constant)] if comes_first else [("scale", constant), ("shift", o)]
+    elif target is aten.addcmul.default and not comes_first:
+        found = [("scale", *more), ("scale", constant), ("shift", o)]
+    return [Step(node, kind, dim, *by) for kind, *by in found] or None
 
 
 def _moved(node: fx.Node, before: Tensor, after: Tensor, dim: int) -> int | None:

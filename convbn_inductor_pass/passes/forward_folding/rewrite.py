@@ -49,8 +49,8 @@ def _names(graph: fx.Graph) -> dict[fx.Node, str]:
 
 def _key(chain: AffineChain, names: dict[fx.Node, str]) -> str:
     """Equal for chains whose weight and bias are folded in the same way."""
-    layer, steps = chain.layer, [(s.kind, s.operand, s.factor) for s in chain.steps]
-    read = [(kind, o.node, o.number, factor) for kind, o, factor in steps if o is not None]
+    layer = chain.layer
+    read = [(s.kind, s.operand, s.factor) for s in chain.steps if s.operand is not None]
     return str(fx.map_arg((layer.weight, layer.bias, layer.layout, read), names.get))
 
 

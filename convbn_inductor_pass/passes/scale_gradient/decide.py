@@ -29,6 +29,7 @@ Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.1
 
 import dataclasses
 import functools
+from typing import Any
 
 from torch import fx
 
@@ -118,7 +119,7 @@ def decide(graph: fx.Graph, options: Options) -> list[Decision]:
     return decisions
 
 
-def _written(s: _Site, *nodes: fx.Node | None) -> str | None:
+def _written(s: _Site, *nodes: object) -> str | None:
     found = next((n for n in nodes if n in s.written), None)
     return None if found is None else f"{found} is, or is computed from, what is written to"
 
@@ -133,10 +134,10 @@ def _other_gradient(s: _Site) -> str | None:
 
 def _unsupported_dtype(s: _Site) -> str | None:
     layer, match = s.layer, s.match
-    nodes: list[fx.Node | None] = [layer.node, layer.input, layer.weight, match.g]
+    nodes: list[Any] = [layer.node, layer.input, layer.weight, match.g]
     nodes += [n for r in match.reductions for n in (r.product, r.node)]
     for step in (step for p in match.paths for step in p.steps):
-        nodes += [step.node, None if step.operand is None else step.operand.node]
+        nodes += [step.node, step.operand]
     used = {t.dtype for t in map(tensor_of, nodes) if t is not None}
     if used <= layers.DTYPES_TOGETHER.get(layer.out.dtype, set()):
         return None
@@ -149,8 +150,7 @@ def _constant_range(s: _Site) -> str | None:
 
 
 def _scale_mutated(s: _Site) -> str | None:
-    operands = (o.node for p in s.match.paths for step in p.steps if (o := step.operand))
-    return _written(s, *operands)
+    return _written(s, *(step.operand for path in s.match.paths for step in path.steps))
 
 
 def _denied(s: _Site) -> str | None:
