@@ -8,8 +8,8 @@ multiplications applied to one. Both are recomputed each call from the live oper
 wider.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -22,8 +22,7 @@ from .layout import Layout, onto_output_axis
 aten = torch.ops.aten
 
 
-@dataclasses.dataclass(frozen=True)
-class AffineChain:
+class AffineChain(NamedTuple):
     """A layer, and what happens to its output, in order."""
 
     layer: Layer

@@ -6,7 +6,7 @@ add a branch to :func:`read_step`.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -185,8 +185,7 @@ def is_cast(node: fx.Node) -> bool:
 Kind = Literal["scale", "divide", "shift", "cast", "move"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One operation ``y = step(x)`` that is affine per channel: the call ``node``, or a part of it.
 
     ``kind`` is ``x * o``, ``x / o``, ``x + factor * o`` with the ``operand`` o, a cast, or a call

@@ -5,7 +5,6 @@ activation or a residual into the kernel, in place where it may: here they are f
 counted.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -40,8 +39,7 @@ class Epilogue(NamedTuple):
     other: fx.Node | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class FoldCandidate:
+class FoldCandidate(NamedTuple):
     """A layer, what can be folded into it, and the kernel that would compute the result.
 
     ``kernel`` is "cudnn" or "onednn", whose convolution computes the ``epilogue``, too, or "aten",

@@ -4,10 +4,9 @@ Each node has the operator that it came from as ``meta["original_aten"]``. Each 
 subtracts the mean from the input once, which distinguishes one call from the next.
 """
 
-import dataclasses
 import operator
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -19,8 +18,7 @@ from ...graph.uses import is_move, source_of
 aten = torch.ops.aten
 
 
-@dataclasses.dataclass(frozen=True)
-class BatchNormCall:
+class BatchNormCall(NamedTuple):
     """One call of a batch norm.
 
     ``node`` is its subtraction of the mean, ``input`` the tensor that it normalizes, up to casts

@@ -29,7 +29,7 @@ Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.1
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -46,8 +46,7 @@ from .match import Match, match_sums, weight_gradients
 from .saved_anyway import saved_by
 
 
-@dataclasses.dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """What was decided about the sums over one layer's output; ``match`` is to be rewritten."""
 
     candidate: Candidate

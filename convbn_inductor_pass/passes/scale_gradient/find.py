@@ -3,9 +3,8 @@
 Only reads a joint graph. :mod:`decide` has the algebra and the names.
 """
 
-import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -16,16 +15,14 @@ from ...graph.layers import Layer, Step, known_equal, same_sizes, tensor_of
 aten = torch.ops.aten
 
 
-@dataclasses.dataclass(frozen=True)
-class Path:
+class Path(NamedTuple):
     """How a node is computed from another one: per channel, which are its dimension ``dim``."""
 
     dim: int
     steps: tuple[Step, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Reduction:
+class Reduction(NamedTuple):
     """``sum(h * u)`` over all but the channels, or with ``total`` over these, too.
 
     ``node`` is the sum, ``product`` what it sums; ``affine`` says how ``u`` is computed from the
@@ -39,8 +36,7 @@ class Reduction:
     total: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A layer, what is computed of its output (see :func:`affine_values`), and sums over that."""
 
     layer: Layer

@@ -4,9 +4,8 @@ Both begin with one ``g``, scaled per channel and moved. :mod:`decide` has the a
 the names mean.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -18,8 +17,7 @@ from .find import Candidate, Path, Reduction, same_shape, shape_of
 aten = torch.ops.aten
 
 
-@dataclasses.dataclass(frozen=True)
-class WeightGradient:
+class WeightGradient(NamedTuple):
     """A call that computes the gradient of a layer's weight from ``dc``, or could.
 
     ``node`` is ``convolution_backward``, or ``mm`` of ``dc`` and the layer's input; ``dc_first``
@@ -34,8 +32,7 @@ class WeightGradient:
     wanted: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """Sums over a layer's output that can be taken from one call that makes its weight gradient.
 
     ``dc`` and the ``h`` of each sum are scalings of ``g``: by ``scaling`` and ``scalings``. Its

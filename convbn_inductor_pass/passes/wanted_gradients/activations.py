@@ -23,10 +23,9 @@ docs/wanted-gradients.md says what has no rule.
 Declines where the output is not saved, or where the input is.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import fx
@@ -46,8 +45,7 @@ _GE, _GT = aten.ge.Scalar, aten.gt.Scalar
 COMPARISONS = (_LE, _LT, _GE, _GT)
 
 
-@dataclasses.dataclass(frozen=True)
-class Activation:
+class Activation(NamedTuple):
     """``y = f(z)``, and the comparisons of z with constants that are those of y.
 
     ``z`` and ``y`` have the same dtype; in half precision f may compute in float32 in between.
