@@ -79,12 +79,12 @@ def _follow(layer: Layer, ends_before: Callable[[fx.Node], object]) -> AffineCha
     return AffineChain(layer, tuple(steps[:end]))
 
 
-def constants_fit(chain: AffineChain) -> bool:
-    """Whether products of a few of the chain's constants are sure to fit in float32.
+def constants_fit(steps: Iterable[Step]) -> bool:
+    """Whether products of a few of the constants are sure to fit in float32.
 
     As written, they need not: a value scaled by 1e-20 twice may have been large.
     """
-    constants = ((s, s.operand) for s in chain.steps)
+    constants = ((s, s.operand) for s in steps)
     numbers = [(s.kind, abs(o * s.factor)) for s, o in constants if isinstance(o, (int, float))]
     return all(
         n <= 1e30 if kind == "shift" else 1e-6 <= n <= 1e6 or (kind, n) == ("scale", 0)

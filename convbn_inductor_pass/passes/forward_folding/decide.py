@@ -66,7 +66,7 @@ def _is_quantized(c: FoldCandidate, _: Options) -> str | None:
 
 
 def _constants_overflow(c: FoldCandidate, _: Options) -> str | None:
-    return None if affine.constants_fit(c.chain) else str(c.chain.last)
+    return None if affine.constants_fit(c.chain.steps) else str(c.chain.last)
 
 
 def _is_written_between(c: FoldCandidate, _: Options) -> str | None:

@@ -37,7 +37,6 @@ from ..._torch import inductor
 from ...codes import Code
 from ...config import Options
 from ...graph import affine, layers
-from ...graph.affine import AffineChain
 from ...graph.layers import Layer, numel_of, tensor_of
 from ...graph.uses import backward_of, depending_on, source_of, users_of
 from ..decisions import Row, denied, first_refusal
@@ -135,8 +134,7 @@ def _unsupported_dtype(s: _Site) -> str | None:
     layer, match = s.layer, s.match
     nodes: list[Any] = [layer.node, layer.input, layer.weight, match.g]
     nodes += [n for r in match.reductions for n in (r.product, r.node)]
-    for step in (step for p in match.paths for step in p.steps):
-        nodes += [step.node, step.operand]
+    nodes += [n for step in match.steps for n in (step.node, step.operand)]
     used = {t.dtype for t in map(tensor_of, nodes) if t is not None}
     if used <= layers.DTYPES_TOGETHER.get(layer.out.dtype, set()):
         return None
@@ -144,12 +142,11 @@ def _unsupported_dtype(s: _Site) -> str | None:
 
 
 def _constant_range(s: _Site) -> str | None:
-    chains = [AffineChain(s.layer, p.steps) for p in s.match.paths]
-    return None if all(map(affine.constants_fit, chains)) else str(s.layer.node)
+    return None if affine.constants_fit(s.match.steps) else str(s.layer.node)
 
 
 def _scale_mutated(s: _Site) -> str | None:
-    return _written(s, *(step.operand for path in s.match.paths for step in path.steps))
+    return _written(s, *(step.operand for step in s.match.steps))
 
 
 def _denied(s: _Site) -> str | None:

@@ -47,8 +47,9 @@ class Match(NamedTuple):
     scalings: tuple[Path, ...]
 
     @property
-    def paths(self) -> tuple[Path, ...]:
-        return (self.scaling, *self.scalings, *(r.affine for r in self.reductions))
+    def steps(self) -> list[Step]:
+        paths = (self.scaling, *self.scalings, *(r.affine for r in self.reductions))
+        return [step for path in paths for step in path.steps]
 
 
 def weight_gradients(
