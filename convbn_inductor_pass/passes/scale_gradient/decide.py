@@ -33,16 +33,14 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from ..._torch import inductor
+from ..._torch import compat, inductor
 from ...codes import Code
 from ...config import Options
-from ...graph import affine, layers
+from ...graph import affine, layers, uses
 from ...graph.layers import Layer, numel_of, tensor_of
-from ...graph.uses import backward_of, depending_on, source_of, users_of
 from ..decisions import Row, denied, first_refusal
 from .find import Candidate, find_candidates
 from .match import Match, match_sums, weight_gradients
-from .saved_anyway import saved_by
 
 
 class Decision(NamedTuple):
@@ -92,17 +90,48 @@ class _Site:
 
     @functools.cached_property
     def saved_by(self) -> str | None:
-        """What the layer's output is saved for anyway, if it is."""
-        return saved_by(self.candidate, self.match, self.backward)
+        """What the layer's output is saved for anyway, though it is not summed over.
+
+        The policy of a selective checkpoint; a library call that needs the output itself, or what
+        is summed over; or a pointwise call on a value that would be recomputed from the output: one
+        that is computed from it alone, element by element, and not from something that is saved for
+        another reason. The partitioner decides later; this is what it usually does.
+        """
+        node, backward, sums = self.layer.node, self.backward, self.match.reductions
+        if uses.is_saved_by_policy(node):
+            return "a checkpoint's policy"
+        reasons = []
+        for r in sums:
+            computing = (node, *(s.node for s in r.affine.steps))  # what it sums
+            users = (u for n in computing for u in uses.users_of(n) if u in backward)
+            reasons.append(next((u for u in users if not compat.is_pointwise(u.target)), None))
+        if all(reasons):
+            return str(reasons[0])
+        seen = {*self.candidate.values, *(r.product for r in sums)}
+        pending = [n for n in self.candidate.values if not uses.is_saved(n, backward)]
+        for user in (u for n in pending for u in n.users if u not in seen):  # grows
+            tensor, is_move = tensor_of(user), uses.is_move(user)
+            if tensor is None or not (is_move or compat.is_pointwise(user.target)):
+                continue
+            if user in backward:
+                if not is_move:
+                    return str(user)
+                continue
+            others = (numel_of(n) for n in user.all_input_nodes if n not in seen)
+            if tensor.dtype.is_floating_point and not any(n >= numel_of(node) for n in others):
+                seen.add(user)
+                if not uses.is_saved(user, backward):
+                    pending.append(user)
+        return None
 
 
 def decide(graph: fx.Graph, options: Options) -> list[Decision]:
     """Decide about every layer of a joint graph whose output backward sums over; only reads."""
-    backward = backward_of(graph)
+    backward = uses.backward_of(graph)
     if not backward:
         return []
-    trained = depending_on([*inductor.trained_inputs(graph)])
-    written = depending_on([*inductor.written_inputs(graph)])
+    trained = uses.depending_on([*inductor.trained_inputs(graph)])
+    written = uses.depending_on([*inductor.written_inputs(graph)])
     decisions: list[Decision] = []
     claimed: set[fx.Node] = set()
     for candidate in find_candidates(graph, backward):
@@ -168,14 +197,14 @@ def _copies_weight(s: _Site) -> bool:
 
     The partitioner saves that copy. The scaled weight is recomputed from the parameter.
     """
-    weight = source_of(s.layer.weight)
+    weight = uses.source_of(s.layer.weight)
     is_copy = layers.without_casts(weight) is not weight
-    used = any(user in s.backward for user in users_of(weight))
+    used = any(user in s.backward for user in uses.users_of(weight))
     return is_copy and used and s.options.objective == "memory"
 
 
 def _weight_computed(s: _Site) -> str | None:
-    source = source_of(s.layer.weight, casts=True)
+    source = uses.source_of(s.layer.weight, casts=True)
     is_larger = numel_of(s.layer.weight) > numel_of(s.layer.node)
     return str(s.layer.weight) if is_larger and source.op != "placeholder" else None
 
