@@ -34,8 +34,6 @@ from ...codes import Code
 from ...graph import layers
 from ...graph.builder import Builder
 from ...graph.layers import numel_of, same_sizes, tensor_of, value_of
-from ...graph.uses import is_available, read_in_backward
-from .shapes import shape_readers
 from .site import JointGraph, Site
 
 aten = torch.ops.aten
@@ -58,22 +56,21 @@ class Activation(NamedTuple):
 
 def find_sites(joint: JointGraph) -> list[Site]:
     """Activations whose backward compares their input."""
-    readers = shape_readers(joint)
     activations = (activation_at(n) for n in joint.graph.nodes if n in joint.forward)
-    sites = (_site(joint, a, readers) for a in activations if a is not None)
+    sites = (_site(joint, a) for a in activations if a is not None)
     return [s for s in sites if s is not None]
 
 
-def _site(joint: JointGraph, activation: Activation, readers: set[fx.Node]) -> Site | None:
+def _site(joint: JointGraph, activation: Activation) -> Site | None:
     z, y, same = activation.z, activation.y, activation.same
     in_backward = [u for u in _users_of_value(z) if u not in joint.forward]
     calls = [u for u in in_backward if u.target in COMPARISONS and (u.target, u.args[1]) in same]
     if not calls:
         return None
     code, detail = Code.MASK_FROM_OUTPUT, str(y)
-    if len(calls) < len(in_backward) or is_available(z, joint.forward, {*readers, *calls}):
+    if len(calls) < len(in_backward) or joint.has(z, calls):
         code, detail = Code.SAVED_ANYWAY, str(z)
-    elif not read_in_backward(y, joint.forward, readers):
+    elif not joint.reads(y):
         code = Code.OUTPUT_NOT_SAVED
     return Site("activation", y, code, detail, numel_of(y), tuple(calls))  # a byte per element
 

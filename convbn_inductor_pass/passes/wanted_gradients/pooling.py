@@ -31,9 +31,7 @@ from ...codes import Code
 from ...graph import layers
 from ...graph.builder import Builder
 from ...graph.layers import known_equal, numel_of, same_sizes, value_of
-from ...graph.uses import is_available, read_in_backward
 from .activations import COMPARISONS, activation_at, constant_of, operand_of
-from .shapes import shape_readers
 from .site import JointGraph, Site
 
 aten = torch.ops.aten
@@ -78,7 +76,6 @@ class _Unpooling(NamedTuple):
 
 def find_sites(joint: JointGraph) -> list[Site]:
     """Masks of what is pooled, on the gradient that pooling's backward gives."""
-    readers = shape_readers(joint)
     sites = []
     for node in joint.graph.find_nodes(op="call_function", target=aten.where.self):
         found = _unpooling_at(node) if node in joint.backward else None
@@ -86,10 +83,9 @@ def find_sites(joint: JointGraph) -> list[Site]:
             continue
         y, pooled = found.y, found.pooled
         code, detail = Code.MASK_AFTER_POOLING, str(pooled)
-        if is_available(y, joint.forward, {found.unpool, *readers}):
+        if joint.has(y, {found.unpool}):
             code, detail = Code.SAVED_ANYWAY, str(y)
-        is_saved = read_in_backward(pooled, joint.forward, readers)
-        nbytes = numel_of(y) - (0 if is_saved else numel_of(pooled))  # one byte per element
+        nbytes = numel_of(y) - (0 if joint.reads(pooled) else numel_of(pooled))  # a byte for each
         sites.append(Site("pooling", y, code, detail, nbytes, (node,)))
     return sites
 

@@ -30,68 +30,37 @@ from ...graph.builder import Builder
 from ...graph.layers import bytes_of, known_equal, numel_of, same_sizes, tensor_of, value_of
 from ...graph.layout import output_padding
 from ...graph.strides import memory_order
-from ...graph.uses import is_available, is_recomputed, read_in_backward, source_of, users_of
+from ...graph.uses import is_recomputed, is_saved, source_of, users_of
 from .site import JointGraph, Site
 
 aten = torch.ops.aten
 
-# Operators that read the shape, and the layout, of their second argument, and no element of it.
-READ_THE_SHAPE = (
-    aten._adaptive_avg_pool2d_backward.default,
-    aten._adaptive_avg_pool3d_backward.default,
-    aten.adaptive_max_pool2d_backward.default,
-    aten.adaptive_max_pool3d_backward.default,
-    aten.avg_pool2d_backward.default,
-    aten.avg_pool3d_backward.default,
-    aten.max_pool2d_with_indices_backward.default,
-    aten.max_pool3d_with_indices_backward.default,
-    aten.reflection_pad1d_backward.default,
-    aten.reflection_pad2d_backward.default,
-    aten.reflection_pad3d_backward.default,
-    aten.replication_pad1d_backward.default,
-    aten.replication_pad2d_backward.default,
-    aten.replication_pad3d_backward.default,
-)
-
-
-def shape_readers(joint: JointGraph) -> set[fx.Node]:
-    """Calls of the backward that read a tensor's shape alone: that of their second argument."""
-    return {n for n in joint.backward if n.target in READ_THE_SHAPE or _is_of_frozen_layer(n)}
-
-
-def _is_of_frozen_layer(node: fx.Node) -> bool:
-    args: Any = node.args
-    return node.target is aten.convolution_backward.default and not args[10][1]
-
 
 def find_sites(joint: JointGraph) -> list[Site]:
     """Tensors that are saved for their shape, each with the calls that read it."""
-    readers = shape_readers(joint)
     by_source: dict[fx.Node, list[fx.Node]] = {}
     for node in joint.graph.nodes:
-        if node in readers and node.args[1] not in joint.backward:
+        if node in joint.shape_readers and node.args[1] not in joint.backward:
             by_source.setdefault(source_of(node.args[1]), []).append(node)
     sites = []
     for source, calls in by_source.items():
         code, detail = Code.SHAPE_ONLY, ", ".join(str(n.target).split(".")[1] for n in calls)
-        if _is_saved(joint, source, readers):
+        if _is_saved(joint, source):
             code, detail = Code.SAVED_ANYWAY, str(source)
         nbytes = _bytes_less(joint, source)
         sites.append(Site("shape", source, code, detail, nbytes, tuple(calls)))
     return sites
 
 
-def _is_saved(joint: JointGraph, node: fx.Node, readers: set[fx.Node]) -> bool:
+def _is_saved(joint: JointGraph, node: fx.Node) -> bool:
     """Whether a tensor is an output, or saved for calls that do not read its shape alone."""
-    for user in users_of(node):
-        is_call = user in joint.backward and user not in readers and user.op == "call_function"
-        if user.op == "output" or (is_call and not compat.is_pointwise(user.target)):
-            return True
-    if not read_in_backward(node, joint.forward, readers):
+    if is_saved(node, joint.backward - joint.shape_readers):
+        return True
+    if not joint.reads(node):
         return False
     # By pointwise calls, which can do with what it is computed from.
     sources = node.all_input_nodes if compat.is_pointwise(node.target) else []
-    return not sources or not all(is_available(n, joint.forward, readers) for n in sources)
+    return not sources or not all(map(joint.has, sources))
 
 
 def _bytes_less(joint: JointGraph, source: fx.Node) -> int:

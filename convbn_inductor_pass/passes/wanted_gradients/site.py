@@ -2,17 +2,35 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
+import torch
 from torch import fx
 
+from ..._torch import compat
 from ...codes import Code
 from ...config import Options
 from ...graph.builder import Builder
+from ...graph.layers import is_cast
 from ...graph.provenance import provenance_of
-from ...graph.uses import backward_of
+from ...graph.uses import backward_of, is_move, is_recomputed, reachable
 from ...records import Kind, Record
 from ..decisions import denied, record_of
+
+aten = torch.ops.aten
+
+# Operators that read the shape, and the layout, of their second argument, and no element of it.
+READ_THE_SHAPE = (
+    *(aten._adaptive_avg_pool2d_backward.default, aten._adaptive_avg_pool3d_backward.default),
+    *(aten.adaptive_max_pool2d_backward.default, aten.adaptive_max_pool3d_backward.default),
+    *(aten.avg_pool2d_backward.default, aten.avg_pool3d_backward.default),
+    aten.max_pool2d_with_indices_backward.default,
+    aten.max_pool3d_with_indices_backward.default,
+    *(aten.reflection_pad1d_backward.default, aten.replication_pad1d_backward.default),
+    *(aten.reflection_pad2d_backward.default, aten.replication_pad2d_backward.default),
+    *(aten.reflection_pad3d_backward.default, aten.replication_pad3d_backward.default),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +67,49 @@ class JointGraph:
             if node.op == "output" or node in found:
                 found.update(n for n in node.all_input_nodes if n not in self.backward)
         return found
+
+    @functools.cached_property
+    def shape_readers(self) -> set[fx.Node]:
+        """Calls of the backward that read a tensor's shape alone: that of their second argument."""
+        return {n for n in self.backward if n.target in READ_THE_SHAPE or _is_of_frozen_layer(n)}
+
+    def reads(self, node: fx.Node, besides: Collection[fx.Node] = ()) -> bool:
+        """Whether calls that the forward does not need take ``node``, a view or a cast of it.
+
+        Masks, readers of its shape, and calls in ``besides`` do not count.
+        """
+        for user in node.users:
+            if user in self.shape_readers or user in besides or user.op != "call_function":
+                continue
+            if is_move(user) or is_cast(user):  # in the forward, too: it may be read after that
+                if self.reads(user, besides):
+                    return True
+            elif user not in self.forward:
+                value = user.meta.get("val")
+                is_mask = isinstance(value, torch.Tensor) and value.dtype == torch.bool
+                if not is_mask and not isinstance(value, (int, torch.SymInt)):  # which is a size
+                    return True
+        return False
+
+    def has(self, node: fx.Node, besides: Collection[fx.Node] = ()) -> bool:
+        """Whether backward has the value anyway, or what it is computed from element by element.
+
+        Then the partitioner can recompute what is pointwise of it, such as its mask.
+        """
+
+        def is_there(n: fx.Node) -> bool:
+            return n.op != "call_function" or is_recomputed(n) or self.reads(n, besides)
+
+        def is_computed(n: fx.Node) -> bool:
+            return bool(n.all_input_nodes) and (is_move(n) or compat.is_pointwise(n.target))
+
+        sources = reachable([node], lambda n: () if is_there(n) else n.all_input_nodes)
+        return all(is_computed(n) or is_there(n) for n in sources)
+
+
+def _is_of_frozen_layer(node: fx.Node) -> bool:
+    args: Any = node.args
+    return node.target is aten.convolution_backward.default and not args[10][1]
 
 
 def unless_denied(site: Site, options: Options) -> Site:
