@@ -11,7 +11,7 @@ from .._torch import compat, inductor
 from . import layers
 from .builder import Builder
 from .layers import tensor_of, value_of
-from .uses import depending_on
+from .uses import depending_on, reachable
 
 aten = torch.ops.aten
 
@@ -83,9 +83,6 @@ def base_of(node: fx.Node) -> fx.Node:
         node = call.all_input_nodes[0]
 
 
-def views_of(node: fx.Node) -> list[fx.Node]:
-    """All views of ``node``, and views of those."""
-    found = [u for u in node.users if compat.is_view(u.target)]
-    for view in found:
-        found += [u for u in view.users if compat.is_view(u.target) and u not in found]
-    return found
+def views_of(node: fx.Node) -> Iterator[fx.Node]:
+    """``node``, all views of it, and views of those."""
+    return reachable([node], lambda n: (u for u in n.users if compat.is_view(u.target)))

@@ -14,13 +14,13 @@ def reachable(
     nodes: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]
 ) -> Iterator[fx.Node]:
     """``nodes``, what comes ``following`` each, and so on: each once, the nearest first."""
-    found = list(nodes)
-    seen = set(found)
-    for node in found:  # grows
+    seen = dict.fromkeys(nodes)
+    pending = [*seen]
+    for node in pending:  # grows
         yield node
-        new = [n for n in following(node) if n not in seen]
+        new = dict.fromkeys(n for n in following(node) if n not in seen)
         seen.update(new)
-        found += new
+        pending += new
 
 
 def depending_on(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -24,6 +24,7 @@ from torch import fx
 from .._torch import compat
 from ..graph.layers import is_cast, tensor_of, value_of
 from ..graph.operators import convolution_relu
+from ..graph.uses import reachable
 from .base import Outcome, Pass
 
 aten = torch.ops.aten
@@ -92,12 +93,7 @@ def _computed_from_inputs(graph: fx.Graph) -> dict[fx.Node, int]:
 
 def _sources(node: fx.Node) -> set[fx.Node]:
     """What ``node`` is computed from."""
-    found, pending = set[fx.Node](), [node]
-    while pending:
-        new = [n for n in pending.pop().all_input_nodes if n not in found]
-        found.update(new)
-        pending += new
-    return found
+    return {*reachable(node.all_input_nodes, lambda n: n.all_input_nodes)}
 
 
 def _computed_for(taker: fx.Node, ready: dict[fx.Node, int]) -> Iterator[fx.Node]:

@@ -23,7 +23,7 @@ from torch import fx
 
 from .._torch import compat
 from ..graph.layers import numel_of, tensor_of, value_of
-from ..graph.uses import source_of
+from ..graph.uses import reachable, source_of
 from .base import Outcome, Pass
 
 aten = torch.ops.aten
@@ -82,19 +82,13 @@ def _is_slow(node: fx.Node, stored: dict[fx.Node, None]) -> bool:
 
     From nothing but inputs of the graph, results of library calls, and what is stored already.
     """
-    is_slow, seen, todo = False, {node}, [node]
-    while todo:
-        node = todo.pop()
-        is_slow |= node.target in _SLOW
-        for source in map(source_of, node.all_input_nodes):
-            if source in seen or source in stored:
-                continue
-            seen.add(source)
-            if compat.is_pointwise(source.target):
-                todo.append(source)
-            elif _is_reduction(source):
-                return False
-    return is_slow
+
+    def sources(n: fx.Node) -> list[fx.Node]:
+        found = n.all_input_nodes if compat.is_pointwise(n.target) else ()
+        return [source for source in map(source_of, found) if source not in stored]
+
+    inlined = [*reachable([node], sources)]
+    return any(n.target in _SLOW for n in inlined) and not any(map(_is_reduction, inlined))
 
 
 def _is_reduction(node: fx.Node) -> bool:
@@ -102,7 +96,7 @@ def _is_reduction(node: fx.Node) -> bool:
 
     if node.target is operator.getitem:
         (node,) = node.all_input_nodes
-    return inductor.is_generated(node.target)
+    return inductor.is_generated(node.target) and not compat.is_pointwise(node.target)
 
 
 def _store(node: fx.Node) -> None:

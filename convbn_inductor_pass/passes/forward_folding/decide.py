@@ -8,7 +8,7 @@ from ...codes import Code
 from ...config import Options
 from ...graph import affine, layers, strides
 from ...graph.layers import bytes_of, tensor_of, value_of
-from ...graph.uses import depending_on
+from ...graph.uses import depending_on, reachable
 from ...records import Record
 from ..decisions import Row, denied, first_refusal, record_of
 from .find import FoldCandidate, find_candidates
@@ -52,17 +52,15 @@ def _has_other_dtypes(c: FoldCandidate, _: Options) -> str | None:
 
 def _is_quantized(c: FoldCandidate, _: Options) -> str | None:
     """Whether the weight is made of integers, or 8-bit numbers, of as many as it has."""
-    size, seen, pending = value_of(c.layer.weight).numel(), {c.layer.weight}, [c.layer.weight]
-    while pending:
-        node = pending.pop()
-        tensor = tensor_of(node)
-        if tensor is None or not layers.known_equal(tensor.numel(), size):
-            continue
-        if tensor.dtype.itemsize == 1 or not (tensor.is_floating_point() or tensor.is_complex()):
-            return str(c.layer.weight)
-        pending += [n for n in node.all_input_nodes if n not in seen]
-        seen.update(node.all_input_nodes)
-    return None
+    weight, size = c.layer.weight, value_of(c.layer.weight).numel()
+
+    def as_large(node: fx.Node) -> list[fx.Node]:
+        tensors = ((n, tensor_of(n)) for n in node.all_input_nodes)
+        return [n for n, t in tensors if t is not None and layers.known_equal(t.numel(), size)]
+
+    dtypes = (value_of(n).dtype for n in reachable([weight], as_large))
+    is_quantized = any(d.itemsize == 1 or not (d.is_floating_point or d.is_complex) for d in dtypes)
+    return str(weight) if is_quantized else None
 
 
 def _constants_overflow(c: FoldCandidate, _: Options) -> str | None:

@@ -127,7 +127,7 @@ def _input(layer: Layer, build: Builder) -> fx.Node:
     if node.op == "placeholder":
         needed = any(compat.is_mutable(u.target) for u in node.users)
     else:
-        given = (node, layer.input, *views_of(node))
+        given = (layer.input, *views_of(node))
         needed = any(u.op == "output" for n in given for u in n.users)
     memory_format = CHANNELS_LAST[layer.out.ndim]
     if not needed or value_of(node).is_contiguous(memory_format=memory_format):
