@@ -119,7 +119,7 @@ def fake_copy(value: Any) -> Any:
             shape, stride = value.shape, value.stride()
             meta = torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
             return FakeTensor(value.fake_mode, meta, value.device)
-    return tuple(map(fake_copy, value)) if isinstance(value, tuple) else value
+    return type(value)(map(fake_copy, value)) if isinstance(value, (list, tuple)) else value
 
 
 def surely(condition: bool | torch.SymBool) -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from .._torch import compat
-from ..graph.layers import is_cast, tensor_of, value_of
+from ..graph.layers import bytes_of, is_cast, tensor_of, value_of
 from ..graph.operators import convolution_relu
 from ..graph.uses import reachable
 from .base import Outcome, Pass
@@ -52,8 +52,7 @@ class BatchedWeightsPass(Pass):
         from .._torch import inductor  # here, because registering must not load a compiler
 
         ready = _computed_from_inputs(graph)
-        lists: list[list[fx.Node]] = []
-        open_lists: dict[Any, tuple[list[fx.Node], int]] = {}  # and their bytes
+        lists: dict[Any, list[list[fx.Node]]] = {}  # for each key, the last one is open
         chosen, needed = set[fx.Node](), set[fx.Node]()
         for node in (n for taker in graph.nodes for n in _computed_for(taker, ready)):
             sources = _sources(node)
@@ -61,18 +60,15 @@ class BatchedWeightsPass(Pass):
                 continue
             chosen.add(node)
             needed |= sources
-            nbytes, key = compat.size_hint(value_of(node).nbytes), (node.target, ready[node])
-            nodes, size = open_lists.get(key, ([], 0))
-            if not nodes or size + nbytes > _MOST_BYTES:
-                nodes, size = [], 0
-                lists.append(nodes)
-            nodes.append(node)
-            open_lists[key] = nodes, size + nbytes
-        lists = [nodes for nodes in lists if len(nodes) > 1]
-        channels_last = bool(lists) and inductor.makes_channels_last(graph)
-        for nodes in lists:
+            found = lists.setdefault((node.target, ready[node]), [[]])
+            if sum(map(bytes_of, [*found[-1], node])) > _MOST_BYTES:
+                found.append([])
+            found[-1].append(node)
+        wanted = [nodes for found in lists.values() for nodes in found if len(nodes) > 1]
+        channels_last = bool(wanted) and inductor.makes_channels_last(graph)
+        for nodes in wanted:
             _batch(nodes, graph, channels_last)
-        return Outcome(sum(map(len, lists)))
+        return Outcome(sum(map(len, wanted)))
 
 
 def _computed_from_inputs(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -120,38 +116,25 @@ def _keeps_values(node: fx.Node) -> bool:
 
 def _batch(nodes: list[fx.Node], graph: fx.Graph, channels_last: bool) -> None:
     """One call in the place of the first of ``nodes``, after what the others need."""
-    needed = set[fx.Node]().union(*map(_sources, nodes))
-    every = [*graph.nodes]
-    first = next(n for n in every if n in nodes)
-    for node in every[every.index(first) :]:
-        if node in needed:
-            first.prepend(node)
+    from .._torch import inductor
+    from ..graph.builder import Builder
+
+    first, needed = min(nodes), set[fx.Node]().union(*map(_sources, nodes))
+    for node in sorted(n for n in needed if n > first):
+        first.prepend(node)
     left, right = zip(*(node.args for node in nodes), strict=True)
-    with graph.inserting_before(first):
-        made = graph.call_function(_LISTS[first.target], (list(left), list(right)))
-        made.meta = {**first.meta, "val": [value_of(n) for n in nodes]}
+    with Builder(graph) as build, graph.inserting_before(first):
+        build.meta = first.meta
+        made = build.call(_LISTS[first.target], [*left], [*right])
         for i, node in enumerate(nodes):
-            part = graph.call_function(operator.getitem, (made, i))
-            part.meta = dict(node.meta)
+            build.meta, value = node.meta, value_of(node)
+            part = build.call(operator.getitem, made, i)
             # Other users of it, or of a view of it, may depend on its layout in memory.
             is_weight = len(node.users) == 1 and not compat.is_view(next(iter(node.users)).target)
-            if channels_last and is_weight and value_of(node).ndim == 4:
-                part = _in_channels_last(part)
-            node.replace_all_uses_with(part)
-    for node in nodes:
-        graph.erase_node(node)
-
-
-def _in_channels_last(node: fx.Node) -> fx.Node:
-    """``node``, stored as convolutions need it: else a cast in between is a separate kernel."""
-    from .._torch import inductor
-
-    value = value_of(node)
-    like = torch.empty(value.shape, device="meta", memory_format=torch.channels_last)
-    made = node.graph.call_function(inductor.force_stride_order, (node, list(like.stride())))
-    with compat.fake_mode_of(value):
-        laid_out = torch.empty_strided(
-            value.shape, like.stride(), dtype=value.dtype, device=value.device
-        )
-    made.meta = {**node.meta, "val": laid_out}
-    return made
+            if channels_last and is_weight and value.ndim == 4:
+                # As convolutions need it: else a cast in between is a separate kernel.
+                value = torch.empty_like(value, memory_format=torch.channels_last)
+                strides = [*value.stride()]
+                part = graph.call_function(inductor.force_stride_order, (part, strides))
+                part.meta = {**node.meta, "val": value}
+            build.replace(node, part)
