@@ -83,15 +83,29 @@ def rewrite(build: Builder, call: fx.Node, site: Site) -> None:
 
 def activation_at(node: fx.Node) -> Activation | None:
     """The activation that ``node`` computes, if it is one of those above."""
-    found = None
-    if node.target is aten.clamp_max.default:
-        found = _clamp(*node.args)
-    elif node.target is aten.where.self:
-        found = _leaky(*node.args) or _threshold(*node.args)
-    if found is None:
-        return None
-    argument, constants, same = found
-    z = operand_of(argument)
+    match node:
+        case fx.Node(
+            target=aten.clamp_max.default,
+            args=(fx.Node(target=aten.clamp_min.default, args=(x, lo)), hi),
+        ) if _is_number(lo) and _is_number(hi) and lo < hi:
+            constants, same = [lo, hi], {(_LE, lo), (_GT, lo), (_GE, hi), (_LT, hi)}
+        case fx.Node(
+            target=aten.where.self,
+            args=(
+                fx.Node(target=aten.gt.Scalar, args=(x, 0)),
+                kept,
+                fx.Node(target=aten.mul.Tensor, args=(scaled, slope)),
+            ),
+        ) if kept is x and scaled is x and _is_number(slope) and 0 < slope < math.inf:
+            constants, same = [], {(_LE, 0), (_GT, 0)}
+        case fx.Node(
+            target=aten.where.self,
+            args=(fx.Node(target=aten.le.Scalar, args=(x, t)), value, kept),
+        ) if kept is x and _is_number(v := constant_of(value)) and _is_number(t) and v <= t:
+            constants, same = [v, t], {(_LE, t), (_GT, t)}
+        case _:
+            return None
+    z = operand_of(x)
     dtype = value_of(z).dtype
     # In half precision it may compute in float32, and cast the result back.
     results = [node, *(u for u in node.users if layers.is_cast(u))]
@@ -101,37 +115,6 @@ def activation_at(node: fx.Node) -> Activation | None:
     if not all(torch.tensor(c, dtype=dtype).item() == c for c in constants):
         return None
     return Activation(z, y, frozenset(same))
-
-
-_Found = tuple[fx.Node, tuple[float, ...], set[tuple[Any, float]]]
-"""The argument of an activation, its constants, and comparisons."""
-
-
-def _clamp(inner: Any, hi: Any) -> _Found | None:
-    if inner.target is not aten.clamp_min.default:
-        return None
-    z, lo = inner.args
-    if not (_is_number(lo) and _is_number(hi) and lo < hi):
-        return None
-    return z, (lo, hi), {(_LE, lo), (_GT, lo), (_GE, hi), (_LT, hi)}
-
-
-def _leaky(condition: Any, z: Any, scaled: Any) -> _Found | None:
-    if condition.target is not _GT or condition.args != (z, 0):
-        return None
-    if scaled.target is not aten.mul.Tensor or scaled.args[0] is not z:
-        return None
-    slope = scaled.args[1]
-    return (z, (), {(_GT, 0), (_LE, 0)}) if _is_number(slope) and 0 < slope < math.inf else None
-
-
-def _threshold(condition: Any, value: Any, z: Any) -> _Found | None:
-    if condition.target is not _LE or condition.args[0] is not z:
-        return None
-    v, t = constant_of(value), condition.args[1]
-    if v is None or not _is_number(t) or not v <= t:
-        return None
-    return z, (v, t), {(_LE, t), (_GT, t)}
 
 
 def constant_of(node: Any) -> float | None:
@@ -145,7 +128,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def operand_of(node: fx.Node) -> fx.Node:
+def operand_of(node: Any) -> fx.Node:
     """What ``node`` has the values of: less aliases, copies, and casts to a wider dtype.
 
     An activation that is computed in place saves a copy of its input.
