@@ -20,13 +20,8 @@ prims = torch.ops.prims
 _CASTS = (prims.convert_element_type.default, aten._to_copy.default)
 # The same elements in the same order, in other dimensions.
 RESHAPES = (
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.alias.default,
+    *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.alias.default),
+    *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims),
 )
 _MATMULS = (aten.mm.default, aten.addmm.default)
 _MULTIPLICATIONS = (aten.mul.Tensor, aten.mul.Scalar)
@@ -79,6 +74,12 @@ def known_equal(a: Any, b: Any) -> bool:
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two shapes are equal for every input; ``==`` would make a guard, or raise."""
     return len(a) == len(b) and all(map(known_equal, a, b))
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    """Whether two nodes stand for tensors of :func:`same_sizes`."""
+    x, y = tensor_of(a), tensor_of(b)
+    return x is not None and y is not None and same_sizes(x.shape, y.shape)
 
 
 @dataclasses.dataclass(frozen=True)

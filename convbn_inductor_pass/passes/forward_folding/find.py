@@ -14,7 +14,7 @@ from torch import fx
 from ..._torch import compat, inductor
 from ...graph import affine
 from ...graph.affine import AffineChain
-from ...graph.layers import Layer, same_sizes, tensor_of, value_of
+from ...graph.layers import Layer, same_shape, value_of
 from ...graph.uses import backward_of
 
 aten = torch.ops.aten
@@ -162,8 +162,7 @@ def _residual_after(node: fx.Node) -> Epilogue | None:
     if add is None or add.target is not aten.add.Tensor or add.kwargs.get("alpha", 1) != 1:
         return None
     other = next((a for a in add.all_input_nodes if a is not node), None)
-    mine, added = value_of(node), tensor_of(other)
-    if added is None or mine.dtype != added.dtype or not same_sizes(mine.shape, added.shape):
+    if not same_shape(node, other) or value_of(node).dtype != value_of(other).dtype:
         return None
     relu = _only_user(add)
     if relu is None or relu.target is not aten.relu.default:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ...graph import layers
-from ...graph.layers import Layer, numel_of, same_sizes, tensor_of
+from ...graph.layers import Layer, numel_of, same_shape
 from ...graph.uses import is_move, source_of
 
 aten = torch.ops.aten
@@ -45,8 +45,7 @@ def find_batch_norms(
         if node.target is not aten.sub.Tensor or node in backward:
             continue
         minuend, mean = node.args
-        value, result = tensor_of(minuend), tensor_of(node)
-        if value is None or result is None or not same_sizes(value.shape, result.shape):
+        if not same_shape(minuend, node):
             continue
         source = source_of(minuend, casts=True)
         layer = layers.layer_of(source)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ...graph import layers
-from ...graph.layers import Layer, Step, known_equal, same_sizes, tensor_of
+from ...graph.layers import Layer, Step, known_equal, same_shape, value_of
 
 aten = torch.ops.aten
 
@@ -79,22 +79,14 @@ def reductions_of(values: dict[fx.Node, Path], backward: set[fx.Node]) -> Iterat
             h = [n for n in product.args if n is not u]
             if len(h) != 1 or h[0] not in backward or not same_shape(h[0], u):
                 continue
-            sums = _sums(product, [*range(len(shape_of(u)))], path.dim, shape_of(u))
+            shape = value_of(u).shape
+            sums = _sums(product, [*range(len(shape))], path.dim, shape)
             for node, total in sums or ():
                 yield Reduction(node, product, h[0], path, total)  # type: ignore[arg-type]
 
 
-def shape_of(node: Any) -> tuple[Any, ...]:
-    tensor = tensor_of(node)
-    return () if tensor is None else tuple(tensor.shape)
-
-
-def same_shape(a: Any, b: Any) -> bool:
-    return same_sizes(shape_of(a), shape_of(b))
-
-
 def _sums(
-    node: fx.Node, axes: list[int | None], dim: int, shape: tuple[Any, ...]
+    node: fx.Node, axes: list[int | None], dim: int, shape: torch.Size
 ) -> list[tuple[fx.Node, bool]] | None:
     """The calls that end the summation of ``node``, each with whether the channels are summed.
 

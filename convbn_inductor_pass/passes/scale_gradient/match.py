@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from ...graph import layers
-from ...graph.layers import Layer, Step, same_sizes, tensor_of
-from .find import Candidate, Path, Reduction, same_shape, shape_of
+from ...graph.layers import Layer, Step, same_shape, same_sizes, tensor_of, value_of
+from .find import Candidate, Path, Reduction
 
 aten = torch.ops.aten
 
@@ -107,7 +107,7 @@ def scalings_to(node: fx.Node, dim: int, backward: set[fx.Node]) -> dict[fx.Node
             return found
         (source,) = sources
         # Where the source's channels are: mostly where they were.
-        dims = sorted(range(len(shape_of(source))), key=lambda d: d != dim)
+        dims = sorted(range(value_of(source).ndim), key=lambda d: d != dim)
         read = ((d, layers.read_step(node, source, d)) for d in dims)
         fitting = ((d, steps) for d, steps in read if steps and _is_scaling(steps, dim))
         before, steps = next(fitting, (0, None))
@@ -130,7 +130,7 @@ def arrangement(*paths: Path) -> list[tuple[Any, ...]]:
     moves: list[tuple[Any, ...]] = []
     for step in (s for path in paths for s in path.steps if s.kind == "move"):
         node = step.node
-        before, after = shape_of(node.args[0]), shape_of(node)
+        before, after = value_of(node.args[0]).shape, value_of(node).shape
         last = moves[-1][0] if moves else ""
         if node.target is aten.permute.default:
             args: Any = node.args

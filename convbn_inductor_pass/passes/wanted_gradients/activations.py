@@ -33,7 +33,7 @@ from torch import fx
 from ...codes import Code
 from ...graph import layers
 from ...graph.builder import Builder
-from ...graph.layers import numel_of, same_sizes, tensor_of, value_of
+from ...graph.layers import numel_of, same_shape, tensor_of, value_of
 from .site import JointGraph, Site
 
 aten = torch.ops.aten
@@ -110,7 +110,7 @@ def activation_at(node: fx.Node) -> Activation | None:
     # In half precision it may compute in float32, and cast the result back.
     results = [node, *(u for u in node.users if layers.is_cast(u))]
     y = next((n for n in results if value_of(n).dtype == dtype), None)
-    if y is None or not same_sizes(value_of(z).shape, value_of(y).shape):
+    if y is None or not same_shape(z, y):
         return None
     if not all(torch.tensor(c, dtype=dtype).item() == c for c in constants):
         return None

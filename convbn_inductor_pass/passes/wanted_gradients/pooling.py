@@ -30,7 +30,7 @@ from torch import fx
 from ...codes import Code
 from ...graph import layers
 from ...graph.builder import Builder
-from ...graph.layers import known_equal, numel_of, same_sizes, value_of
+from ...graph.layers import known_equal, numel_of, same_shape, same_sizes, value_of
 from .activations import COMPARISONS, activation_at, constant_of, operand_of
 from .site import JointGraph, Site
 
@@ -38,10 +38,8 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 _POOLS = (
-    aten.max_pool2d_with_indices.default,
-    aten.max_pool3d_with_indices.default,
-    aten.adaptive_max_pool2d.default,
-    aten.adaptive_max_pool3d.default,
+    *(aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default),
+    *(aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default),
     prims._low_memory_max_pool_with_offsets.default,
 )
 # What is scattered is an argument in this position.
@@ -54,10 +52,8 @@ _UNPOOLS: dict[Any, int] = {
 }
 _SAME_ORDER = (*layers.RESHAPES, aten.clone.default)
 _LOGIC = (
-    aten.bitwise_or.Tensor,
-    aten.bitwise_and.Tensor,
-    aten.logical_or.default,
-    aten.logical_and.default,
+    *(aten.bitwise_or.Tensor, aten.bitwise_and.Tensor),
+    *(aten.logical_or.default, aten.logical_and.default),
 )
 
 
@@ -111,25 +107,22 @@ def _unpooling_at(where: fx.Node) -> _Unpooling | None:
     values = [v for v in operands if not _is_zero(v)]
     if len(values) != 1 or not isinstance(values[0], fx.Node):
         return None
-    value, result = value_of(values[0]), value_of(where)
-    if value.dtype != result.dtype or not same_sizes(value.shape, result.shape):
+    (value,) = values
+    if value_of(value).dtype != value_of(where).dtype or not same_shape(value, where):
         return None  # where() casts or broadcasts
-    path = _in_same_order(values[0], casts=True)
+    path = _in_same_order(value, casts=True)
     unpool = path[0]
     pool = _pool_of(unpool) if unpool.target in _UNPOOLS else None
     if pool is None:
         return None
     y = _pooled_values(pool)
     pooled = next((u for u in pool.users if u.target is operator.getitem and u.args[1] == 0), None)
-    if pooled is None or not same_sizes(value_of(y).shape, result.shape) or not _is_mask(mask, y):
+    if pooled is None or not same_shape(y, where) or not _is_mask(mask, y):
         return None
     # The last of what holds the gradient in the order of p that has p's shape, too.
     before = _in_same_order(unpool.args[_UNPOOLS[unpool.target]], casts=True)
-    fits = [same_sizes(value_of(n).shape, value_of(pooled).shape) for n in before]
-    if not any(fits):
-        return None
-    start = len(fits) - 1 - fits[::-1].index(True)
-    return _Unpooling([*before[start:], *path], unpool, pooled, y)
+    fits = [i for i, n in enumerate(before) if same_shape(n, pooled)]
+    return _Unpooling([*before[fits[-1] :], *path], unpool, pooled, y) if fits else None
 
 
 def _is_zero(node: Any) -> bool:
@@ -177,7 +170,7 @@ def _pool_of(unpool: fx.Node) -> fx.Node | None:
         _is_zero(args[0])
         and args[1] == 1
         and known_equal(value_of(indices).shape[0], rows[0])
-        and same_sizes(value_of(indices).shape, value_of(args[3]).shape)
+        and same_shape(indices, args[3])
         and same_sizes(value_of(unpool).shape, rows)
     )
     return pool if fits else None
