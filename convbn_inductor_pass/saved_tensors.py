@@ -25,7 +25,7 @@ from .deployed import merge_pairs
 from .graph import layers
 from .graph.provenance import module_path
 from .graph.uses import users_of
-from .passes.forward_folding import make_records as make_forward_records
+from .passes.forward_folding.decide import decide_all
 from .passes.scale_gradient.decide import decide
 from .passes.scale_gradient.records import NamedRecord, account
 from .passes.scale_gradient.rewrite import apply
@@ -187,7 +187,7 @@ def saved_by_graph(
         if False in graphs:  # with what is known of the inputs while compiling
             forward = graphs[False].graph
             if is_tune and get_options().forward != "exact":
-                report_others(make_forward_records(forward, get_options()))
+                report_others(record for _, record in decide_all(forward, get_options()))
             channels_last = inductor.makes_channels_last(forward)
     if True not in graphs:  # nothing requires a gradient
         return SavedForBackward(())

@@ -16,8 +16,7 @@ from typing import Any
 
 from torch import fx
 
-from ...config import Options, get_options
-from ...records import Record
+from ...config import get_options
 from ..base import Outcome, Pass
 
 
@@ -46,10 +45,3 @@ class ForwardFoldingPass(Pass):
         from ..._torch import inductor
 
         return f"{super().uuid()} {inductor.library_settings()}"
-
-
-def make_records(graph: fx.Graph, options: Options) -> tuple[Record, ...]:
-    """What the pass would decide about ``graph``, in aten IR; changes nothing."""
-    from .decide import decide_all
-
-    return tuple(record for _, record in decide_all(graph, options))
