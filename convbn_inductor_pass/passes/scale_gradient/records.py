@@ -1,7 +1,5 @@
 """Records of what was decided: one for each batch norm call, one for each other scale."""
 
-import dataclasses
-
 from torch import fx
 
 from ..._torch import inductor
@@ -10,7 +8,7 @@ from ...graph import layers
 from ...graph.layers import Layer, bytes_of
 from ...graph.provenance import name_of
 from ...graph.uses import backward_of, depending_on, is_recomputed
-from ...records import Kind, Record
+from ...records import Record
 from ..decisions import record_of
 from .batch_norms import BatchNormCall, find_batch_norms, subgraphs_of
 from .decide import Decision
@@ -27,28 +25,21 @@ def account(graph: fx.Graph, decisions: list[Decision]) -> list[NamedRecord]:
     trained = depending_on([*inductor.trained_inputs(graph)]) if backward else set()
     by_value = {value: d for d in decisions for value in d.candidate.values}
     found: list[NamedRecord] = []
-    of_batch_norms: set[fx.Node] = set()
+    counted: set[fx.Node | None] = {None}
     for bn in find_batch_norms(graph, backward):
         decision = by_value.get(bn.input)
         layer = bn.layer if decision is None else decision.layer
         code, detail = _code(bn, decision, trained)
-        name, record = _record("batch norm", layer, code, detail, bn.node)
-        if decision is not None and decision.layer.node in of_batch_norms:
-            # Another batch norm of the same layer, whose output is not saved twice.
-            name, record = "", dataclasses.replace(record, bytes_saved=0)
-        found.append((name, record))
-        if decision is not None:
-            of_batch_norms.add(decision.layer.node)
-    found += [
-        _record("scale", d.layer, d.code, d.detail, d.layer.node)
-        for d in decisions
-        if d.layer.node not in of_batch_norms
-    ]
+        node = None if layer is None else layer.node
+        # The output of a layer with several batch norms is not saved twice.
+        found.append(_record(layer, code, detail, bn.node, saves=node not in counted))
+        counted.add(node)
+    scales = (d for d in decisions if d.layer.node not in counted)
+    found += [_record(d.layer, d.code, d.detail) for d in scales]
     for inner in subgraphs_of(graph, backward):
         for bn in find_batch_norms(inner, (), without_origin=True):
             code = Code.BATCH_STATISTICS if bn.trains else Code.INSIDE_HIGHER_ORDER_OP
-            code = code if backward else Code.NO_GRAD
-            found.append(_record("batch norm", bn.layer, code, "", bn.node))
+            found.append(_record(bn.layer, code if backward else Code.NO_GRAD, "", bn.node))
     return found
 
 
@@ -71,18 +62,20 @@ def _code(bn: BatchNormCall, decision: Decision | None, trained: set[fx.Node]) -
     return Code.OTHER_GRADIENT, str(bn.layer.node)
 
 
-def _record(kind: Kind, layer: Layer | None, code: Code, detail: str, at: fx.Node) -> NamedRecord:
+def _record(
+    layer: Layer | None, code: Code, detail: str, bn: fx.Node | None = None, *, saves: bool = True
+) -> NamedRecord:
     saved = None
-    if layer is not None and code.rewritten and not is_recomputed(layer.node):
+    if layer is not None and saves and code.rewritten and not is_recomputed(layer.node):
         saved = layer.node if code is Code.FUSED else layer.weight
     record = record_of(
         None if layer is None else layer.node,
-        at=at,
+        at=bn,
         pass_name="scale_gradient",
-        kind=kind,
+        kind="batch norm" if bn else "scale",
         code=code,
         detail=detail,
-        batch_norm=name_of(at) if kind == "batch norm" else "",
+        batch_norm=name_of(bn) if bn else "",
         bytes_saved=bytes_of(saved),
     )
-    return ("" if layer is None else layer.node.name), record
+    return (layer.node.name if layer is not None and saves else ""), record
