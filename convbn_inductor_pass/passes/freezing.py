@@ -11,16 +11,15 @@ Can be removed once the check compares the operand with the layer's output chann
 
 import contextlib
 import itertools
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from ..graph import layers
+from ..records import log
 
 aten = torch.ops.aten
-_log = logging.getLogger("convbn_inductor_pass")
 _LAYERS = (aten.convolution.default, aten.mm.default, aten.addmm.default)
 
 
@@ -40,7 +39,7 @@ def _is_right(match: Any) -> bool:
     node = match.output_node()
     reason = why_wrong(node)
     if reason:
-        _log.debug("freezing leaves %s as written: %s", node, reason)
+        log.debug("freezing leaves %s as written: %s", node, reason)
     return not reason
 
 

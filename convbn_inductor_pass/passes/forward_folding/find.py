@@ -75,28 +75,27 @@ def find_candidates(graph: fx.Graph) -> Iterator[FoldCandidate]:
     taken = {step.node for chain in chains for step in chain.steps}
     is_channels_last = inductor.makes_channels_last(graph)
     for chain in chains:
-        epilogue = _epilogue(chain, taken)
+        layer, epilogue = chain.layer, _epilogue(chain, taken)
         rectifies = epilogue is not None and epilogue.name in ("relu", "add+relu")
-        if is_channels_last and rectifies and _is_cudnn_layer(chain.layer):
+        is_conv = layer.is_conv and not layer.layout.transposed
+        is_conv = is_conv and layer.out.dtype in (torch.float32, torch.bfloat16)
+        if is_conv and is_channels_last and rectifies and _has_cudnn(layer):
             taken.update(chain.last.users)
             yield FoldCandidate(chain, "cudnn", epilogue)
-        elif _is_onednn_layer(chain.layer) and not _may_add_and_raise(chain):
+        elif is_conv and _has_onednn(layer) and not _may_add_and_raise(chain):
             if chain.steps or (epilogue is not None and epilogue.other is None):
                 yield FoldCandidate(chain, "onednn", epilogue)
         elif chain.steps:
             yield FoldCandidate(chain, "aten")
 
 
-def _is_cudnn_layer(layer: Layer) -> bool:
-    """Whether cuDNN may have a convolution with an epilogue for this layer."""
+def _has_cudnn(layer: Layer) -> bool:
+    """Whether cuDNN may have this convolution with an epilogue."""
     nodes = (layer.node, layer.input, layer.weight)
     sizes = [size for node in nodes for size in value_of(node).shape]
     return (
-        layer.is_conv
-        and not layer.layout.transposed
-        and layer.layout.groups == 1  # of others, it has few
+        layer.layout.groups == 1  # of others, it has few
         and layer.out.ndim == 4  # of others, Inductor makes nothing channels-last on GPUs
-        and layer.out.dtype in (torch.float32, torch.bfloat16)
         # There may be none for another size. Nothing to compute, nothing to gain.
         and all(isinstance(size, int) and size > 0 for size in sizes)
         and inductor.has_cudnn_epilogues(layer.out.device)
@@ -104,8 +103,8 @@ def _is_cudnn_layer(layer: Layer) -> bool:
     )
 
 
-def _is_onednn_layer(layer: Layer) -> bool:
-    """Whether oneDNN has a convolution with an epilogue for this layer.
+def _has_onednn(layer: Layer) -> bool:
+    """Whether oneDNN has this convolution with an epilogue.
 
     It has to see that its input is channels-last, as Inductor made it: an input of one channel, or
     of 1x1 maps, is contiguous as well, and oneDNN's result then is, which Inductor does not expect.
@@ -113,10 +112,7 @@ def _is_onednn_layer(layer: Layer) -> bool:
     _, channels, *maps = value_of(layer.input).shape
     surely = compat.surely  # makes no guard on symbolic sizes
     return (
-        layer.is_conv
-        and not layer.layout.transposed
-        and layer.out.ndim in (4, 5)
-        and layer.out.dtype in (torch.float32, torch.bfloat16)
+        layer.out.ndim in (4, 5)
         and layer.out.device.type == "cpu"
         and inductor.has_onednn_epilogues(layer.out.dtype)
         and surely(channels != 1)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -33,8 +33,7 @@ READ_THE_SHAPE = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Site:
+class Site(NamedTuple):
     """A decision about one tensor.
 
     ``kind`` is the rule; ``nbytes`` are not saved for backward if it is rewritten, by estimate;
@@ -115,7 +114,7 @@ def _is_of_frozen_layer(node: fx.Node) -> bool:
 def unless_denied(site: Site, options: Options) -> Site:
     """``site``, denied if the options leave out its modules."""
     paths = denied(options, site.node, *site.calls)
-    return site if paths is None else dataclasses.replace(site, code=Code.DENIED, detail=paths)
+    return site if paths is None else site._replace(code=Code.DENIED, detail=paths)
 
 
 def apply(
