@@ -150,8 +150,7 @@ def operand_per_channel(value: Any, shape: Sequence[Any], dim: int) -> Operand |
         node, inner = node.args[0], tensor_of(node.args[0])
         if inner is None:
             return None
-        axis += inner.ndim - tensor.ndim
-        tensor = inner
+        axis, tensor = axis + inner.ndim - tensor.ndim, inner
     others = [size for i, size in enumerate(tensor.shape) if i != axis]
     along = tensor.shape[axis] if axis >= 0 else 1
     if not all(known_equal(size, 1) for size in others):

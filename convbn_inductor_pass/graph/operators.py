@@ -5,15 +5,14 @@ have no meta function, so that no graph can contain them. This one is written in
 code that has to run without it must not contain it (``_torch.inductor.for_python``).
 """
 
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
-aten = torch.ops.aten
+from ..records import log
 
-_log = logging.getLogger("convbn_inductor_pass")
+aten = torch.ops.aten
 
 _library = torch.library.Library("convbn_inductor_pass", "FRAGMENT")
 _library.define(
@@ -40,7 +39,7 @@ def _convolution_relu(
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # cuDNN has no such kernel for these sizes
-        _log.debug("convolution_relu is computed by its parts: %s", error)
+        log.debug("convolution_relu is computed by its parts: %s", error)
         return _by_parts(input, weight, bias, other, *geometry)
     # Where a dimension of one makes the memory format ambiguous, cuDNN may choose another.
     return out.contiguous(memory_format=torch.channels_last)

@@ -95,19 +95,16 @@ def _sums(
     """
     found: list[tuple[fx.Node, bool]] = []
     for user in node.users:
-        left, further = list(axes), None
+        further = None
         if layers.is_cast(user):
-            further = _sums(user, left, dim, shape)
+            further = _sums(user, axes, dim, shape)
         elif user.target is aten.sum.default:
             further = [(user, True)]
         elif user.target is aten.sum.dim_IntList:
-            dims: Any = user.args[1] or range(len(left))
-            keep = bool(user.args[2]) if len(user.args) > 2 else user.kwargs.get("keepdim", False)
-            for d in dims:
-                left[d] = None
-            if not keep:
-                summed = {d % len(axes) for d in dims}
-                left = [a for i, a in enumerate(left) if i not in summed]
+            dims: Any = user.args[1] or range(len(axes))
+            gone = {d % len(axes) for d in dims}
+            keep = user.args[2] if len(user.args) > 2 else user.kwargs.get("keepdim", False)
+            left = [None if i in gone else a for i, a in enumerate(axes) if keep or i not in gone]
             open_axes = [a for a in left if a is not None and not known_equal(shape[a], 1)]
             if set(open_axes) <= {dim}:
                 further = [(user, dim not in left)]

@@ -35,13 +35,11 @@ class WeightGradient(NamedTuple):
 class Match(NamedTuple):
     """Sums over a layer's output that can be taken from one call that makes its weight gradient.
 
-    ``dc`` and the ``h`` of each sum are scalings of ``g``: by ``scaling`` and ``scalings``. Its
-    dimension ``g_dim`` is the channels.
+    ``dc`` and the ``h`` of each sum are scalings of ``g``: by ``scaling`` and ``scalings``.
     """
 
     gradient: WeightGradient
     g: fx.Node
-    g_dim: int
     scaling: Path
     reductions: tuple[Reduction, ...]
     scalings: tuple[Path, ...]
@@ -168,5 +166,5 @@ def match_sums(
         if matched and all(g in common for _, common in matched):
             sums = tuple(r for r, _ in matched)
             scalings = tuple(common[g] for _, common in matched)
-            return Match(gradient, g, scaling.dim, scaling, sums, scalings)
+            return Match(gradient, g, scaling, sums, scalings)
     return None

@@ -54,7 +54,7 @@ class _Rewriting:
         self.match, self.build, self._call = match, build, build.call
         self.layer, self.gradient, self.g = layer, match.gradient, match.g
         self.wide = affine.wide_dtype(layer)
-        self.dims = [d for d in range(value_of(self.g).ndim) if d != match.g_dim]
+        self.dims = [d for d in range(value_of(self.g).ndim) if d != match.scaling.dim]
         self.scale = affine.emit_scale(layer, match.scaling.steps, build)
         self.power: fx.Node | None = None  # t
         self.on_weight = self.scale  # S / t
@@ -162,7 +162,7 @@ class _Rewriting:
         node = self.build.current(self.g)
         if self.power is not None:
             sizes = [1] * value_of(node).ndim
-            sizes[self.match.g_dim] = -1
+            sizes[self.match.scaling.dim] = -1
             power = self._call(aten.reshape.default, self.power, sizes)
             node = self._call(aten.mul.Tensor, self.build.cast(node, self.wide), power)
         node = self._narrow(node, value_of(self.gradient.dc).dtype)

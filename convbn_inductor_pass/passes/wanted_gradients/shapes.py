@@ -18,7 +18,6 @@ Declines where the tensor is saved for another reason.
 Source: pytorch/pytorch#133566 (open); arXiv 2404.12406 measures it in eager mode.
 """
 
-import operator
 from typing import Any
 
 import torch
@@ -83,18 +82,15 @@ def rewrite(build: Builder, call: fx.Node, site: Site) -> None:
         new = build.call(call.target, dy, _stand_in(build, call), *others, **call.kwargs)
         build.replace(call, new)
         return
+    results: dict[Any, fx.Node] = {}
     if args[10][0]:
-        new = build.call(aten.convolution.default, dy, args[2], *geometry)
-        _replace_result(build, call, 0, new)
+        results[0] = build.call(aten.convolution.default, dy, args[2], *geometry)
     if args[10][2]:
         dims = [d for d in range(value_of(dy).ndim) if d != 1]
-        _replace_result(build, call, 2, build.call(aten.sum.dim_IntList, dy, dims))
-
-
-def _replace_result(build: Builder, call: fx.Node, index: int, new: fx.Node) -> None:
+        results[2] = build.call(aten.sum.dim_IntList, dy, dims)
     for user in list(call.users):
-        if user.target is operator.getitem and user.args[1] == index:
-            build.replace(user, new)
+        if user.args[1] in results:
+            build.replace(user, results[user.args[1]])
 
 
 def _input_gradient(call: fx.Node) -> tuple[Any, ...] | None:
