@@ -2,10 +2,9 @@
 
     out = layer(x, W, b);  y = chain(out)   =>   y = layer(x, s * W, chain(b))
 
-A chain has steps ``v * o``, ``v / o`` and ``v + o`` whose operands vary along the channels at most.
-Composing them needs no algebra: the shift is the chain applied to the bias, the scale is its
-multiplications applied to one. Both are recomputed each call from the live operands, in float32 or
-wider.
+A chain has steps ``v * o``, ``v / o`` and ``v + o`` whose operands vary along the channels at most:
+the shift is the chain applied to the bias, the scale is its multiplications applied to one. Both
+are recomputed each call from the live operands, in float32 or wider.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

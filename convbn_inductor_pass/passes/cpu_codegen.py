@@ -4,11 +4,9 @@ Before:  y = (x - mean) * (1 / sqrt(var + eps)) * gamma + beta        all in one
 After:   r = stored(1 / sqrt(var + eps));  y = (x - mean) * r * gamma + beta
 
 Works around: Inductor inlines the inputs of a pointwise loop into it, however small and slow to
-compute (torch 2.11 to 2.15): a batch norm's square root and division are recomputed for each
-pixel, and take as long as everything else; so are the gates of squeeze-and-excitation.
-``python -m bench run --suite forward`` measures it: ``ours``, ``eval``.
-
-Can be removed once Inductor realizes (stores) small expensive buffers that large loops read.
+compute (torch 2.11 to 2.15): a batch norm's root and division are recomputed for each pixel, and
+take as long as all else (``python -m bench run --suite forward``: ``ours``, ``eval``). Can be
+removed once Inductor realizes (stores) small expensive buffers that large loops read.
 
 The stored value was in a register before, in the same dtype: results are bitwise equal. Declines:
 other devices, where it was not measured; float16 and bfloat16, which would be rounded where

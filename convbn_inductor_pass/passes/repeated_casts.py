@@ -5,9 +5,8 @@ After:   w = where(mask, 0, g);  sum(float32(w));  float32(w) * scale     stores
 
 If several kernels use a value that takes more than a few reads to compute, Inductor stores it as it
 is in the graph. This happens in BN-tuning under autocast, where a mask is recomputed from the batch
-norm's input. There is no additional rounding: ``where`` only selects.
-
-Declines: devices other than CUDA, and casts of anything else.
+norm's input. Nothing more is rounded: ``where`` only selects. Declines: devices other than CUDA,
+and casts of anything else.
 """
 
 import torch

@@ -3,13 +3,10 @@
 Before:  y = act(A * conv(x, W, b) + B)           or  y = relu(A * conv(x, W, b) + B + other)
 After:   y = conv(x, A * W, A * b + B), with the activation or the addition in the same kernel
 
-A and B, one value per channel, are recomputed each call from the live parameters, so that nothing
-goes stale after an optimizer step, unlike with ``freezing=True``. On CPU a convolution becomes
-oneDNN's, on NVIDIA's GPUs cuDNN's where a ReLU follows, elsewhere the layer stays its own operator.
-Outputs differ from eval mode's by rounding.
-
-Declines where folding is not legal, and with ``forward="auto"`` where it moves more bytes: the
-tables of :mod:`decide`. Phases: :mod:`find`, :mod:`decide`, :mod:`rewrite`.
+A and B, one value per channel, are recomputed each call from the live parameters. On CPU a
+convolution becomes oneDNN's, on NVIDIA's GPUs cuDNN's where a ReLU follows, elsewhere the layer
+stays its own operator. Phases: :mod:`find`, :mod:`decide` (the tables say when it declines),
+:mod:`rewrite`.
 """
 
 from typing import Any

@@ -1,8 +1,7 @@
 """Find layers that something foldable follows, and the kernel that could compute both.
 
-cuDNN's convolution is given its ReLU and its residual. After oneDNN's, Inductor itself puts an
-activation or a residual into the kernel, in place where it may: here they are found only to be
-counted.
+cuDNN's convolution is given its ReLU and its residual. Into oneDNN's, Inductor itself puts what
+follows, in place where it may: here that is found only to be counted.
 """
 
 from collections.abc import Iterator

@@ -1,12 +1,12 @@
 """Decide where gradients of per-channel scales are taken from a weight gradient.
 
-Before, in the backward of ``y = A * conv(x, W, b) + B`` whose scale A is trained, one value per
-channel (a batch norm in eval mode in any spelling, a layer scale):
+Before, in the backward of ``y = A * conv(x, W, b) + B`` whose scale A, one value per channel, is
+trained (a batch norm in eval mode in any spelling, a layer scale):
 
-    dA = sum(g * c)                       saves the layer's output c = conv(x, W, b)
+    dA = sum(g * c)                               saves the layer's output c = conv(x, W, b)
     dx, dW, db = layer_backward(S * g, x, W)
 
-After, with ``sum(g) = sum of g over all but channels``:
+After, with sums over all but the channels (source: arXiv 2305.11624, section 3):
 
     dx, dWg = layer_backward(g, x, S * W)         dW = S * dWg    db = S * sum(g)
     sum(g * c) = <dWg, W> + b * sum(g)            c is not saved
@@ -17,14 +17,10 @@ What is rewritten is proven from the joint graph alone (:mod:`find` and :mod:`ma
 * ``h = T * g`` and ``dc = S * g`` with one ``g``: scalings per channel, casts, and moves;
 * in ``h * u`` each element of ``g`` meets that of ``c`` which it meets in the product that makes
   the weight gradient: moves are compared, see :func:`match.arrangement`;
-* ``sum(h * u)`` goes over all but the channels, or all. For each channel it is
-  ``T * (A * sum(g * c) + B * sum(g))``.
+* ``sum(h * u)``, for each channel ``T * (A * sum(g * c) + B * sum(g))``, or the sum of these.
 
-Nothing is divided by a scale. The forward's nodes stay, so that its bits are eval mode's.
-
-Declines: the rows of ``LEGALITY`` and ``PROFIT``; the first that applies decides.
-
-Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.11624, section 3.
+Nothing is divided by a scale. The forward's nodes stay, so that its bits are eval mode's. Declines
+where a row of ``LEGALITY`` or ``PROFIT`` applies; the first decides.
 """
 
 import dataclasses

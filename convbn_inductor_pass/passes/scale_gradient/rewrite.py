@@ -1,12 +1,8 @@
 """Rewrite the joint graph as :mod:`decide` has decided; the algebra is there.
 
-In float16, ``g`` is first brought into the middle of the range by a power of two per channel, t:
-
-    dx, dWg' = layer_backward(t * g, x, S / t * W)         dW = S / t * dWg'
-    sum(g * c) = <dWg', W> / t + b * sum(g)
-
-``dWg`` is ``dW / S``: where S is small it leaves float16's range though eval mode's ``dW`` does
-not. :mod:`convbn_inductor_pass.functional.half` says how t is chosen.
+In float16, ``dWg`` may leave the range although eval mode's ``dW`` does not. So ``g`` is multiplied
+with a power of two per channel, t, and S divided by it: ``dW = S / t * dWg'``, and ``sum(g * c) =
+<dWg', W> / t + b * sum(g)``. :mod:`convbn_inductor_pass.functional.half` says how t is chosen.
 """
 
 import operator

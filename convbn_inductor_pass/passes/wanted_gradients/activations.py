@@ -1,12 +1,7 @@
 """Rule 2: the mask of an activation from its output, if that is saved anyway.
 
-Before, for ``y = clamp(z, 0, 6)`` whose output the next layer's weight gradient needs:
-
-    dz = where(z <= 0 or z >= 6, 0, dy)         saves y, and a byte per element for the mask
-
-After:
-
-    dz = where(y <= 0 or y >= 6, 0, dy)         saves y
+Before:  dz = where(z <= 0 or z >= 6, 0, dy)      saves y = clamp(z, 0, 6), and a mask, in bytes
+After:   dz = where(y <= 0 or y >= 6, 0, dy)      saves y
 
 A comparison of z with a constant is one of y for every z, infinities and NaN included:
 
@@ -18,8 +13,6 @@ A comparison of z with a constant is one of y for every z, infinities and NaN in
 * ``y = where(z <= t, v, z)`` with v <= t (threshold): ``z <= t``, ``z > t``.
 
 Constants have to be representable in y's dtype, so that rounding y moves nothing across them.
-docs/wanted-gradients.md says what has no rule.
-
 Declines where the output is not saved, or where the input is.
 """
 

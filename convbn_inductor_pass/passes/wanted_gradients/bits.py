@@ -1,21 +1,18 @@
-"""Rule 4: masks as bits.
+"""Rule 4: the masks that the partitioner saves, a byte per element, as bits.
 
-Before: the partitioner saves a mask for backward, a byte per element.
-
-After, with a dimension that is a multiple of 8 split in two, one of them of size 8:
+A dimension that is a multiple of 8 is split in two, one of them of size 8:
 
     forward   bits = sum over j of mask[j] * 2**j, a uint8        is saved
     backward  mask[j] = bits & 2**j != 0
 
-Runs after the partitioner, on both graphs, so that it sees which masks are saved. All of it is
-plain aten, which Inductor fuses with what makes the mask, and what uses it. The sum is one of
-floats, which are exact and which Inductor's C++ vectorizes.
+All of it is plain aten, which Inductor fuses with what makes the mask, and what uses it. The sum is
+one of floats, which are exact and which Inductor's C++ vectorizes.
 
 Which dimension: the channels, neighbours in a channels-last tensor, so that on a GPU the kernel
 that makes the mask packs it as well. On a CPU the images, or else rows, before the channels, with
 eight of them in a byte that lie far apart: then every loop runs along memory, whatever the layout.
 
-Declines small masks, those that are in memory anyway (inputs and outputs), and those without such a
+Declines small masks, those in memory anyway (inputs and outputs), and those without such a
 dimension.
 """
 

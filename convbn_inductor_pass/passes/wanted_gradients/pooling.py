@@ -1,22 +1,15 @@
-"""Rule 3: the mask of an activation before max-pooling, from what is pooled.
+"""Rule 3: the mask of an activation y before ``p, i = max_pool(y)``, from what is pooled.
 
-Before, for ``p, i = max_pool(y)`` with ``y = relu(z)``:
-
-    dz = where(y <= 0, 0, scatter(dp, i))       saves a mask of y's size
-
-After:
-
-    dz = scatter(where(p <= 0, 0, dp), i)       saves one of p's size, or none if p is saved
+Before:  dz = where(y <= 0, 0, scatter(dp, i))    saves a mask of y's size
+After:   dz = scatter(where(p <= 0, 0, dp), i)    saves one of p's size, or none if p is saved
 
 Equal to the bit: a gradient reaches only the position i of a window, whose value in y is p, and
 what reaches one position from overlapping windows is masked alike. Ties, NaN and windows of zeros
 included: whatever i is, y's value there is p. Positions that no window names get 0 both ways.
 
 So for every mask that is made of comparisons of y with constants, or of comparisons of z that are
-such ones (:mod:`activations`).
-
-Declines where y, or what it is computed from, is there in backward anyway, so that its mask is
-recomputed.
+such ones (:mod:`activations`). Declines where y, or what it is computed from, is there in backward
+anyway, so that its mask is recomputed.
 """
 
 import itertools

@@ -9,11 +9,9 @@ After, with ``p = size(x) - ((size(dy) - 1) * stride - 2 * padding + dilation * 
     dx = convolution(dy, W, transposed, output_padding=p)     db = sum(dy)            x is not saved
 
 and a plain convolution if the layer is a transposed one. Other operators of the table, and layers
-for which the result is not known to have that size, get an uninitialized tensor of x's shape
-instead. So do depthwise layers on a GPU: PyTorch has special kernels for their input gradient, but
-none for a transposed depthwise convolution.
-
-Declines where the tensor is saved for another reason.
+for which the result is not known to have that size, get an uninitialized tensor of x's shape. So do
+depthwise layers on a GPU: PyTorch has special kernels for their input gradient, but none for a
+transposed depthwise convolution. Declines where the tensor is saved for another reason.
 
 Source: pytorch/pytorch#133566 (open); arXiv 2404.12406 measures it in eager mode.
 """
