@@ -7,7 +7,7 @@ the shift is the chain applied to the bias, the scale is its multiplications app
 are recomputed each call from the live operands, in float32 or wider.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -91,67 +91,61 @@ def constants_fit(steps: Iterable[Step]) -> bool:
     )
 
 
-def emit_scale(layer: Layer, steps: Sequence[Step], build: Builder) -> fx.Node | None:
-    """A node [C] of the scale that is made by ``steps`` alone; None where it is one."""
-    emit = _Emitter(build, layer)
-    scale = emit.replay((s for s in steps if s.kind != "shift"), 1.0)
-    return None if scale == 1 else emit.full_vector(scale)
-
-
-def emit_shift(
-    layer: Layer, steps: Sequence[Step], build: Builder, *, narrowed: bool = True
-) -> fx.Node | None:
-    """A node [C] of what ``steps`` make of the layer's bias; None where it is zero.
-
-    The bias is as it is added, or, with ``narrowed`` False, as it was before autocast's cast.
-    """
-    emit = _Emitter(build, layer)
-    start: Operand = 0.0
-    if layer.bias is not None:
-        bias = layer.bias if narrowed else layers.without_casts(layer.bias)
-        of_matmul = layers.operand_per_channel(bias, layer.out.shape[:2], layer.dim)
-        start = emit.vector(of_matmul or bias)
-    shift = emit.replay(steps, start)
-    return None if shift == 0 else emit.full_vector(shift)
-
-
-def emit_scaled_weight(weight: fx.Node, scale: fx.Node, layout: Layout, build: Builder) -> fx.Node:
-    """A node of ``weight`` times ``scale`` [C_out], in the scale's dtype."""
-    by_group, sizes = onto_output_axis(value_of(weight).shape, layout)
-    wide = build.cast(weight, value_of(scale).dtype)
-    scale = build.call(aten.reshape.default, scale, sizes)
-    if by_group is None:
-        return build.call(aten.mul.Tensor, wide, scale)
-    scaled = build.call(aten.mul.Tensor, build.call(aten.reshape.default, wide, by_group), scale)
-    return build.call(aten.reshape.default, scaled, [-1, *value_of(weight).shape[1:]])
-
-
-def wide_dtype(layer: Layer) -> torch.dtype:
-    """What a layer's values per channel are computed in: float32, or float64 where it does."""
-    return torch.float64 if layer.out.dtype == torch.float64 else torch.float32
-
-
-class _Emitter:
+class Emitter:
     """Adds nodes that compute with numbers and vectors [C] (or [1], which broadcast)."""
 
     def __init__(self, build: Builder, layer: Layer) -> None:
-        self.build, self.out, self.dtype = build, layer.out, wide_dtype(layer)
+        self.build, self.layer = build, layer
+        # Of values per channel: float32, or float64 where the layer computes in it.
+        self.dtype = torch.float64 if layer.out.dtype == torch.float64 else torch.float32
 
-    def replay(self, steps: Iterable[Step], value: Operand) -> Operand:
+    def scale(self, steps: Iterable[Step]) -> fx.Node | None:
+        """A node [C] of the scale that is made by ``steps`` alone; None where it is one."""
+        scale = self._replay((s for s in steps if s.kind != "shift"), 1.0)
+        return None if scale == 1 else self._full_vector(scale)
+
+    def shift(self, steps: Iterable[Step], *, narrowed: bool = True) -> fx.Node | None:
+        """A node [C] of what ``steps`` make of the layer's bias; None where it is zero.
+
+        The bias is as it is added, or, with ``narrowed`` False, as it was before autocast's cast.
+        """
+        layer = self.layer
+        start: Operand = 0.0
+        if layer.bias is not None:
+            bias = layer.bias if narrowed else layers.without_casts(layer.bias)
+            of_matmul = layers.operand_per_channel(bias, layer.out.shape[:2], layer.dim)
+            start = self._vector(of_matmul or bias)
+        shift = self._replay(steps, start)
+        return None if shift == 0 else self._full_vector(shift)
+
+    def scaled(self, weight: fx.Node, scale: fx.Node | None, layout: Layout) -> fx.Node:
+        """``scale * weight`` along its output channels [C_out], wide; or ``weight`` as it is."""
+        if scale is None:
+            return self.build.current(weight)
+        call, shape = self.build.call, value_of(weight).shape
+        by_group, sizes = onto_output_axis(shape, layout)
+        wide = self.build.cast(weight, self.dtype)
+        scale = call(aten.reshape.default, scale, sizes)
+        if by_group is None:
+            return call(aten.mul.Tensor, wide, scale)
+        product = call(aten.mul.Tensor, call(aten.reshape.default, wide, by_group), scale)
+        return call(aten.reshape.default, product, [-1, *shape[1:]])
+
+    def _replay(self, steps: Iterable[Step], value: Operand) -> Operand:
         """What the steps make of ``value``."""
         for step in steps:
             if step.operand is None or (value == 0 and step.kind != "shift"):
                 continue
-            o = self.vector(step.operand)
+            o = self._vector(step.operand)
             if step.kind == "scale":
-                value = self.mul(value, o)
+                value = self._mul(value, o)
             elif step.kind == "divide":
-                value = self.div(value, o)
+                value = self._div(value, o)
             else:
-                value = self.add(value, self.mul(o, step.factor))
+                value = self._add(value, self._mul(o, step.factor))
         return value
 
-    def vector(self, operand: Operand) -> Operand:
+    def _vector(self, operand: Operand) -> Operand:
         """An operand as a vector in the wide dtype; a number stays a number."""
         if not isinstance(operand, fx.Node):
             return operand
@@ -159,17 +153,17 @@ class _Emitter:
             operand = self.build.call(aten.reshape.default, operand, [value_of(operand).numel()])
         return self.build.cast(operand, self.dtype)
 
-    def full_vector(self, value: Operand) -> fx.Node:
+    def _full_vector(self, value: Operand) -> fx.Node:
         """``value`` with one element per channel."""
-        channels = self.out.shape[1]
+        channels = self.layer.out.shape[1]
         if not isinstance(value, fx.Node):
-            like = {"dtype": self.dtype, "device": self.out.device, "pin_memory": False}
+            like = {"dtype": self.dtype, "device": self.layer.out.device, "pin_memory": False}
             return self.build.call(aten.full.default, [channels], value, **like)
         if not layers.known_equal(value_of(value).shape[0], channels):
             return self.build.call(aten.expand.default, value, [channels])
         return value
 
-    def mul(self, a: Operand, b: Operand) -> Operand:
+    def _mul(self, a: Operand, b: Operand) -> Operand:
         a, b = _node_first(a, b)
         if not isinstance(a, fx.Node):
             return a * b  # type: ignore[operator]
@@ -177,14 +171,14 @@ class _Emitter:
             return a if b == 1 else 0.0
         return self.build.call(aten.mul.Tensor, a, b)
 
-    def div(self, a: Operand, b: Operand) -> Operand:
+    def _div(self, a: Operand, b: Operand) -> Operand:
         if isinstance(a, fx.Node):
             return self.build.call(aten.div.Tensor, a, b)
         if isinstance(b, fx.Node):
-            return self.mul(self.build.call(aten.reciprocal.default, b), a)
+            return self._mul(self.build.call(aten.reciprocal.default, b), a)
         return a / b
 
-    def add(self, a: Operand, b: Operand) -> Operand:
+    def _add(self, a: Operand, b: Operand) -> Operand:
         a, b = _node_first(a, b)
         if not isinstance(a, fx.Node):
             return a + b  # type: ignore[operator]

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from ..._torch import compat, inductor
-from ...graph import affine, layers
-from ...graph.affine import AffineChain
+from ...graph import layers
+from ...graph.affine import AffineChain, Emitter
 from ...graph.builder import Builder
 from ...graph.layers import Layer, value_of
 from ...graph.operators import convolution_relu
@@ -56,12 +56,11 @@ def _key(chain: AffineChain, names: dict[fx.Node, str]) -> str:
 
 def _parameters(chain: AffineChain, build: Builder) -> tuple[fx.Node, fx.Node | None]:
     """The folded layer's weight and bias."""
-    layer = chain.layer
+    layer, emit = chain.layer, Emitter(build, chain.layer)
     if not chain.steps:
         return layer.weight, layer.bias
-    scale = affine.emit_scale(layer, chain.steps, build)
-    bias = affine.emit_shift(layer, chain.steps, build, narrowed=False)
-    weight = layer.weight if scale is None else _scaled_weight(layer, scale, build)
+    scale, bias = emit.scale(chain.steps), emit.shift(chain.steps, narrowed=False)
+    weight = layer.weight if scale is None else _scaled_weight(layer, scale, emit)
     return weight, bias and build.cast(bias, layer.out.dtype)
 
 
@@ -81,14 +80,14 @@ def _fold(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builde
     build.replace(replaced, out)
 
 
-def _scaled_weight(layer: Layer, scale: fx.Node, build: Builder) -> fx.Node:
+def _scaled_weight(layer: Layer, scale: fx.Node, emit: Emitter) -> fx.Node:
     """``s * W``: scaled in the wide dtype and rounded once."""
     weight = layers.without_casts(layer.weight)
     if layer.is_conv and weight is layer.weight and layer.out.device.type == "cpu":
         # Inductor vectorizes a change of memory format, but not together with the scaling.
-        weight = _channels_last(weight, build)
-    scaled = affine.emit_scaled_weight(weight, scale, layer.layout, build)
-    return build.cast(scaled, value_of(layer.weight).dtype)
+        weight = _channels_last(weight, emit.build)
+    scaled = emit.scaled(weight, scale, layer.layout)
+    return emit.build.cast(scaled, value_of(layer.weight).dtype)
 
 
 def _call(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builder) -> fx.Node:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...graph import affine
+from ...graph.affine import Emitter
 from ...graph.builder import Builder
 from ...graph.layers import Layer, Step, is_cast, same_sizes, tensor_of, value_of
 from ...graph.layout import Layout
@@ -49,9 +49,10 @@ class _Rewriting:
     def __init__(self, layer: Layer, match: Match, build: Builder) -> None:
         self.match, self.build, self._call = match, build, build.call
         self.layer, self.gradient, self.g = layer, match.gradient, match.g
-        self.wide = affine.wide_dtype(layer)
+        self.emit = Emitter(build, layer)
+        self.wide = self.emit.dtype
         self.dims = [d for d in range(value_of(self.g).ndim) if d != match.scaling.dim]
-        self.scale = affine.emit_scale(layer, match.scaling.steps, build)
+        self.scale = self.emit.scale(match.scaling.steps)
         self.power: fx.Node | None = None  # t
         self.on_weight = self.scale  # S / t
         if value_of(self.gradient.dc).dtype == torch.float16:
@@ -66,12 +67,11 @@ class _Rewriting:
         if self.power is not None:
             inner = self._call(aten.div.Tensor, inner, self.power)
         for reduction, path in zip(self.match.reductions, self.match.scalings, strict=True):
-            steps = reduction.affine.steps
-            value = self._times(inner, affine.emit_scale(self.layer, steps, self.build))
-            shift = affine.emit_shift(self.layer, steps, self.build)
+            value = self._times(inner, self.emit.scale(reduction.affine.steps))
+            shift = self.emit.shift(reduction.affine.steps)
             if shift is not None:
                 value = self._call(aten.add.Tensor, value, self._times(self._sum_g(), shift))
-            value = self._times(value, affine.emit_scale(self.layer, path.steps, self.build))
+            value = self._times(value, self.emit.scale(path.steps))
             if reduction.total:
                 value = self._call(aten.sum.dim_IntList, value, [0], False)
             self._replace(reduction.node, value)
@@ -199,10 +199,7 @@ class _Rewriting:
 
     def _scaled(self, weight: fx.Node, scale: fx.Node | None, layout: Layout) -> fx.Node:
         """``scale * weight`` along its output channels, computed wide, in the weight's dtype."""
-        if scale is None:
-            return self.build.current(weight)
-        scaled = affine.emit_scaled_weight(weight, scale, layout, self.build)
-        return self.build.cast(scaled, value_of(weight).dtype)
+        return self.build.cast(self.emit.scaled(weight, scale, layout), value_of(weight).dtype)
 
     def _times(self, value: fx.Node, scale: fx.Node | None) -> fx.Node:
         return value if scale is None else self._call(aten.mul.Tensor, value, scale)
