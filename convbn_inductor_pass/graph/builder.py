@@ -81,6 +81,12 @@ class Builder:
             return node
         return self.call(torch.ops.prims.convert_element_type.default, node, dtype)
 
+    def dense(self, node: fx.Node, memory_format: Any = torch.contiguous_format) -> fx.Node:
+        """``node`` in memory without gaps or repeats, in this format."""
+        if value_of(node).is_contiguous(memory_format=memory_format):
+            return node
+        return self.call(aten.clone.default, node, memory_format=memory_format)
+
     def sizes(self, node: fx.Node) -> list[Any]:
         """The shape of ``node``, with a call for each size that is symbolic."""
         sizes = enumerate(value_of(node).shape)

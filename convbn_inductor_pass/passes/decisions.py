@@ -18,11 +18,8 @@ Row = tuple[Code, Callable[..., "str | None"]]
 
 def first_refusal(rows: Iterable[Row], *about: Any) -> tuple[Code, str] | None:
     """The code and the detail of the first of ``rows`` that applies to ``about``."""
-    for code, applies in rows:
-        detail = applies(*about)
-        if detail is not None:
-            return code, detail
-    return None
+    found = ((code, applies(*about)) for code, applies in rows)
+    return next(((code, detail) for code, detail in found if detail is not None), None)
 
 
 def denied(options: Options, *nodes: fx.Node) -> str | None:

@@ -105,13 +105,14 @@ def _call(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builde
         return build.call(
             convolution_relu,
             *(_channels_last(build.current(layer.input), build), _channels_last(weight, build)),
-            *(bias and _dense(bias, build), other and _channels_last(other, build)),
+            *(bias and build.dense(bias), other and _channels_last(other, build)),
             *(stride, padding, dilation, layer.layout.groups),
         )
     return build.call(
         torch.ops.mkldnn._convolution_pointwise.default,
-        # oneDNN takes any weight that has no gaps or repeats, but reorders others slowly.
-        *(_input(layer, build), _channels_last(weight, build), bias and _dense(bias, build)),
+        # oneDNN takes any weight that has no gaps or repeats, but reorders others slowly; of a bias
+        # it ignores the strides.
+        *(_input(layer, build), _channels_last(weight, build), bias and build.dense(bias)),
         *(padding, stride, dilation, layer.layout.groups, "none", [], ""),
     )
 
@@ -128,10 +129,7 @@ def _input(layer: Layer, build: Builder) -> fx.Node:
     else:
         given = (layer.input, *views_of(node))
         needed = any(u.op == "output" for n in given for u in n.users)
-    memory_format = CHANNELS_LAST[layer.out.ndim]
-    if not needed or value_of(node).is_contiguous(memory_format=memory_format):
-        return node
-    return build.call(aten.clone.default, node, memory_format=memory_format)
+    return build.dense(node, CHANNELS_LAST[layer.out.ndim]) if needed else node
 
 
 def _channels_last(node: fx.Node, build: Builder) -> fx.Node:
@@ -142,10 +140,3 @@ def _channels_last(node: fx.Node, build: Builder) -> fx.Node:
         return node
     like = torch.empty(tensor.shape, device="meta", memory_format=memory_format)
     return laid_out(node, like.stride(), build)
-
-
-def _dense(bias: fx.Node, build: Builder) -> fx.Node:
-    """A bias in memory without gaps or repeats: oneDNN ignores its strides."""
-    if value_of(bias).is_contiguous():
-        return bias
-    return build.call(aten.clone.default, bias, memory_format=torch.contiguous_format)

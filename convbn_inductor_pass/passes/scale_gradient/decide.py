@@ -75,8 +75,8 @@ class _Site:
     def matches(self) -> list[Match]:
         frozen = self.layer.weight not in self.trained
         gradients = weight_gradients(self.candidate, self.backward, frozen=frozen)
-        free = [g for g in gradients if g.node not in self.claimed]
-        matches = [match_sums(self.candidate, g, self.backward) for g in free]
+        free = (g for g in gradients if g.node not in self.claimed)
+        matches = (match_sums(self.candidate, g, self.backward) for g in free)
         return [m for m in matches if m is not None]
 
     @property

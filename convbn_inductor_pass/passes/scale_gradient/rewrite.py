@@ -178,8 +178,7 @@ class _Rewriting:
         target = step.node.target
         # The product with a scale may have lain in memory in another way than ``g`` does.
         is_view = target in (aten.view.default, aten._unsafe_view.default)
-        if is_view and not value_of(node).is_contiguous():
-            node = self._call(aten.clone.default, node, memory_format=torch.contiguous_format)
+        node = self.build.dense(node) if is_view else node
         return self._call(target, node, *step.node.args[1:], **step.node.kwargs)
 
     def _inner_product(self, weight_gradient: fx.Node) -> fx.Node:

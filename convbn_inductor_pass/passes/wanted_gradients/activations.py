@@ -49,23 +49,21 @@ class Activation(NamedTuple):
 
 def find_sites(joint: JointGraph) -> list[Site]:
     """Activations whose backward compares their input."""
+    sites = []
     activations = (activation_at(n) for n in joint.graph.nodes if n in joint.forward)
-    sites = (_site(joint, a) for a in activations if a is not None)
-    return [s for s in sites if s is not None]
-
-
-def _site(joint: JointGraph, activation: Activation) -> Site | None:
-    z, y, same = activation.z, activation.y, activation.same
-    in_backward = [u for u in _users_of_value(z) if u not in joint.forward]
-    calls = [u for u in in_backward if u.target in COMPARISONS and (u.target, u.args[1]) in same]
-    if not calls:
-        return None
-    code, detail = Code.MASK_FROM_OUTPUT, str(y)
-    if len(calls) < len(in_backward) or joint.has(z, calls):
-        code, detail = Code.SAVED_ANYWAY, str(z)
-    elif not joint.reads(y):
-        code = Code.OUTPUT_NOT_SAVED
-    return Site("activation", y, code, detail, numel_of(y), tuple(calls))  # a byte per element
+    for z, y, same in (a for a in activations if a is not None):
+        in_backward = [u for u in _users_of_value(z) if u not in joint.forward]
+        compared = [u for u in in_backward if u.target in COMPARISONS]
+        calls = tuple(u for u in compared if (u.target, u.args[1]) in same)
+        if not calls:
+            continue
+        code, detail = Code.MASK_FROM_OUTPUT, str(y)
+        if len(calls) < len(in_backward) or joint.has(z, calls):
+            code, detail = Code.SAVED_ANYWAY, str(z)
+        elif not joint.reads(y):
+            code = Code.OUTPUT_NOT_SAVED
+        sites.append(Site("activation", y, code, detail, numel_of(y), calls))  # a byte each
+    return sites
 
 
 def rewrite(build: Builder, call: fx.Node, site: Site) -> None:
