@@ -46,9 +46,8 @@ def find_chains(
 ) -> Iterator[AffineChain]:
     """Every layer of ``graph`` in order, with the longest affine chain that follows it.
 
-    A chain ends before a call of which ``ends_before`` says so. No call is a step of two chains.
-    Where two layers' outputs are added that are one number per channel, as for a batch of one, the
-    addition could be: each output is an operand of the other.
+    A chain ends before a call of which ``ends_before`` says so. No call is a step of two chains, as
+    the sum of two layers' outputs could be that are one number per channel, for a batch of one.
     """
     taken: set[fx.Node] = set()
     for node in graph.nodes:

@@ -4,9 +4,8 @@
     convolution           weight [C_out, C_in / groups, *kernel]
     transposed conv       weight [C_in, C_out / groups, *kernel]
 
-In the transposed case with groups, output channel ``o`` of group ``q`` is column
-``o - q * C_out / groups`` of the rows that belong to ``q``, so that the scale is a matrix rather
-than a column. Nothing here knows of FX or autograd.
+In the transposed case with groups, output channel ``o`` of group ``q`` is column ``o - q * C_out /
+groups`` of the rows that belong to ``q``: the scale is a matrix. Nothing here knows of FX.
 """
 
 from collections.abc import Sequence
@@ -49,8 +48,7 @@ def output_padding(n: Any, m: Any, kernel: Any, stride: Any, padding: Any, dilat
 def scale_weight(weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
     """``s * W`` with ``s`` [C_out] on the output-channel axis of ``weight``.
 
-    Shape and memory format are those of ``weight`` (a channels-last weight stays
-    channels-last); the dtype follows type promotion of the two.
+    Shape and memory format are those of ``weight``; the dtype follows type promotion of the two.
     """
     by_group, sizes = onto_output_axis(weight.shape, layout)
     if by_group is None:

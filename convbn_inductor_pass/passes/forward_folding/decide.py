@@ -109,10 +109,9 @@ def _moves_more_bytes(c: FoldCandidate, options: Options) -> str | None:
 def bytes_moved(candidate: FoldCandidate) -> tuple[int, int]:
     """Bytes moved as written and folded, besides the layer's own input and output; an estimate.
 
-    As written, a generated kernel reads the layer's output and writes the result. Folded, that
-    kernel is gone if the layer's own computes all of it; instead the weight is read and written
-    once more. Where a user of the result is computed in the same generated kernel anyway (a
-    reduction, another pointwise function), nothing is gained.
+    As written, a generated kernel reads the layer's output and writes the result. Folded, it is
+    gone if the layer's own computes all of it, and no user of the result is generated, who would
+    be computed in the same kernel; instead the weight is read and written once more.
     """
     chain, layer = candidate.chain, candidate.layer
     # On GPUs, Inductor takes a bias off the convolution and into a generated kernel.

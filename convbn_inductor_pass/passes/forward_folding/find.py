@@ -122,9 +122,8 @@ def _has_onednn(layer: Layer) -> bool:
 def _may_add_and_raise(chain: AffineChain) -> bool:
     """Whether Inductor might let oneDNN's convolution add what comes after the chain, and raise.
 
-    Where oneDNN does not both add and rectify (a grouped convolution; an input that counts as
-    contiguous, as 1x1 maps do), PyTorch does so with a kernel that has no bfloat16 and raises
-    (2.11 to 2.15).
+    Where oneDNN does not both add and rectify (grouped; an input that counts as contiguous, as 1x1
+    maps do), PyTorch does so with a kernel that has no bfloat16 and raises (2.11 to 2.15).
     """
     is_narrow = chain.layer.out.dtype == torch.bfloat16
     return is_narrow and any(u.target is torch.ops.aten.add.Tensor for u in chain.last.users)

@@ -48,11 +48,13 @@ def find_batch_norms(
         if not same_shape(minuend, node):
             continue
         source = source_of(minuend, casts=True)
-        layer = layers.layer_of(source)
-        if _is_of_batch_norm(node) or (without_origin and layer is not None):
-            yield BatchNormCall(
-                node, source, layer, tuple(_scales(node, backward)), _is_of_the_batch(mean)
-            )
+        layer, origin = layers.layer_of(source), str(node.meta.get("original_aten", ""))
+        is_batch_norm = "batch_norm" in origin and "backward" not in origin
+        # Batch statistics are results of ``var_mean`` in decompositions.
+        is_result = isinstance(mean, fx.Node) and mean.target is operator.getitem
+        trains = is_result and mean.args[0].target is aten.var_mean.correction
+        if is_batch_norm or (without_origin and layer is not None):
+            yield BatchNormCall(node, source, layer, tuple(_scales(node, backward)), trains)
 
 
 def subgraphs_of(graph: fx.Graph, backward: Collection[fx.Node] = ()) -> Iterator[fx.Graph]:
@@ -62,11 +64,6 @@ def subgraphs_of(graph: fx.Graph, backward: Collection[fx.Node] = ()) -> Iterato
         if isinstance(inner, fx.GraphModule) and not all(u in backward for u in node.users):
             yield inner.graph
             yield from subgraphs_of(inner.graph)
-
-
-def _is_of_batch_norm(node: fx.Node) -> bool:
-    operator = str(node.meta.get("original_aten", ""))
-    return "batch_norm" in operator and "backward" not in operator
 
 
 def _scales(node: fx.Node, backward: Collection[fx.Node]) -> Iterator[fx.Node]:
@@ -83,9 +80,3 @@ def _scales(node: fx.Node, backward: Collection[fx.Node]) -> Iterator[fx.Node]:
         elif not (is_shift or is_move(user) or layers.is_cast(user)):
             return
         node = user
-
-
-def _is_of_the_batch(mean: Any) -> bool:
-    """Whether a mean is a result of ``var_mean``, as batch statistics are in decompositions."""
-    is_result = isinstance(mean, fx.Node) and mean.target is operator.getitem
-    return is_result and mean.args[0].target is aten.var_mean.correction

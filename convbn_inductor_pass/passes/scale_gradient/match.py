@@ -21,9 +21,8 @@ class WeightGradient(NamedTuple):
     """A call that computes the gradient of a layer's weight from ``dc``, or could.
 
     ``node`` is ``convolution_backward``, or ``mm`` of ``dc`` and the layer's input; ``dc_first``
-    where the result is [C_out, C_in]. ``wanted`` is False where the layer is frozen: then ``node``
-    is a ``convolution_backward`` for the input's gradient alone, or None, and ``dc`` the ``h`` of
-    a sum.
+    where the result is [C_out, C_in]. Not ``wanted`` where the layer is frozen: then ``node`` is
+    for the input's gradient alone; or it is None, and ``dc`` the ``h`` of a sum.
     """
 
     node: fx.Node | None
