@@ -31,15 +31,6 @@ class AffineChain(NamedTuple):
     def last(self) -> fx.Node:
         return self.steps[-1].node if self.steps else self.layer.node
 
-    @property
-    def scales(self) -> bool:
-        """Whether the weight has to be scaled."""
-        return any(s.kind in ("scale", "divide") and s.operand != 1 for s in self.steps)
-
-    @property
-    def shifts(self) -> bool:
-        return any(s.kind == "shift" for s in self.steps)
-
 
 def find_chains(
     graph: fx.Graph, ends_before: Callable[[fx.Node], object] = lambda node: False

@@ -30,12 +30,8 @@ _ADDITIONS = (aten.add.Tensor, aten.add.Scalar)
 _SUMS = (*_ADDITIONS, aten.sub.Tensor, aten.sub.Scalar)
 
 # What a layer of each dtype may meet: in half precision, values per channel are float32 at most.
-DTYPES_TOGETHER = {
-    torch.float16: {torch.float16, torch.float32},
-    torch.bfloat16: {torch.bfloat16, torch.float32},
-    torch.float32: {torch.float32},
-    torch.float64: {torch.float64},
-}
+DTYPES_TOGETHER = {d: {d, torch.float32} for d in (torch.float16, torch.bfloat16, torch.float32)}
+DTYPES_TOGETHER[torch.float64] = {torch.float64}
 
 
 def tensor_of(node: Any) -> Tensor | None:

@@ -46,11 +46,11 @@ def source_of(node: fx.Node, *, casts: bool = False) -> fx.Node:
     return node
 
 
-def users_of(node: fx.Node) -> Iterator[fx.Node]:
-    """Users of ``node`` and of its moves."""
+def users_of(node: fx.Node, through: Callable[[fx.Node], object] = is_move) -> Iterator[fx.Node]:
+    """Users of ``node`` and of its moves, or of what else is looked ``through``."""
     for user in node.users:
-        if is_move(user):
-            yield from users_of(user)
+        if through(user):
+            yield from users_of(user, through)
         else:
             yield user
 

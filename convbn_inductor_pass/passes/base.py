@@ -10,7 +10,7 @@ import logging
 import pathlib
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import fx
 from torch._logging import trace_structured
@@ -21,8 +21,7 @@ from ..config import get_options
 from ..records import PassFailedWarning, Record, log, publish
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a pass did to one graph: the number of rewrites, and a record per decision."""
 
     rewritten: int

@@ -115,14 +115,15 @@ def bytes_moved(candidate: FoldCandidate) -> tuple[int, int]:
     """
     chain, layer = candidate.chain, candidate.layer
     # On GPUs, Inductor takes a bias off the convolution and into a generated kernel.
-    has_bias = chain.shifts or layer.bias is not None
+    has_bias = layer.bias is not None or any(s.kind == "shift" for s in chain.steps)
     adds_bias_apart = layer.is_conv and has_bias and layer.out.device.type != "cpu"
     users = chain.last.users
     is_stored = any(u.op == "output" or not inductor.is_generated(u.target) for u in users)
     kernel_goes = candidate.epilogue is not None or (is_stored and not adds_bias_apart)
     # A weight that autocast casts down is read and written anyway, in the same kernel.
-    scales = chain.scales and layers.without_casts(layer.weight) is layer.weight
-    return 2 * kernel_goes * bytes_of(layer.node), 2 * scales * bytes_of(layer.weight)
+    scales = any(s.kind in ("scale", "divide") and s.operand != 1 for s in chain.steps)
+    reads_weight = scales and layers.without_casts(layer.weight) is layer.weight
+    return 2 * kernel_goes * bytes_of(layer.node), 2 * reads_weight * bytes_of(layer.weight)
 
 
 # Without these a result would be wrong, or might be.

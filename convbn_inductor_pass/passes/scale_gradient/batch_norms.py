@@ -6,7 +6,7 @@ subtracts the mean from the input once, which distinguishes one call from the ne
 
 import operator
 from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import fx

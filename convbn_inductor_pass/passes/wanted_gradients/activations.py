@@ -17,7 +17,6 @@ Declines where the output is not saved, or where the input is.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -27,6 +26,7 @@ from ...codes import Code
 from ...graph import layers
 from ...graph.builder import Builder
 from ...graph.layers import numel_of, same_shape, tensor_of, value_of
+from ...graph.uses import users_of
 from .site import JointGraph, Site
 
 aten = torch.ops.aten
@@ -52,7 +52,9 @@ def find_sites(joint: JointGraph) -> list[Site]:
     sites = []
     activations = (activation_at(n) for n in joint.graph.nodes if n in joint.forward)
     for z, y, same in (a for a in activations if a is not None):
-        in_backward = [u for u in _users_of_value(z) if u not in joint.forward]
+        # Of z, its aliases, copies and exact casts.
+        users = users_of(z, lambda u: u.op == "call_function" and operand_of(u) is not u)
+        in_backward = [u for u in users if u not in joint.forward]
         compared = [u for u in in_backward if u.target in COMPARISONS]
         calls = tuple(u for u in compared if (u.target, u.args[1]) in same)
         if not calls:
@@ -124,21 +126,13 @@ def operand_of(node: Any) -> fx.Node:
 
     An activation that is computed in place saves a copy of its input.
     """
-    while node.target in (aten.alias.default, aten.clone.default) or _is_exact_cast(node):
+    while node.target in (aten.alias.default, aten.clone.default) or is_exact_cast(node):
         (node,) = node.all_input_nodes
     return node
 
 
-def _is_exact_cast(node: fx.Node) -> bool:
+def is_exact_cast(node: fx.Node) -> bool:
+    """Whether ``node`` widens half precision to float32."""
     before = tensor_of(node.all_input_nodes[0]) if layers.is_cast(node) else None
     is_half = before is not None and before.dtype in (torch.float16, torch.bfloat16)
     return is_half and value_of(node).dtype == torch.float32
-
-
-def _users_of_value(node: fx.Node) -> Iterator[fx.Node]:
-    """Users of ``node``, and of its aliases, copies and exact casts."""
-    for user in node.users:
-        if user.op == "call_function" and operand_of(user) is not user:
-            yield from _users_of_value(user)
-        else:
-            yield user

@@ -15,6 +15,7 @@ anyway, so that its mask is recomputed.
 import itertools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from ...codes import Code
 from ...graph import layers
 from ...graph.builder import Builder
 from ...graph.layers import known_equal, numel_of, same_shape, same_sizes, value_of
-from .activations import COMPARISONS, activation_at, constant_of, operand_of
+from .activations import COMPARISONS, activation_at, constant_of, is_exact_cast, operand_of
 from .site import JointGraph, Site
 
 aten = torch.ops.aten
@@ -103,17 +104,17 @@ def _unpooling_at(where: fx.Node) -> _Unpooling | None:
     (value,) = values
     if value_of(value).dtype != value_of(where).dtype or not same_shape(value, where):
         return None  # where() casts or broadcasts
-    path = _in_same_order(value, casts=True)
+    path = _in_same_order(value, layers.is_cast)
     unpool = path[0]
     pool = _pool_of(unpool) if unpool.target in _UNPOOLS else None
     if pool is None:
         return None
-    y = _pooled_values(pool)
+    y = _in_same_order(pool.args[0], is_exact_cast)[0]
     pooled = next((u for u in pool.users if u.target is operator.getitem and u.args[1] == 0), None)
     if pooled is None or not same_shape(y, where) or not _is_mask(mask, y):
         return None
     # The last of what holds the gradient in the order of p that has p's shape, too.
-    before = _in_same_order(unpool.args[_UNPOOLS[unpool.target]], casts=True)
+    before = _in_same_order(unpool.args[_UNPOOLS[unpool.target]], layers.is_cast)
     fits = [i for i, n in enumerate(before) if same_shape(n, pooled)]
     return _Unpooling([*before[fits[-1] :], *path], unpool, pooled, y) if fits else None
 
@@ -124,20 +125,14 @@ def _is_zero(node: Any) -> bool:
     return value == 0 and math.copysign(1, value) > 0
 
 
-def _in_same_order(node: Any, *, casts: bool = False) -> list[fx.Node]:
-    """``node`` last, before it what it holds the elements of in the same order."""
+def _in_same_order(
+    node: Any, is_cast: Callable[[fx.Node], bool] = lambda node: False
+) -> list[fx.Node]:
+    """``node`` last, before it what it holds the elements of in the same order, less casts."""
     path = [node]
-    while path[0].target in _SAME_ORDER or (casts and layers.is_cast(path[0])):
+    while path[0].target in _SAME_ORDER or is_cast(path[0]):
         path.insert(0, path[0].args[0])
     return path
-
-
-def _pooled_values(pool: fx.Node) -> fx.Node:
-    """What ``pool`` takes, less what changes neither values nor their order."""
-    node: Any = pool.args[0]
-    while (inner := operand_of(_in_same_order(node)[0])) is not node:
-        node = inner
-    return node
 
 
 def _pool_of(unpool: fx.Node) -> fx.Node | None:

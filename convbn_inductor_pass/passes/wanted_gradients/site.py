@@ -14,7 +14,7 @@ from ...config import Options
 from ...graph.builder import Builder
 from ...graph.layers import is_cast
 from ...graph.provenance import provenance_of
-from ...graph.uses import backward_of, is_move, is_recomputed, reachable
+from ...graph.uses import backward_of, is_move, is_recomputed, reachable, users_of
 from ...records import Kind, Record
 from ..decisions import denied, record_of
 
@@ -77,17 +77,15 @@ class JointGraph:
 
         Masks, readers of its shape, and calls in ``besides`` do not count.
         """
-        for user in node.users:
-            if user in self.shape_readers or user in besides or user.op != "call_function":
+        # Through those in the forward, too: it may be read after that.
+        for user in users_of(node, lambda u: is_move(u) or is_cast(u)):
+            if user in self.shape_readers or user in besides or user in self.forward:
                 continue
-            if is_move(user) or is_cast(user):  # in the forward, too: it may be read after that
-                if self.reads(user, besides):
-                    return True
-            elif user not in self.forward:
-                value = user.meta.get("val")
-                is_mask = isinstance(value, torch.Tensor) and value.dtype == torch.bool
-                if not is_mask and not isinstance(value, (int, torch.SymInt)):  # which is a size
-                    return True
+            value = user.meta.get("val")
+            is_mask = isinstance(value, torch.Tensor) and value.dtype == torch.bool
+            is_size = isinstance(value, (int, torch.SymInt))
+            if user.op == "call_function" and not is_mask and not is_size:
+                return True
         return False
 
     def has(self, node: fx.Node, besides: Collection[fx.Node] = ()) -> bool:
