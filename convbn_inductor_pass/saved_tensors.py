@@ -24,7 +24,7 @@ from .config import get_options
 from .deployed import merge_pairs
 from .graph import layers
 from .graph.provenance import module_path
-from .graph.uses import users_of
+from .graph.uses import reachable, users_of
 from .passes.forward_folding.decide import decide_all
 from .passes.scale_gradient.decide import decide
 from .passes.scale_gradient.records import NamedRecord, account
@@ -243,14 +243,12 @@ def _copied_bytes(forward: fx.Graph, backward: fx.Graph) -> int:
 
 
 def _nearest_layer(node: fx.Node) -> str:
-    seen, pending = {node}, [node]
-    for each in pending:  # grows: nearest first
-        if layers.layer_of(each) is not None:
-            return each.name
-        if each is node or compat.is_pointwise(each.target) or compat.is_view(each.target):
-            pending += [n for n in each.all_input_nodes if n not in seen]
-            seen.update(each.all_input_nodes)
-    return ""
+    def sources(n: fx.Node) -> list[fx.Node]:
+        is_step = n is node or compat.is_pointwise(n.target) or compat.is_view(n.target)
+        return n.all_input_nodes if is_step else []
+
+    found = (n.name for n in reachable([node], sources) if layers.layer_of(n) is not None)
+    return next(found, "")
 
 
 def _computed_from_parameters(graph: fx.Graph, static_inputs: set[int]) -> set[fx.Node]:
