@@ -1,4 +1,7 @@
-"""What every pass shares: the flag, the cache key, the guard, the log, the records, the counter."""
+"""What every pass shares: the flag, the cache key, the guard, the log, the records, the counter.
+
+And what decisions are made of: tables of refusals, the modules that the options leave out.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,18 @@ import json
 import logging
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
 from torch import fx
 from torch._logging import trace_structured
 
 from .. import announce
-from .._torch import registry
-from ..config import get_options
+from .._torch import compat, registry
+from ..codes import Code
+from ..config import Options, get_options
+from ..graph.layers import bytes_of, value_of
+from ..graph.provenance import module_path, name_of, source_line
 from ..records import PassFailedWarning, Record, log, publish
 
 
@@ -122,3 +128,29 @@ def sources_hash(root: pathlib.Path = pathlib.Path(__file__).parent.parent) -> s
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+Row = tuple[Code, Callable[..., "str | None"]]
+"""A code, and a function that returns a detail if it applies, None if not."""
+
+
+def first_refusal(rows: Iterable[Row], *about: Any) -> tuple[Code, str] | None:
+    """The code and the detail of the first of ``rows`` that applies to ``about``."""
+    found = ((code, applies(*about)) for code, applies in rows)
+    return next(((code, detail) for code, detail in found if detail is not None), None)
+
+
+def denied(options: Options, *nodes: fx.Node) -> str | None:
+    """The module paths of ``nodes`` if ``allow`` and ``deny`` leave them out, else None."""
+    paths = dict.fromkeys(map(module_path, nodes))
+    return None if options.allows(*paths) else " and ".join(filter(None, paths))
+
+
+def record_of(node: fx.Node | None, *, at: fx.Node | None = None, **fields: Any) -> Record:
+    """A record about the result of ``node``, if there is one, and the user's line of ``at``."""
+    if node is not None:
+        fields["layer"] = name_of(node)
+        fields["output_shape"] = compat.shape_of(value_of(node))
+        fields["output_bytes"] = bytes_of(node)
+    line = at or node
+    return Record(source="" if line is None else source_line(line), **fields)

@@ -10,7 +10,7 @@ from ...graph import affine, layers, strides
 from ...graph.layers import bytes_of, tensor_of, value_of
 from ...graph.uses import depending_on, reachable
 from ...records import Record
-from ..decisions import Row, denied, first_refusal, record_of
+from ..base import Row, denied, first_refusal, record_of
 from .find import FoldCandidate, find_candidates
 
 

@@ -34,7 +34,7 @@ from ...codes import Code
 from ...config import Options
 from ...graph import affine, layers, uses
 from ...graph.layers import Layer, numel_of, tensor_of
-from ..decisions import Row, denied, first_refusal
+from ..base import Row, denied, first_refusal
 from .find import Candidate, find_candidates
 from .match import Match, match_sums, weight_gradients
 

@@ -17,7 +17,7 @@ from ...graph import layers, uses
 from ...graph.layers import Layer, bytes_of, numel_of, same_shape
 from ...graph.provenance import name_of
 from ...records import Record
-from ..decisions import record_of
+from ..base import record_of
 from .decide import Decision
 
 aten = torch.ops.aten

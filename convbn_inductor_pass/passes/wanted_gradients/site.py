@@ -16,7 +16,7 @@ from ...graph.layers import is_cast
 from ...graph.provenance import provenance_of
 from ...graph.uses import backward_of, is_move, is_recomputed, reachable, users_of
 from ...records import Kind, Record
-from ..decisions import denied, record_of
+from ..base import denied, record_of
 
 aten = torch.ops.aten
 
