@@ -2,6 +2,7 @@
 
 from torch import fx
 
+from ...config import get_options
 from ..base import Outcome, Pass
 
 
@@ -14,7 +15,6 @@ class ScaleGradientPass(Pass):
 
     def run(self, graph: fx.Graph) -> Outcome:
         # Here, because registering must not load a compiler.
-        from ...config import get_options
         from .decide import decide
         from .records import account
         from .rewrite import apply

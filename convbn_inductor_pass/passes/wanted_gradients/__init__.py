@@ -11,6 +11,7 @@ The last one, :mod:`bits`, sees what the partitioner has decided to save, and pa
 
 from torch import fx
 
+from ...config import get_options
 from ...records import Record
 from ..base import Outcome, Pass
 
@@ -23,7 +24,6 @@ class WantedGradientsPass(Pass):
 
     def run(self, graph: fx.Graph) -> Outcome:
         # Here, because registering must not load a compiler.
-        from ...config import get_options
         from . import activations, pooling, shapes
         from .site import JointGraph, apply, record, unless_denied
 
@@ -45,10 +45,9 @@ class MaskBitsPass(Pass):
     hook = "custom_partitioner_fn"
 
     def run(self, graph: fx.Graph, backward: fx.Graph) -> Outcome:
-        from ...config import get_options
         from .bits import find_masks, pack
         from .site import record, unless_denied
 
-        found = find_masks(graph, backward, get_options())
+        found = find_masks(graph, backward)
         sites = [unless_denied(site, get_options()) for site in found]
         return Outcome(pack(sites, graph, backward), tuple(map(record, sites)))

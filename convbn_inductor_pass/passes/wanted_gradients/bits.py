@@ -23,7 +23,6 @@ import torch
 from torch import fx
 
 from ...codes import Code
-from ...config import Options
 from ...graph.builder import Builder
 from ...graph.layers import numel_of, value_of
 from ...graph.provenance import provenance_of
@@ -36,26 +35,18 @@ _NO_VERSION_CHECK = "saved_tensor_with_no_vc_check"  # AOTAutograd counts what h
 _LEAST_ELEMENTS = 1 << 12  # below, the saving is less than what an allocation rounds up to
 
 
-def find_masks(forward: fx.Graph, backward: fx.Graph, options: Options) -> list[Site]:
+def find_masks(forward: fx.Graph, backward: fx.Graph) -> list[Site]:
     """Masks that the forward saves for the backward."""
     saved = {n.name for n in backward.find_nodes(op="placeholder") if n.users}
     (output,) = forward.find_nodes(op="output")
-    returned = collections.Counter(output.args[0])
-    return [
-        _site(node, options)
-        for node in output.all_input_nodes
-        if node.op == "call_function" and node.name in saved and returned[node] == 1
-        if numel_of(node) >= _LEAST_ELEMENTS and value_of(node).dtype == torch.bool
-    ]
-
-
-def _site(mask: fx.Node, options: Options) -> Site:
-    code, detail = Code.MASK_AS_BITS, ""
-    if not options.bit_masks:
-        code, detail = Code.DENIED, "bit_masks=False"
-    elif _split_of(mask) is None:
-        code = Code.NOT_DIVISIBLE
-    return Site("mask", mask, code, detail, numel_of(mask) * 7 // 8, (mask,))
+    returned, sites = collections.Counter(output.args[0]), []
+    for node in output.all_input_nodes:
+        if node.op == "call_function" and node.name in saved and returned[node] == 1:
+            size = numel_of(node)
+            if size >= _LEAST_ELEMENTS and value_of(node).dtype == torch.bool:
+                code = Code.MASK_AS_BITS if _split_of(node) else Code.NOT_DIVISIBLE
+                sites.append(Site("mask", node, code, nbytes=size * 7 // 8, calls=(node,)))
+    return sites
 
 
 def _split_of(mask: fx.Node) -> tuple[int, int] | None:

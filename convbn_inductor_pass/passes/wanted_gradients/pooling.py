@@ -15,7 +15,6 @@ anyway, so that its mask is recomputed.
 import itertools
 import math
 import operator
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -125,9 +124,7 @@ def _is_zero(node: Any) -> bool:
     return value == 0 and math.copysign(1, value) > 0
 
 
-def _in_same_order(
-    node: Any, is_cast: Callable[[fx.Node], bool] = lambda node: False
-) -> list[fx.Node]:
+def _in_same_order(node: Any, is_cast: Any = lambda node: False) -> list[fx.Node]:
     """``node`` last, before it what it holds the elements of in the same order, less casts."""
     path = [node]
     while path[0].target in _SAME_ORDER or is_cast(path[0]):

@@ -110,9 +110,11 @@ def _is_of_frozen_layer(node: fx.Node) -> bool:
 
 
 def unless_denied(site: Site, options: Options) -> Site:
-    """``site``, denied if the options leave out its modules."""
-    paths = denied(options, site.node, *site.calls)
-    return site if paths is None else site._replace(code=Code.DENIED, detail=paths)
+    """``site``, denied if the options leave out its modules, or masks."""
+    by = denied(options, site.node, *site.calls)
+    if by is None and site.kind == "mask" and not options.bit_masks:
+        by = "bit_masks=False"
+    return site if by is None else site._replace(code=Code.DENIED, detail=by)
 
 
 def apply(
