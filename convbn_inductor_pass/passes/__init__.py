@@ -2,7 +2,6 @@
 
 from .base import Pass
 from .batched_weights import BatchedWeightsPass
-from .cpu_codegen import CpuCodegenPass
 from .decision_log import DecisionLogPass
 from .forward_folding import ForwardFoldingPass
 from .repeated_casts import RepeatedCastsPass
@@ -16,6 +15,5 @@ PASSES: tuple[Pass, ...] = (
     ForwardFoldingPass(),
     BatchedWeightsPass(),
     RepeatedCastsPass(),
-    CpuCodegenPass(),
     DecisionLogPass(),
 )

@@ -48,7 +48,9 @@ class BatchedWeightsPass(Pass):
     hook = "post_grad_custom_pre_pass"
 
     def run(self, graph: fx.Graph) -> Outcome:
-        from .._torch import inductor  # here, because registering must not load a compiler
+        # Here, because registering must not load a compiler.
+        from .._torch import inductor
+        from ..graph.builder import Builder
 
         ready = _computed_from_inputs(graph)
         lists: dict[Any, list[list[fx.Node]]] = {}  # for each key, the last one is open
@@ -65,8 +67,9 @@ class BatchedWeightsPass(Pass):
             found[-1].append(node)
         wanted = [nodes for found in lists.values() for nodes in found if len(nodes) > 1]
         channels_last = bool(wanted) and inductor.makes_channels_last(graph)
-        for nodes in wanted:
-            _batch(nodes, graph, channels_last)
+        with Builder(graph) as build:
+            for nodes in wanted:
+                _batch(nodes, build, channels_last)
         return Outcome(sum(map(len, wanted)))
 
 
@@ -113,16 +116,15 @@ def _keeps_values(node: fx.Node) -> bool:
     return node.target is inductor.force_stride_order or compat.is_view(node.target)
 
 
-def _batch(nodes: list[fx.Node], graph: fx.Graph, channels_last: bool) -> None:
+def _batch(nodes: list[fx.Node], build: Any, channels_last: bool) -> None:
     """One call in the place of the first of ``nodes``, after what the others need."""
     from .._torch import inductor
-    from ..graph.builder import Builder
 
     first, needed = min(nodes), set[fx.Node]().union(*map(_sources, nodes))
     for node in sorted(n for n in needed if n > first):
         first.prepend(node)
     left, right = zip(*(node.args for node in nodes), strict=True)
-    with Builder(graph) as build, graph.inserting_before(first):
+    with build.graph.inserting_before(first):
         build.meta = first.meta
         made = build.call(_LISTS[first.target], [*left], [*right])
         for i, node in enumerate(nodes):
@@ -134,6 +136,6 @@ def _batch(nodes: list[fx.Node], graph: fx.Graph, channels_last: bool) -> None:
                 # As convolutions need it: else a cast in between is a separate kernel.
                 value = torch.empty_like(value, memory_format=torch.channels_last)
                 strides = [*value.stride()]
-                part = graph.call_function(inductor.force_stride_order, (part, strides))
+                part = build.graph.call_function(inductor.force_stride_order, (part, strides))
                 part.meta = {**node.meta, "val": value}
             build.replace(node, part)

@@ -51,7 +51,7 @@ def find_sites(joint: JointGraph) -> list[Site]:
 
 def _is_saved(joint: JointGraph, node: fx.Node) -> bool:
     """Whether a tensor is an output, or saved for calls that do not read its shape alone."""
-    if is_saved(node, joint.backward - joint.shape_readers):
+    if is_saved(node, joint.element_readers):
         return True
     if not joint.reads(node):
         return False

@@ -72,6 +72,10 @@ class JointGraph:
         """Calls of the backward that read a tensor's shape alone: that of their second argument."""
         return {n for n in self.backward if n.target in READ_THE_SHAPE or _is_of_frozen_layer(n)}
 
+    @functools.cached_property
+    def element_readers(self) -> set[fx.Node]:
+        return self.backward - self.shape_readers
+
     def reads(self, node: fx.Node, besides: Collection[fx.Node] = ()) -> bool:
         """Whether calls that the forward does not need take ``node``, a view or a cast of it.
 

@@ -10,7 +10,7 @@ from passes.wanted_gradients.wanted import check_bits, codes, compare
 from torch import nn
 
 from convbn_inductor_pass import Code, explain, options, testing
-from convbn_inductor_pass.passes.wanted_gradients.shapes import READ_THE_SHAPE
+from convbn_inductor_pass.passes.wanted_gradients.site import READ_THE_SHAPE
 
 SHAPE_ONLY = ("shape", Code.SHAPE_ONLY)
 CONVS = {
