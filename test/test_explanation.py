@@ -78,6 +78,14 @@ class TestExplain:
         assert [r.code for r in found.records] == [r.code for r in expected.records]
         assert {r.code for r in found.batch_norms} == {cbn.Code.LAYER_FROZEN}
 
+    def test_patterns_name_a_compiled_models_parameters_like_the_models(self):
+        model, x = Residual(), torch.randn(2, 3, 16, 16)
+        expected, found = (
+            cbn.explain(m, x, freeze=["stem.*"]) for m in (model, torch.compile(model))
+        )
+        assert found.saved_bytes == expected.saved_bytes
+        assert expected.saved_bytes != cbn.explain(model, x).saved_bytes
+
     @pytest.mark.parametrize(
         ("call", "error", "message"),
         [

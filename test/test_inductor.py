@@ -65,6 +65,23 @@ def test_bits_and_gradients(device, fmt):
     assert counters["inductor"]["efficient_conv_bn_eval"] == 4
 
 
+def test_bits_of_a_batch_norm_written_by_hand():
+    """In a loop of its own, with 31 elements, a power may have other bits."""
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(3, 31, 3, padding=1), torch.randn(4, 3, 33, 31)
+    gamma, beta = (nn.Parameter(torch.randn(31, 1, 1)) for _ in range(2))
+    mean, var = torch.randn(31, 1, 1), torch.rand(31, 1, 1) + 0.1
+
+    def fn(x):
+        return F.relu((conv(x) - mean) * (var + 1e-5) ** -0.5 * gamma + beta)
+
+    results = []
+    for flag in (False, True):
+        with testing.fresh_compile(flag=flag):
+            results.append(torch.compile(fn)(x).detach())
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_trains_like_eval_mode(device):
     """The same losses, step after step, with momentum and weight decay."""

@@ -76,6 +76,24 @@ class TestHelpers:
         compiled(self.x[:, :, 1:])
         assert len(graphs) == 4
 
+    def test_fresh_compile_leaves_no_code_if_its_block_fails(self):
+        compiled = []
+
+        def backend(gm, inputs):
+            compiled.append(gm)
+            return gm.forward
+
+        fn = torch.compile(lambda x: x.sin(), backend=backend)
+
+        def compile_and_fail():
+            fn(self.x)
+            raise KeyError
+
+        with pytest.raises(KeyError), testing.fresh_compile():
+            compile_and_fail()
+        fn(self.x)
+        assert len(compiled) == 2
+
     def test_assert_saved_at_most(self):
         nbytes = saved_for_backward(Residual(), self.x).all_bytes
         testing.assert_saved_at_most(Residual(), self.x, nbytes=nbytes)

@@ -10,7 +10,7 @@ from eager_helpers import codes
 from eager_models import conv_bn
 from torch import nn
 
-from convbn_inductor_pass import Code, freeze_batch_norms, turn_off, turn_on
+from convbn_inductor_pass import Code, decisions, freeze_batch_norms, turn_off, turn_on
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -37,6 +37,18 @@ def test_turn_off_restores_everything(mode, wrapped):
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     assert "_convbn_mode" not in vars(model)
     assert torch.equal(model(x), expected)
+
+
+def test_names_of_a_compiled_model_are_the_models():
+    model = Residual()
+    compiled = torch.compile(model, backend="eager")
+    turn_on(compiled)
+    model(torch.randn(2, 3, 8, 8))
+    found = decisions(compiled)
+    assert found == decisions(model)
+    assert {r.batch_norm for r in found} <= {n for n, _ in model.named_modules()}
+    # They have no source line, and do not print one.
+    assert not any(str(r).endswith(("()", " ")) for r in found)
 
 
 def test_modes_set_the_batch_norms_only():
