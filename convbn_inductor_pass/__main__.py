@@ -52,19 +52,12 @@ def _shape(text: str) -> torch.Size:
     return torch.Size(int(size) for size in text.split("x"))
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+@_app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, Option("--version", help="print it")] = False) -> None:
+    """What the passes do to a model."""
+    if version:
         print(__version__)
         raise Exit
-
-
-@_app.callback(help="What the passes do to a model.")
-def _options(
-    version: Annotated[
-        bool,
-        Option("--version", callback=_print_version, is_eager=True, help="print the version"),
-    ] = False,
-) -> None: ...
 
 
 @_app.command("explain")
@@ -80,12 +73,8 @@ def _explain(
         ),
     ],
     dtype: Annotated[_Dtype, Option(help="of the model and its inputs")] = _Dtype.float32,
-    dynamic: Annotated[
-        bool, Option("--dynamic", help="as torch.compile(dynamic=True): symbolic sizes")
-    ] = False,
-    autocast: Annotated[
-        _Half | None, Option(help="run the model under autocast in this dtype")
-    ] = None,
+    dynamic: Annotated[bool, Option("--dynamic", help="symbolic sizes, as dynamic=True")] = False,
+    autocast: Annotated[_Half | None, Option(help="run under autocast in this dtype")] = None,
     channels_last: Annotated[
         bool, Option("--channels-last", help="make model and 4-d inputs channels-last")
     ] = False,
@@ -93,9 +82,7 @@ def _explain(
         list[str] | None,
         Option(metavar="PATTERN", help="freeze parameters, such as 'layer1.*'; may be repeated"),
     ] = None,
-    train_bn: Annotated[
-        bool, Option("--train-bn", help="train batch norms, whatever is frozen")
-    ] = False,
+    train_bn: Annotated[bool, Option("--train-bn", help="train batch norms in any case")] = False,
     png: Annotated[
         str | None,
         Option(metavar="FILE", help="draw what each part of the model saves for backward"),
