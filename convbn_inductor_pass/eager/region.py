@@ -1,24 +1,17 @@
-"""Tune mode for the layers and batch norms of a forward, while it runs.
+"""Tune mode for the layers and batch norms of a forward, while it runs (docs/eager.md).
 
-In it layers run in :func:`conv_bn.layer`, and a batch norm after one runs as
-:func:`conv_bn.batch_norm`, which does not save its input. Every tensor is a real one, computed when
-eval mode computes it.
+In it layers run in :func:`conv_bn.layer`, and a batch norm after one as :func:`conv_bn.batch_norm`,
+which does not save its input. Every tensor is a real one, computed when eval mode computes it.
 
 Other uses of a layer's output are correct, too, but cost a second weight gradient. So a region
 watches outputs. If one is used before its batch norm, the pair runs as written. If, in the previous
 forward, one was used after its batch norm, stored, or reached no batch norm, the layer runs as
-written this time and is watched again.
+written this time and is watched again. So are the outputs of ReLUs, which may be saved for them
+alone once nothing is saved only for its shape (:mod:`functional.saved`): then a mask is enough.
 
-No activation is saved only for its shape (:mod:`functional.saved`). A ReLU's output may then be
-saved for the ReLU alone; it saves a mask instead if nothing else saved the output in the previous
-forward or, in the first forward, if the model trains no convolution.
-
-A region steps aside
-
-* under ``torch.compile``, ``torch.export`` and ``torch.jit``: the compiled pass does the work;
-* inside torch.func and forward-mode differentiation: everything runs as written;
-* where the saved-tensor hooks change within it: ``torch.utils.checkpoint`` counts what is saved,
-  and would not find the region when it recomputes. Nor is anything learned under such hooks.
+A region steps aside where it is compiled or traced, in torch.func and forward-mode differentiation,
+and where the saved-tensor hooks change within it: ``torch.utils.checkpoint`` counts what is saved,
+and would not find the region when it recomputes. Nor is anything learned under such hooks.
 """
 
 import contextlib
