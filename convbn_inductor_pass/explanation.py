@@ -27,11 +27,9 @@ _MODES: tuple[Mode, ...] = ("eval", "tune", "deploy")
 class Explanation:
     """Decisions about a model's batch norms, other scales and layers; bytes saved for backward.
 
-    Attributes:
-        records: one per decision, in the order of execution; see ``Record.kind``.
-        saved: by mode ("eval", "tune", "deploy"), the new tensors saved for backward.
-
-    ``str(explanation)`` is a readable table, :meth:`to_dict` is for programs.
+    ``records`` has one per decision, in the order of execution (see ``Record.kind``), ``saved`` by
+    mode ("eval", "tune", "deploy") the new tensors saved for backward. ``str(explanation)`` is a
+    readable table, :meth:`to_dict` is for programs.
     """
 
     records: tuple[Record, ...]
@@ -114,9 +112,8 @@ def explain(
 ) -> Explanation:
     """What the passes would do if the model were compiled, and how many bytes that saves.
 
-    The flag need not be set and nothing is compiled or run: the model is traced on fake
-    tensors, so inputs may be made under ``FakeTensorMode`` for batches that do not fit in this
-    machine's memory. Compile caches are neither read nor written.
+    The flag need not be set, nothing is compiled or run, and no compile cache is used: the model is
+    traced on fake tensors. So inputs may be made under ``FakeTensorMode``, of any size.
 
     Args:
         model: a module or function, in the mode (eval, requires_grad) in which it will be used.
@@ -153,7 +150,7 @@ def explain(
     if channels_last:
         inputs, keywords = pytree.tree_map_only(Tensor, _in_channels_last, (inputs, keywords))
     records: list[Record] = []
-    total = {mode: SavedForBackward((), graphs=0) for mode in _MODES}
+    total: dict[str, SavedForBackward] = dict.fromkeys(_MODES, SavedForBackward((), graphs=0))
     taken: set[int] = set()  # ids of the tensors that graphs take
 
     def on_graph(gm: fx.GraphModule, inputs: list[Any]) -> None:
@@ -161,9 +158,13 @@ def explain(
         of_scales = saved_by_graph(gm, inputs, "scale_gradient", found.extend)
         saved = {mode: saved_by_graph(gm, inputs, mode, found.extend) for mode in _MODES}
         # Only now, because Dynamo may give up on a graph above and trace again (dynamic floats).
-        records.extend(_with_bytes(found, saved["eval"], of_scales))
         for mode in _MODES:
             total[mode] += saved[mode]
+        for name, record in found:
+            if name and record.code.rewritten:
+                less = saved["eval"].bytes_after(name) - of_scales.bytes_after(name)
+                record = dataclasses.replace(record, bytes_saved=less)
+            records.append(record)
 
     def on_call(gm: fx.GraphModule, args: tuple[Any, ...]) -> None:
         taken.update(map(id, (*args, *gm.parameters(), *gm.buffers())))
@@ -188,7 +189,7 @@ def explain(
             line = raised.group(1) if raised else str(error).strip().partition("\n")[0]
             raise ValueError(f"the model does not run on these inputs: {line}") from error
     records += _not_compiled(model, taken)
-    return Explanation(tuple(records), {str(m): s for m, s in total.items()})
+    return Explanation(tuple(records), total)
 
 
 def _not_compiled(model: Callable[..., Any], taken: set[int]) -> list[Record]:
@@ -239,15 +240,3 @@ def _in_channels_last(t: Tensor) -> Tensor:
     if t.dim() != 4:
         return t
     return t.detach().contiguous(memory_format=torch.channels_last).requires_grad_(t.requires_grad)
-
-
-def _with_bytes(
-    found: list[NamedRecord], before: SavedForBackward, after: SavedForBackward
-) -> list[Record]:
-    """The records, with how many bytes less the partitioner actually saves after each layer."""
-    return [
-        dataclasses.replace(record, bytes_saved=before.bytes_after(name) - after.bytes_after(name))
-        if name and record.code.rewritten
-        else record
-        for name, record in found
-    ]

@@ -1,9 +1,8 @@
 """Bytes that a compiled model saves for backward, exactly, and without running it.
 
-The model is traced by Dynamo on fake tensors and goes through Inductor up to where code would
-be generated: pre-grad passes, AOTAutograd, joint passes, the min-cut partitioner. What the
-partitioned forward hands to the backward is then read off the graph. No input is allocated,
-so a batch may be larger than this machine's memory.
+The model is traced by Dynamo on fake tensors, which take no memory, and goes through Inductor up to
+where code would be generated: pre-grad passes, AOTAutograd, joint passes, the min-cut partitioner.
+What the partitioned forward hands to the backward is then read off the graph.
 
 *New* bytes are those that exist only because of backward: parameters, buffers, inputs of the
 graph and views of them are alive anyway and are not counted.
@@ -39,24 +38,16 @@ MODES: tuple[Mode, ...] = ("eval", "builtin", "tune", "deploy")
 
 @dataclasses.dataclass(frozen=True)
 class SavedTensor:
-    """One tensor saved for backward.
+    """One tensor saved for backward; where sizes are symbolic, ``nbytes`` is of the example."""
 
-    ``name`` is the node of the forward graph that makes it, ``shape`` may hold symbolic sizes
-    as strings, ``nbytes`` is its size in bytes (of the example, where sizes are symbolic), ``kind``
-    is "activation", "weight" (computed from parameters and buffers alone) or "mask" (bool, uint8);
-    ``layer`` is the node of the layer that it is computed from element by element, the nearest if
-    there are several, or ""; ``readers`` are the operators of the backward that take it, up to
-    views; ``module`` is the path of the module that makes it, "" if unknown.
-    """
-
-    name: str
-    shape: tuple[int | str, ...]
+    name: str  # of the node of the forward graph that makes it
+    shape: tuple[int | str, ...]  # symbolic sizes as strings
     dtype: str
     nbytes: int
-    kind: Kind
-    layer: str = ""
-    readers: tuple[str, ...] = ()
-    module: str = ""
+    kind: Kind  # "weight": computed from parameters and buffers alone; "mask": bool, uint8
+    layer: str = ""  # node of the nearest layer that it is computed from, element by element
+    readers: tuple[str, ...] = ()  # operators of the backward that take it, up to views
+    module: str = ""  # path of the module that makes it, if known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +110,9 @@ def saved_for_backward(
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    total = SavedForBackward((), graphs=0)
-
-    def on_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> None:
-        nonlocal total
-        total = total + saved_by_graph(gm, example_inputs, mode)
-
-    trace(fn, inputs, on_graph, dynamic=dynamic)
-    return total
+    made: list[SavedForBackward] = []
+    trace(fn, inputs, lambda gm, args: made.append(saved_by_graph(gm, args, mode)), dynamic=dynamic)
+    return sum(made, SavedForBackward((), graphs=0))
 
 
 def saved_by_graph(
@@ -138,9 +124,7 @@ def saved_by_graph(
     """What one Dynamo graph saves for backward in ``mode``; ``gm`` is left as it is.
 
     Mode "scale_gradient" is "tune" without wanted gradients. There ``report`` gets the records of
-    that pass; in mode "tune" those of the others.
-
-    Call it inside a Dynamo backend, whose tracing context it needs.
+    that pass; in mode "tune" those of the others. Needs the tracing context of a Dynamo backend.
     """
     graphs: dict[bool, fx.GraphModule] = {}
     static_inputs: set[int] = set()

@@ -1,18 +1,7 @@
-"""Helpers for the tests of this package and for the CI of its users.
+"""Helpers for the tests of this package and for the CI of its users: see docs/testing.md.
 
-A model's CI can check what the pass does to it::
-
-    from convbn_inductor_pass import Code, testing
-
-    def test_tune_mode():
-        model = my_model().eval()
-        testing.assert_fused(model, batch, count=53)
-        testing.assert_none_left(model, batch, except_codes=[Code.NOT_AFTER_LAYER])
-        testing.assert_saved_like_deploy(model, batch)
-        testing.assert_numerics(model, batch)
-
-None of these generates code: models are traced by Dynamo, go through the pass, and, where
-values are needed, AOTAutograd runs the graphs eagerly (:func:`fast_backend`).
+No assertion generates code: models are traced by Dynamo, go through the pass, and, where values are
+needed, AOTAutograd runs the graphs eagerly (:func:`fast_backend`).
 """
 
 import contextlib
@@ -136,36 +125,34 @@ def assert_numerics(
 ) -> dict[str, tuple[float, float]]:
     """Check forward and gradients of tune mode against float64 and against eval mode.
 
-    The tolerance is not a constant: each gradient's error against a float64 run of the model
-    in eval mode may be at most ``factor`` times the largest error that eval mode itself makes
-    in a gradient under the same compiler, plus a rounding band of 8 units in the last place
-    of its dtype. (The largest, because tune mode computes a batch norm weight's gradient from
-    the layer's weight gradient and the batch norm bias's, with their rounding.) A gradient that is
-    zero but for rounding, where eval mode's error is half of it or more, counts for itself alone.
-    Both modes must compute the same: no dropout in training mode.
+    The tolerance is not a constant: each gradient's error against a float64 run of eval mode may be
+    at most ``factor`` times the largest error that eval mode itself makes in a gradient under the
+    same compiler, plus 8 units in the last place of its dtype. (The largest, because tune mode
+    computes a batch norm weight's gradient from the layer's weight gradient and the batch norm
+    bias's, with their rounding.) A gradient that is zero but for rounding, where eval mode's error
+    is half of it or more, counts for itself alone. Both modes must compute the same: no dropout.
 
     Args:
-        model: a module whose parameters and inputs are float32 or narrower.
-        inputs: its inputs, real tensors.
+        model: a module whose parameters are float32 or narrower.
+        inputs: its inputs, real tensors, float32 or narrower.
         factor: see above.
         backend: a backend factory like :func:`fast_backend`, which is the default.
         bits: also require that the outputs are bitwise identical to eval mode.
 
     Returns:
-        By output and gradient name: (error of tune mode, error of eval mode), both relative
-        to the largest element of the reference.
+        By output and gradient name, errors relative to the reference's largest element: (tune
+        mode's, eval mode's).
 
     Raises:
         AssertionError: an error is too large, a gradient is missing or has another dtype.
     """
-    make_backend = fast_backend if backend is None else backend
     reference = copy.deepcopy(model).double()
     doubles = pytree.tree_map_only(Tensor, _as_double, inputs)
     exact = _named(*outputs_and_gradients(reference, dict(reference.named_parameters()), doubles))
     runs = []
     for fuse in (False, True):
         torch._dynamo.reset()
-        compiled = torch.compile(model, backend=make_backend(fuse=fuse))
+        compiled = torch.compile(model, backend=(backend or fast_backend)(fuse=fuse))
         runs.append(outputs_and_gradients(compiled, dict(model.named_parameters()), inputs))
     torch._dynamo.reset()
     (eval_outputs, eval_gradients), (outputs, gradients) = runs
