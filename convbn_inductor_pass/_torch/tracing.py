@@ -75,8 +75,7 @@ def trace(
     fake_mode = next((t.fake_mode for t in fakes), FakeTensorMode())
 
     def fake(t: Tensor) -> Tensor:
-        is_fake = isinstance(t, FakeTensor)
-        return t if is_fake else fake_mode.from_tensor(t, static_shapes=True)
+        return t if isinstance(t, FakeTensor) else fake_mode.from_tensor(t, static_shapes=True)
 
     fake_inputs = pytree.tree_map_only(Tensor, fake, (inputs, dict(keywords or {})))
     settings = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
@@ -176,32 +175,24 @@ def _values(container: Any) -> Any:
 
 
 def _ids(container: Any) -> list[int]:
-    keys = container if isinstance(container, dict) else ()
-    return [*map(id, keys), *map(id, _values(container))]
+    return [*map(id, container), *map(id, _values(container))]
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     """Copy of a graph module and of the graph modules in it; parameters are shared."""
     graph = copy.deepcopy(gm.graph)
-    for node, node_copy in zip(gm.graph.nodes, graph.nodes, strict=True):
-        _copy_dynamo_source(node, node_copy)
     # Compiled when it is called: PyTorch's own efficient_conv_bn_eval puts a builtin function among
     # a node's arguments, which does not print as Python.
     with _use_lazy_graph_module(True):
         new = _make_graph_module(gm, graph)
-    _copy_dynamo_source(gm, new)
     new.meta = dict(gm.meta)
+    # These tell AOTAutograd that a graph is Dynamo's and which inputs are parameters. Without them
+    # parameters count as activations, and the partitioner's choice differs.
+    for old, made in zip((gm, *gm.graph.nodes), (new, *graph.nodes), strict=True):
+        for name in ("_dynamo_source", "_param_name_to_source"):
+            if hasattr(old, name):
+                setattr(made, name, getattr(old, name))
     for name, child in gm.named_children():
         if isinstance(child, fx.GraphModule):
             setattr(new, name, copy_graph_module(child))
     return new
-
-
-def _copy_dynamo_source(old: Any, new: Any) -> None:
-    """Copy what tells AOTAutograd that a graph is Dynamo's and which inputs are parameters.
-
-    Without it parameters count as activations, and the partitioner's choice differs.
-    """
-    for name in ("_dynamo_source", "_param_name_to_source"):
-        if hasattr(old, name):
-            setattr(new, name, getattr(old, name))
