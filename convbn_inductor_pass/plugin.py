@@ -23,7 +23,6 @@ from .records import PassFailedWarning
 
 _CONFIG = "torch._inductor.config"
 _PASSES = f"{__package__}.passes"
-_PRE_GRAD = "torch._inductor.fx_passes.pre_grad"
 
 
 class _State:
@@ -159,6 +158,6 @@ def _around_freezing(graph: Any, builtin: Callable[[Any], int], theirs: Any) -> 
 
 
 _WRAPPED = (
-    (_PRE_GRAD, "efficient_conv_bn_eval_pass", _instead_of_builtin),
+    ("torch._inductor.fx_passes.pre_grad", "efficient_conv_bn_eval_pass", _instead_of_builtin),
     ("torch._inductor.fx_passes.freezing_patterns", "binary_folding_pass", _around_freezing),
 )

@@ -38,22 +38,22 @@ class Record:
         kind: "batch norm" for each call of one; "scale" for a layer whose output backward would sum
             over for the gradient of other scales; "shape", "activation", "pooling" and "mask" for a
             tensor that a rule of ``passes.wanted_gradients`` covers; "layer" in forward folding.
-        code: what was decided.
-        detail: the nodes concerned, "" if there is nothing to add.
+        code, detail: what was decided, and the nodes concerned.
         layer: module path of the convolution or linear layer, or of what computes the tensor, or
-            the node's name; "" if none.
-        batch_norm: module path of the batch norm, or its node's name; "" for other kinds.
-        source: file and line of the user's call, "" if unknown.
-        output_shape: shape of the layer's output, or of the tensor; symbolic sizes as strings.
-        output_bytes: its size in bytes; where sizes are symbolic, of the example.
-        bytes_saved: bytes not saved for backward because of this decision; 0 if not rewritten.
-            While compiling, the size of the layer's output, whatever the partitioner saves
-            instead; from ``explain``, how much less the partitioner actually saves.
-        epilogue: forward folding: what the layer's kernel also computes: "relu", "add+relu", ...
-        kernel: forward folding: what computes the layer if it is folded, "cudnn", "onednn" or
-            "aten".
-        bytes_exact, bytes_folded: forward folding: bytes moved as written and folded, besides the
-            layer's own input and output, by estimate.
+            the node's name.
+        batch_norm: the same of the batch norm.
+        source: file and line of the user's call.
+        output_shape, output_bytes: of the layer's output, or of the tensor: symbolic sizes are
+            strings, bytes the example's.
+        bytes_saved: bytes not saved for backward because of this decision. While compiling, the
+            size of the layer's output, whatever the partitioner saves instead; from ``explain``,
+            how much less the partitioner actually saves.
+        epilogue: what the folded layer's kernel also computes: "relu", "add+relu", ...
+        kernel: "cudnn", "onednn" or "aten": what computes the layer if it is folded.
+        bytes_exact, bytes_folded: bytes moved as written and folded, besides the layer's own input
+            and output, by estimate.
+
+    What is unknown, or concerns other kinds, is "" or 0; the last four are of forward folding.
     """
 
     pass_name: str

@@ -20,7 +20,7 @@ def as_text(explanation: "Explanation") -> str:
     """Tables of the decisions, and the bytes of each mode."""
     text = io.StringIO()
     console = Console(file=text, width=120, markup=False)
-    for title, kinds, columns in _TABLES:
+    for title, (kinds, columns) in _TABLES.items():
         found = [r for r in explanation.records if r.kind in kinds]
         table = Table(title=title, title_justify="left")
         for name in columns:
@@ -137,26 +137,22 @@ _WANTED: dict[Kind, str] = {
     "pooling": "mask before pooling",
     "mask": "mask as bits",
 }
-# Title, kinds of records, columns.
-_TABLES: tuple[tuple[str, Collection[str], tuple[str, ...]], ...] = (
-    (
-        "Batch norms and the layers before them",
+# By title: kinds of records, and columns.
+_TABLES: dict[str, tuple[Collection[str], tuple[str, ...]]] = {
+    "Batch norms and the layers before them": (
         ["batch norm"],
         ("layer", "batch norm", "layer's output", "bytes", "bytes not saved", "decision"),
     ),
-    (
-        "Other trained scales, by the layers before them",
+    "Other trained scales, by the layers before them": (
         ["scale"],
         ("layer", "layer's output", "bytes", "bytes not saved", "decision"),
     ),
-    (
-        "Wanted gradients: tensors that backward does not need",
+    "Wanted gradients: tensors that backward does not need": (
         _WANTED,
         ("module", "rule", "tensor", "bytes not saved", "decision"),
     ),
-    (
-        "Forward folding: layers and their epilogues",
+    "Forward folding: layers and their epilogues": (
         ["layer"],
         ("layer", "epilogue", "bytes as written", "bytes folded", "decision"),
     ),
-)
+}
