@@ -8,21 +8,20 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 
 
-def in_functional_transform() -> bool:
-    """Whether torch.func or forward-mode automatic differentiation is at work here."""
+def runs_as_written() -> bool:
+    """Whether the context of a call does not need, or does not allow, functions of our own."""
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+        torch._C._functorch.peek_interpreter_stack() is not None  # in torch.func
+        or forward_ad._current_level >= 0
+        or torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None
+        or torch.is_inference_mode_enabled()
+        or torch.jit.is_tracing()
     )
 
 
 def saved_tensors_hooks() -> tuple[Any, Any] | None:
     """The innermost ``torch.autograd.graph.saved_tensors_hooks``; checkpoint uses them, too."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-def saved_tensors_hooks_disabled() -> bool:
-    """Whether adding hooks is an error here."""
-    return torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None
 
 
 def backward_pass() -> int:

@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._torch import eager as torch_eager
-
 LAYERS = {
     *(torch.conv1d, torch.conv2d, torch.conv3d),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
@@ -71,9 +69,3 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
-
-
-def runs_as_written() -> bool:
-    """Whether the context of a call does not need, or does not allow, functions of our own."""
-    no_hooks = torch_eager.in_functional_transform() or torch_eager.saved_tensors_hooks_disabled()
-    return no_hooks or torch.is_inference_mode_enabled() or torch.jit.is_tracing()

@@ -93,7 +93,7 @@ class Region(TorchFunctionMode):
         return any(p.ndim > 2 and p.requires_grad for p in parameters)
 
     def _aside(self) -> bool:
-        return calls.runs_as_written() or torch_eager.saved_tensors_hooks() != self.hooks
+        return torch_eager.runs_as_written() or torch_eager.saved_tensors_hooks() != self.hooks
 
     def _count(self, tensor: Any) -> tuple[int, int]:
         """Which call with this tensor this is."""
@@ -143,7 +143,7 @@ class Region(TorchFunctionMode):
 
     def _batch_norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bn = calls.BatchNormCall(*args, **kwargs)
-        if calls.runs_as_written() or not isinstance(bn.input, torch.Tensor):
+        if torch_eager.runs_as_written() or not isinstance(bn.input, torch.Tensor):
             return func(*args, **kwargs)
         # FSDP hands on views of a unit's inputs.
         taken = self._event_of(bn.input) or self._event_of(bn.input._base)
