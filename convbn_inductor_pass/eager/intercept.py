@@ -1,14 +1,13 @@
 """Forward hooks that open a region where a model runs, whatever its code looks like.
 
 They are on every module that contains a batch norm. The outermost one that is called opens a
-:class:`Region` that is active until its forward ends, in this thread. Hooks hold no module, so that
-models with them can be copied, pickled and replicated. A module *called* under
-``torch.utils.checkpoint`` opens a region of its own, in the forward and when it is recomputed.
+:class:`Region` until its forward ends, in this thread. One called under ``torch.utils.checkpoint``
+opens its own, in the forward and when it is recomputed. Hooks hold no module, so that models with
+them can be copied, pickled and replicated.
 """
 
 import dataclasses
 import sys
-import threading
 from typing import Any
 
 import torch
@@ -17,43 +16,29 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._torch import eager as torch_eager
 from .events import Ledger
-from .region import Region
-
-
-class _Regions(threading.local):
-    """Those that are open in this thread, each inside the one before it, which it pauses."""
-
-    def __init__(self) -> None:
-        self.open: list[Region] = []
-
-
-_regions = _Regions()
+from .region import Region, regions
 
 
 def open_region(region: Region) -> None:
     """Let a region run, in which hooks do not open another under the same saved-tensor hooks."""
-    if _regions.open:
-        _regions.open[-1].paused = True
-    _regions.open.append(region)
+    regions.open.append(region)
     region.__enter__()
 
 
 def close_region(outermost: Region, completed: bool) -> None:
     """End a region, and those that are still open in it."""
-    start = _regions.open.index(outermost)
-    for region in reversed(_regions.open[start:]):
+    start = regions.open.index(outermost)
+    for region in reversed(regions.open[start:]):
         # One that is not the innermost function mode stays, without harm.
         torch_eager.remove_function_mode(region)
         region.end(completed)
-    del _regions.open[start:]
-    if _regions.open:
-        _regions.open[-1].paused = False
+    del regions.open[start:]
 
 
 def forget_interrupted() -> None:
     """End regions whose forward a ``KeyboardInterrupt`` left, which skips forward hooks."""
-    if _regions.open:
-        close_region(_regions.open[0], completed=False)
+    if regions.open:
+        close_region(regions.open[0], completed=False)
 
 
 @dataclasses.dataclass(eq=False)
@@ -76,10 +61,10 @@ class Enter(Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
-        if _regions.open and _regions.open[0].module() in (module, None):
+        if regions.open and regions.open[0].module() in (module, None):
             forget_interrupted()  # or it calls itself; then its inner forward has the region
         hooks = torch_eager.saved_tensors_hooks()
-        if not _regions.open or _regions.open[-1].hooks != hooks:
+        if not regions.open or regions.open[-1].hooks != hooks:
             open_region(Region(self.ledger, module))
 
 
@@ -89,7 +74,7 @@ class Exit(Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        for region in reversed(_regions.open):
+        for region in reversed(regions.open):
             if region.module() is module:
                 # After an error the output is None, and this is called while that is handled.
                 failed = output is None and sys.exc_info()[1] is not region.handled

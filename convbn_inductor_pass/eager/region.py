@@ -17,6 +17,7 @@ and would not find the region when it recomputes. Nor is anything learned under 
 import contextlib
 import functools
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,16 @@ from .decide import decide
 from .events import Event, Ledger, nothing
 
 
+class _Regions(threading.local):
+    """Those that are open in this thread, each inside the one before it, which it pauses."""
+
+    def __init__(self) -> None:
+        self.open: list[Region] = []
+
+
+regions = _Regions()
+
+
 class Region(TorchFunctionMode):
     """Runs layers and batch norms so that the layer's output is not saved."""
 
@@ -43,7 +54,6 @@ class Region(TorchFunctionMode):
         self.hooks = torch_eager.saved_tensors_hooks()
         self.module = weakref.ref(module)
         self.handled = sys.exc_info()[1]  # an error that is being handled around the forward
-        self.paused = False  # while another region is open inside this one
         self.before: dict[Any, Event] = ledger.forwards.pop(module, {})
         self.events: dict[Any, Event] = {}
         ledger.forwards[module] = self.events  # the latest comes last
@@ -55,7 +65,7 @@ class Region(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        if self.paused:
+        if self not in regions.open[-1:]:  # another is open inside this one
             for t in calls.tensors_read(func, args, kwargs):
                 if (event := self._event_of(t)) is not None:
                     event.mark_used()
