@@ -11,7 +11,7 @@ graph and views of them are alive anyway and are not counted.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import fx
@@ -23,7 +23,7 @@ from .config import get_options
 from .deployed import merge_pairs
 from .graph import layers
 from .graph.provenance import module_path
-from .graph.uses import reachable, users_of
+from .graph.uses import depending_on, reachable, users_of
 from .passes.forward_folding.decide import decide_all
 from .passes.scale_gradient.decide import decide
 from .passes.scale_gradient.records import NamedRecord, account
@@ -33,7 +33,6 @@ from .records import Record
 
 Kind = Literal["activation", "weight", "mask"]
 Mode = Literal["eval", "builtin", "tune", "deploy"]
-MODES: tuple[Mode, ...] = ("eval", "builtin", "tune", "deploy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +107,8 @@ def saved_for_backward(
     Raises:
         ValueError: an unknown mode.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
     made: list[SavedForBackward] = []
     trace(fn, inputs, lambda gm, args: made.append(saved_by_graph(gm, args, mode)), dynamic=dynamic)
     return sum(made, SavedForBackward((), graphs=0))
@@ -131,9 +130,8 @@ def saved_by_graph(
     is_tune, is_builtin = mode == "tune", mode == "builtin"
 
     def stop_before_codegen(inner: fx.GraphModule, _inputs: Any, **kwargs: Any) -> Any:
-        is_backward = bool(kwargs.get("is_backward"))
-        graphs[is_backward] = inner
-        if not is_backward:
+        graphs[bool(kwargs.get("is_backward"))] = inner
+        if not kwargs.get("is_backward"):
             static_inputs.update(kwargs.get("static_input_idxs") or ())
         return inner
 
@@ -238,9 +236,6 @@ def _nearest_layer(node: fx.Node) -> str:
 def _computed_from_parameters(graph: fx.Graph, static_inputs: set[int]) -> set[fx.Node]:
     """Nodes of a partitioned forward that depend on parameters and buffers only."""
     inputs = graph.find_nodes(op="placeholder")
-    result = {n for i, n in enumerate(inputs) if i in static_inputs}
-    for node in graph.nodes:
-        sources = node.all_input_nodes if node.op == "call_function" else []
-        if sources and all(n in result for n in sources):
-            result.add(node)
-    return result
+    static = {n for i, n in enumerate(inputs) if i in static_inputs}
+    others = (n for n in graph.nodes if not n.all_input_nodes and n not in static)
+    return {*graph.nodes} - depending_on(others)
