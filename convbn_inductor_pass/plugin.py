@@ -1,12 +1,10 @@
 """Register the passes with Inductor, and unregister them.
 
 ``install``, called when the package is imported, adds our passes (``passes.PASSES``) to Inductor's
-hooks, after the passes already there, in every thread. Two of PyTorch's passes are wrapped: its own
-pass for the same flag does nothing, since it runs first and would take the pairs, and constant
-folding under freezing is blocked where it is wrong. ``uninstall`` removes our passes; the two stay
-wrapped, but run unchanged.
-
-None of this loads Inductor: it happens as soon as Inductor is imported (``_torch.on_import``).
+hooks, after the passes already there, in every thread, as soon as Inductor is imported. Two of
+PyTorch's passes are wrapped: its own pass for the same flag does nothing, since it runs first and
+would take the pairs, and constant folding under freezing is blocked where it is wrong. After
+``uninstall`` the two stay wrapped, but run unchanged.
 """
 
 import contextlib
@@ -23,10 +21,7 @@ from .records import PassFailedWarning
 
 _CONFIG = "torch._inductor.config"
 _PASSES = f"{__package__}.passes"
-
-
-class _State:
-    installed = False
+_installed = False
 
 
 def enable(**options: object) -> None:
@@ -63,7 +58,8 @@ def install() -> None:
 
     Call it again if other code has overwritten one of the hooks.
     """
-    _State.installed = True
+    global _installed
+    _installed = True
     when_imported(_PASSES, _set_passes)
     when_imported(_CONFIG, functools.partial(importlib.import_module, _PASSES))
     for module, name, ours in _WRAPPED:
@@ -72,14 +68,15 @@ def install() -> None:
 
 def uninstall() -> None:
     """Undo :func:`install`: other passes stay, and PyTorch's own pass runs again."""
-    _State.installed = False
+    global _installed
+    _installed = False
     if _PASSES in sys.modules:
         _set_passes()
 
 
 def is_installed() -> bool:
     """Whether Inductor will run the passes (given the flag) in this thread."""
-    return _State.installed and (_PASSES not in sys.modules or not _missing_hooks())
+    return _installed and (_PASSES not in sys.modules or not _missing_hooks())
 
 
 @contextlib.contextmanager
@@ -88,17 +85,18 @@ def installation(installed: bool) -> Iterator[None]:
 
     A hook that was overwritten stays overwritten, and passes keep their order.
     """
+    global _installed
     importlib.import_module(_CONFIG)  # first: it adds the passes, if they are to be added
     from ._torch import registry
     from .passes import PASSES
 
-    before = _State.installed
+    before = _installed
     with registry.hooks_restored({p.hook for p in PASSES}):
         try:
             (install if installed else uninstall)()
             yield
         finally:
-            _State.installed = before
+            _installed = before
 
 
 def _set_passes() -> None:
@@ -106,7 +104,7 @@ def _set_passes() -> None:
     from .passes import PASSES
 
     for each in PASSES:
-        registry.set_pass(each.hook, each, _State.installed)
+        registry.set_pass(each.hook, each, _installed)
 
 
 def _missing_hooks() -> dict[str, str]:
@@ -126,7 +124,7 @@ def _wrap(module: str, name: str, ours: Callable[..., int]) -> None:
     def apply(graph: Any) -> int:
         from ._torch import registry
 
-        if _State.installed and registry.is_enabled():
+        if _installed and registry.is_enabled():
             return ours(graph, builtin, theirs)
         return builtin(graph)
 
