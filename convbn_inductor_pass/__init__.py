@@ -10,9 +10,8 @@ eval mode's up to rounding. PyTorch's flag
 ``torch._inductor.config.efficient_conv_bn_eval_fx_passes = True`` does the same as ``enable()``.
 Without a compiler, ``convbn_inductor_pass.turn_on(model)`` does it in eager mode.
 
-Where to start reading: ``plugin`` (how Inductor calls us) -> ``passes.base`` (what every pass
-shares) -> ``passes.scale_gradient`` (find, decide, rewrite). ``explain`` reports what was done and
-what it saves. Importing this package loads no compiler: code that needs one is loaded on first use.
+Start reading at ``plugin`` (how Inductor calls us), ``passes.base`` (what every pass shares) and
+``passes.scale_gradient``. Importing this package loads no compiler.
 """
 
 from typing import TYPE_CHECKING, Any

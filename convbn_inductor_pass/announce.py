@@ -2,13 +2,12 @@
 
 The line goes to the logger ``convbn_inductor_pass``: as a warning if more than half of the batch
 norms could gain from tune mode but are not in it, otherwise as information. If logging is not set
-up, it goes to stderr, as loggers' warnings do in Python. To silence it, use the option
-``announce=False`` or set that logger to a level above ``WARNING``.
+up, it goes to stderr, as loggers' warnings do in Python. The option ``announce=False`` or a level
+above ``WARNING`` silences it.
 
 Dynamo calls back at the end of each compilation; only then are the decisions of cached code known.
-A compilation has one graph or, for DDP, several; a graph break ends it, so each part of a model
-with graph breaks has its own line. Inference is not reported, nor are graphs without batch norms in
-which nothing is gained. The bytes are those of ``Record.bytes_saved`` while compiling: an estimate.
+A graph break ends one, so each part of a model has its own line. Inference is not reported, nor are
+graphs without batch norms in which nothing is gained. Bytes are ``Record.bytes_saved``, estimated.
 """
 
 import collections

@@ -19,13 +19,11 @@ class Options:
     """Which of the legal rewrites to make.
 
     Attributes:
-        objective: ``"memory"`` fuses every pair that saves bytes. ``"speed"`` skips a pair
-            if five times the layer's weight is larger than its output: then scaling the
-            weight and its gradient moves more bytes than fusing avoids, which is reading
-            the output once in backward.
+        objective: ``"memory"`` fuses every pair that saves bytes. ``"speed"`` skips a pair if five
+            times the layer's weight is larger than its output: then scaling the weight and its
+            gradient moves more bytes than reading the output once in backward.
         fuse_frozen_layers: also fuse where the layer's weight needs no gradient but the batch
-            norm's does (BN-tuning). This saves one activation per pair instead of two, at
-            the cost of a weight gradient that is not needed otherwise.
+            norm's does (BN-tuning), at the cost of a weight gradient that is not needed otherwise.
         bit_masks: save masks for backward with eight elements per byte.
         forward: what forward folding does with a layer and the affine map after it, in inference
             and in the forward of training. ``"exact"``: nothing, which is bitwise exact. ``"fold"``

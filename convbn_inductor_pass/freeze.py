@@ -19,9 +19,8 @@ def freeze_batch_norms(
 ) -> nn.Module:
     """Put batch norms in eval mode, and keep them there when ``model.train()`` is called.
 
-    Their running statistics are then used and not updated; everything else still follows
-    ``train()`` and ``eval()``. Copies and pickles are frozen, too; loading such a pickle requires
-    this package. Returns ``model``.
+    Their running statistics are then used and not updated. Copies and pickles are frozen, too;
+    loading such a pickle requires this package. Returns ``model``.
 
     Freeze after ``SyncBatchNorm.convert_sync_batchnorm``, which creates new modules, and unfreeze
     before ``torch.optim.swa_utils.update_bn``, which resets the statistics and could not recompute
@@ -29,9 +28,8 @@ def freeze_batch_norms(
 
     Args:
         model: any module; it may be compiled, wrapped in DDP or sharded, before or after this call.
-        modules: which batch norms: modules of ``model``, their paths, or patterns such as
-            ``"backbone.*"``. Each stands for all batch norms inside it. Default: all of them. A
-            second call adds to the first.
+        modules: modules of ``model``, their paths, or patterns such as ``"backbone.*"``, for all
+            batch norms inside. Default: all of them. A second call adds to the first.
 
     Raises:
         TypeError: ``model`` is not a module.

@@ -1,8 +1,7 @@
 """Run a callback as soon as a module is imported, without importing it.
 
-Importing Inductor takes seconds, and a user of this package may never compile. A finder in
-``sys.meta_path`` waits for the modules asked for, lets the finders after it find them, and calls
-back once they are executed.
+Importing Inductor takes seconds, and a user of this package may never compile. So a finder in
+``sys.meta_path`` waits for it.
 """
 
 import importlib.machinery

@@ -1,7 +1,6 @@
 """Inductor's hooks for custom passes: read them, and set them in every thread.
 
-Loads only Inductor's configuration, nothing else of Inductor. Private imports: ``config``, whose
-entries are context-local from torch 2.13 on, and ``CustomGraphPass``.
+Loads nothing of Inductor but its configuration, whose entries are context-local from torch 2.13 on.
 """
 
 import contextlib

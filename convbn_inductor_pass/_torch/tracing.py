@@ -42,12 +42,10 @@ def trace(
     dynamic: bool | None = None,
     on_call: Callable[[fx.GraphModule, tuple[Any, ...]], None] = lambda gm, args: None,
 ) -> Any:
-    """Trace ``fn`` with Dynamo on fake tensors; ``on_graph`` gets every graph.
+    """Trace ``fn`` with Dynamo on fake tensors, and return what it returns, as fake tensors.
 
-    ``on_call`` gets a graph and its arguments when it is called: there may be many calls of one.
-
-    Returns what ``fn`` returns, as fake tensors. Graph breaks give several graphs. Leaves no
-    compiled code behind, and leaves counters and modules as they were.
+    ``on_graph`` gets every graph (several if it breaks), ``on_call`` a graph and its arguments for
+    each call of one. Leaves no compiled code behind, and counters and modules as they were.
 
     Raises:
         ModelError: ``fn`` cannot be traced, or raises on these inputs.
@@ -93,11 +91,11 @@ def trace(
 
 
 def _forget_code(backend: Callable[..., Any]) -> None:
-    """Drop what Dynamo has compiled with a backend.
+    """Drop what Dynamo has compiled with a backend; nothing calls it any more.
 
-    Nothing calls it any more, but in frames after graph breaks it would count for Dynamo's limit of
-    recompilations, at which the user's own compilation stops. Only all of a code object's entries
-    can be dropped: what the user has compiled of it stays if it has a limit of its own.
+    In frames after graph breaks it would count for Dynamo's limit of recompilations, at which the
+    user's own compilation stops. Only all of a code object's entries can be dropped: what the user
+    has compiled of it stays if it has a limit of its own.
     """
     for code in [reference() for reference in convert_frame.input_codes.seen]:
         entries = [] if code is None else _debug_get_cache_entry_list(code)
@@ -110,8 +108,8 @@ def _forget_code(backend: Callable[..., Any]) -> None:
 def unchanged(fn: Callable[..., Any]) -> Iterator[None]:
     """At the end, undo what calling ``fn`` has changed in the modules that it calls.
 
-    Attributes, gradients and elements of lists and dictionaries would be fake tensors. In place,
-    fake tensors change real ones of one element, which they hold the values of.
+    Attributes, gradients and elements of containers would be fake tensors. In place, fake tensors
+    change real ones of one element, which they hold the values of.
 
     Raises:
         ValueError: one of the modules has more state than is seen here.

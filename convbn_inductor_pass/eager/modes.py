@@ -43,18 +43,17 @@ def turn_on(
     """Put the conv-BN blocks of a model in one of four modes, in place; returns ``model``.
 
     Blocks are found while the model runs: modules may be nested, wrapped, reused or called as
-    functions. In ``"tune"`` mode outputs are bitwise identical to eval mode, and less is saved for
-    backward where that is provably legal and pays off (see :func:`decisions`).
-
-    ``model.train()`` still puts batch norms in training mode; call ``turn_on`` again after it.
-    Under ``torch.compile`` this does nothing; the compiled pass takes over.
+    functions. ``model.train()`` still puts batch norms in training mode; call ``turn_on`` again
+    after it. Under ``torch.compile`` this does nothing; the compiled pass takes over.
 
     Args:
         model: the model. Copies and pickles of it keep the mode.
-        mode: ``"train"``, ``"eval"``: the batch norms' own modes. ``"tune"``: eval mode that does
-            not save the convolutions' outputs. ``"deploy"``: the blocks become plain convolutions
-            with new parameters, each batch norm an empty ``nn.Sequential``. For inference only:
-            training is unstable, because a weight scaled by k has a gradient scaled by 1/k.
+        mode: ``"train"``, ``"eval"``: the batch norms' own modes. ``"tune"``: eval mode, with
+            bitwise identical outputs, that does not save the convolutions' outputs where that is
+            provably legal and pays off (see :func:`decisions`). ``"deploy"``: the blocks become
+            plain convolutions with new parameters, each batch norm an empty ``nn.Sequential``. For
+            inference only: training is unstable, because a weight scaled by k has a gradient
+            scaled by 1/k.
         modules: paths of submodules (``["backbone"]``) to restrict this to.
         example_inputs: for ``"deploy"``, inputs for the forwards that find the blocks, run under
             ``no_grad`` in eval mode. If not given, the inputs of the first forward are used;
