@@ -113,7 +113,8 @@ def explain(
     """What the passes would do if the model were compiled, and how many bytes that saves.
 
     The flag need not be set, nothing is compiled or run, and no compile cache is used: the model is
-    traced on fake tensors. So inputs may be made under ``FakeTensorMode``, of any size.
+    traced on fake tensors. So inputs may be made under ``FakeTensorMode``, of any size: see
+    docs/explain.md.
 
     Args:
         model: a module or function, in the mode (eval, requires_grad) in which it will be used.
@@ -131,13 +132,6 @@ def explain(
         ValueError: it does not run on these inputs, is on the meta device, sharded by FSDP or lazy,
             or reads values of tensors, as ``.item()`` does; ``autocast`` is no half precision, or a
             pattern matches no parameter.
-
-    Example::
-
-        model = torchvision.models.resnet50().eval()
-        with torch._subclasses.FakeTensorMode():
-            batch = torch.empty(64, 3, 224, 224)
-        print(convbn_inductor_pass.explain(model, batch))
     """
     if isinstance(model, type) or not callable(model):
         what = f"the class {model.__name__}" if isinstance(model, type) else repr(model)

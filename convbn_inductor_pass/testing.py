@@ -82,9 +82,8 @@ def outputs_and_gradients(
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Run ``fn`` and backward; returns its tensor outputs and all gradients by name.
 
-    Each output gets a gradient of its own, the same in every call, so that no two parts of a
-    gradient cancel by symmetry. Gradients of inputs are named ``input0``, ``input1``, ...
-    Gradients that were there before are there again afterwards.
+    Each output gets a gradient of its own, the same in every call, so that nothing cancels by
+    symmetry. Inputs are named ``input0``, ``input1``, ... What ``grad`` was before, it is again.
     """
     leaves = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     named = dict(parameters)
@@ -237,8 +236,8 @@ def fast_backend(
     """A backend for ``torch.compile``: Inductor up to its post-grad passes, then eager execution.
 
     Of our passes only tune mode and wanted gradients run, whatever the flag says; none run with
-    ``fuse=False``, which gives eval mode to compare with. The partitioner decides what is saved for
-    backward; no code is generated. ``on_result`` gets what the pass did to each graph in aten IR.
+    ``fuse=False``, which gives eval mode. No code is generated. ``on_result`` gets what the passes
+    did to each graph in aten IR.
     """
 
     def pack(forward: fx.Graph, backward: fx.Graph) -> None:
@@ -256,10 +255,9 @@ def fast_backend(
 def post_grad_backend(
     on_graph: Callable[[fx.Graph], None] = lambda graph: None,
 ) -> Callable[..., Any]:
-    """A backend like Inductor up to its post-grad passes, ours included, then eager execution.
+    """A backend like Inductor up to its post-grad passes, then eager execution.
 
-    Our passes run as the flag and the options say. ``on_graph`` gets each graph in aten IR as they
-    left it.
+    Our passes run as the flag and the options say; ``on_graph`` gets each graph as they left it.
     """
 
     def on_post_grad(graph: fx.Graph) -> None:
@@ -295,10 +293,9 @@ def _backend(
 
 @contextlib.contextmanager
 def fresh_compile(*, flag: bool = True) -> Iterator[None]:
-    """Compile without caches inside a ``with`` block, with the flag set as given.
+    """Compile inside a ``with`` block with the flag set as given, and every graph anew.
 
-    Neither Dynamo's code nor Inductor's and AOTAutograd's caches are used, so every graph goes
-    through the pass. Code compiled before is dropped (``torch._dynamo.reset``).
+    Caches are off, and code compiled before is dropped (``torch._dynamo.reset``).
     """
     torch._dynamo.reset()
     try:

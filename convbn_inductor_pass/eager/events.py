@@ -18,23 +18,18 @@ def nothing() -> None:
 
 @dataclasses.dataclass(eq=False)
 class Event:
-    """One call of a layer or batch norm, or of both one after the other; or of a ReLU.
-
-    ``shape`` is the batch norm's where there is one.
-    ``used``: whether something takes the layer's output besides the batch norm, or saves the ReLU's
-    besides it. ``as_written``: whether the layer is only watched.
-    """
+    """One call of a layer or batch norm, or of both one after the other; or of a ReLU."""
 
     input: Callable[[], Any] = nothing  # weak references, of layers
     weight: Callable[[], Any] = nothing
     outputs: list[Callable[[], Any]] = dataclasses.field(default_factory=list)  # of ReLUs, too
     norm: Callable[[], Any] = nothing  # to the tensor by which a batch norm is known
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()  # of the layer's output, or what a batch norm takes of it
     dtype: torch.dtype = torch.float32
     relu: bool = False
     linear: bool = False
-    used: bool = False
-    as_written: bool = False
+    used: bool = False  # something else takes the layer's output, or saves the ReLU's
+    as_written: bool = False  # the layer is only watched
     code: Code | None = None
     detail: str = ""
 

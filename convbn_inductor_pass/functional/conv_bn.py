@@ -18,9 +18,8 @@ layer's at the layer's node, which adds what it gets for other uses of ``c``. ``
 computed only if someone may look at it: if ``c`` is alive in backward or was used elsewhere, or if
 someone has gone from node to node. Then the layer's node computes its gradients from that.
 
-Numerics. Everything of channel size, and sums over activations, are float32 or wider; each gradient
-is rounded once to its parameter's dtype. dgamma is as accurate as the weight gradient; like eval
-mode's it cancels where the mean of ``c`` is far larger than its deviation.
+Numerics (docs/numerics.md): everything of channel size, and sums over activations, are float32 or
+wider; each gradient is rounded once to its parameter's dtype. dgamma is as accurate as dW.
 
 Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.11624, section 3; the
 formula for dgamma follows from its equation for the folded weight.
