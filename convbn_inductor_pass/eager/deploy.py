@@ -6,12 +6,13 @@ Merging changes a layer's output: a forward has to show that only its batch norm
 import collections
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils import _pytree as pytree
 
@@ -42,9 +43,9 @@ class _CountingRegion(Region):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def _tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[torch.Tensor]:
-    yield from module.parameters(recurse)
-    yield from module.buffers(recurse)
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers of a module, without those of the modules in it."""
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 class MergedBatchNorm(nn.Sequential):
@@ -66,7 +67,7 @@ def tensor_paths(model: nn.Module) -> dict[int, str]:
     """Path of the module that a parameter or buffer belongs to, by the tensor's id."""
     paths: dict[int, str] = {}
     for path, module in model.named_modules():
-        for tensor in _tensors(module, recurse=False):
+        for tensor in _tensors(module):
             paths.setdefault(id(tensor), path)
     return paths
 
@@ -90,12 +91,12 @@ def merge_pairs(
             continue
         norm, first = modules[path], uses[0]
         layer_path = paths.get(id(first.weight()), "")
-        layer = modules[layer_path] if layer_path else None
+        layer: Any = modules[layer_path] if layer_path else None
         layers = [e for e in events if e.weight() is first.weight()]
-        as_modules = layer is not None and calls[layer] == calls[norm] == len(uses)
-        why_not = _why_not(model, layer, norm, together=layers == uses and as_modules)
-        own = (t for m in (layer, norm) if m is not None for t in _tensors(m, recurse=False))
-        if not why_not and any(reads[id(t)] not in (0, len(uses)) for t in own):
+        together = layers == uses and calls[layer] == calls[norm] == len(uses)
+        why_not = _why_not(model, layer, norm, together)
+        own = () if why_not else (*_tensors(layer), *_tensors(norm))
+        if any(reads[id(t)] not in (0, len(uses)) for t in own):
             why_not = "a parameter or buffer of the layer or the batch norm is used elsewhere, too"
         first.code, first.detail = _decide(uses, why_not)
         if first.code is Code.MERGED:
@@ -107,25 +108,21 @@ def merge_pairs(
 def run_once(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[Event], Counter[nn.Module], Counter[int]]:
-    """What a forward shows; how often it called each module that could be merged.
+    """What a forward shows; how often it called each module, and took or returned each tensor.
 
-    And, by id, how often it took or returned a parameter or buffer.
+    Tensors are counted by id, which is theirs if they are there before and after.
     """
     training = {m: m.training for m in model.modules()}
     calls: Counter[nn.Module] = Counter()
-    counted = [m for m in training if type(m) in _LAYERS or _is_norm(m)]
-    hooks = [m.register_forward_pre_hook(lambda m, _: calls.update([m])) for m in counted]
     model.eval()
     nobody = nn.Module()  # whose forward could end the region
     region = _CountingRegion(Ledger(), nobody)
     open_region(region)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), register_module_forward_pre_hook(lambda m, _: calls.update([m])):
             result = model(*args, **kwargs)
     finally:
         close_region(region, completed=True)
-        for hook in hooks:
-            hook.remove()
         for module, flag in training.items():
             module.training = flag
     region.taken += [id(t) for t in pytree.tree_leaves(result)]
@@ -133,8 +130,7 @@ def run_once(
     for event in events:
         event.used |= event.is_alive()  # stored, or in the result
     del result
-    own = {id(t) for t in _tensors(model)}
-    return events, calls, Counter(i for i in region.taken if i in own)
+    return events, calls, Counter(region.taken)
 
 
 def _decide(uses: list[Event], not_merged: str) -> tuple[Code, str]:

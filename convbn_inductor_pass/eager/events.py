@@ -1,12 +1,9 @@
 """What is noted of the calls in a forward, for :mod:`decide` and for the next forward."""
 
 import dataclasses
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from ..codes import Code
 from ..records import Record
@@ -24,8 +21,8 @@ class Event:
     weight: Callable[[], Any] = nothing
     outputs: list[Callable[[], Any]] = dataclasses.field(default_factory=list)  # of ReLUs, too
     norm: Callable[[], Any] = nothing  # to the tensor by which a batch norm is known
-    shape: tuple[int, ...] = ()  # of the layer's output, or what a batch norm takes of it
-    dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...] = ()  # of what the batch norm takes
+    nbytes: int = 0  # of that
     relu: bool = False
     linear: bool = False
     used: bool = False  # something else takes the layer's output, or saves the ReLU's
@@ -51,7 +48,6 @@ class Event:
         assert self.code is not None
         of = (paths.get(id(reference()), "") for reference in (self.weight, self.norm))
         layer, norm = (path.replace("_orig_mod.", "") for path in of)
-        size = math.prod(self.shape) * self.dtype.itemsize
         return Record(
             pass_name="eager",
             kind="batch norm",
@@ -60,8 +56,8 @@ class Event:
             layer=layer,
             batch_norm=norm,
             output_shape=self.shape,
-            output_bytes=size,
-            bytes_saved=size if self.code.rewritten else 0,
+            output_bytes=self.nbytes,
+            bytes_saved=self.nbytes if self.code.rewritten else 0,
         )
 
 

@@ -143,8 +143,6 @@ class Region(TorchFunctionMode):
         event = self.events[key] = Event(
             input=weakref.ref(x),
             weight=weakref.ref(weight),
-            shape=c.shape,
-            dtype=c.dtype,
             linear=func is nn.functional.linear,
             as_written=as_written,
         )
@@ -162,11 +160,10 @@ class Region(TorchFunctionMode):
         if layer is not None and layer.code is None:
             event = layer
         else:
-            event = Event(dtype=bn.input.dtype)
-            self.events[self._count(identity)] = event
+            event = self.events[self._count(identity)] = Event()
             if layer is not None:  # this is its second batch norm
                 layer.mark_used()
-        event.shape = bn.input.shape
+        event.shape, event.nbytes = bn.input.shape, bn.input.nbytes
         event.outputs.append(weakref.ref(bn.input))
         if identity is not None:
             event.norm = weakref.ref(identity)
