@@ -216,8 +216,8 @@ def _as_asked(
             raise ValueError(f"freeze: {pattern!r} matches no parameter; the model has {some}, ...")
         frozen.update(found)
     before = [(p, p.requires_grad, p.data) for p in parameters.values()]
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)] if train_bn else []
-    trained = {p for m in norms for p in m.parameters()}
+    kinds = _BatchNorm if train_bn else ()
+    trained = {p for m in model.modules() if isinstance(m, kinds) for p in m.parameters()}
     try:
         for name, p in parameters.items():
             p.requires_grad_(p in trained or (p.requires_grad and name not in frozen))

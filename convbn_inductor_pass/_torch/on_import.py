@@ -7,7 +7,7 @@ Importing Inductor takes seconds, and a user of this package may never compile. 
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +27,7 @@ def when_imported(name: str, callback: Callable[[], object]) -> None:
 class _Finder:
     @staticmethod
     def find_spec(
-        name: str, path: Sequence[str] | None, target: ModuleType | None = None
+        name: str, path: Any, target: Any = None
     ) -> importlib.machinery.ModuleSpec | None:
         if name not in _waiting:
             return None
