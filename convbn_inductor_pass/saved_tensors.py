@@ -66,8 +66,7 @@ class SavedForBackward:
     def new_bytes(self) -> int:
         """Bytes of all tensors, without ``copied_bytes``.
 
-        Inductor adds those where it converts a model to channels-last: it saves the copies of
-        convolution weights and inputs instead of the originals.
+        Those are of channels-last copies that Inductor saves instead of weights and inputs.
         """
         return sum(t.nbytes for t in self.tensors)
 

@@ -40,7 +40,7 @@ def assert_none_left(
 ) -> None:
     """Raise AssertionError if a batch norm is left alone for a code not in ``except_codes``.
 
-    Those that are not compiled count, too, and those that are not called: ``Code.NOT_COMPILED``.
+    Those that are not compiled or not called count, too: ``Code.NOT_COMPILED``.
     """
     explanation = explain(fn, *inputs)
     _require_graphs(explanation.graphs)
@@ -132,9 +132,7 @@ def assert_numerics(
     is half of it or more, counts for itself alone. Both modes must compute the same: no dropout.
 
     Args:
-        model: a module whose parameters are float32 or narrower.
-        inputs: its inputs, real tensors, float32 or narrower.
-        factor: see above.
+        model, inputs: a module and real tensors, all float32 or narrower.
         backend: a backend factory like :func:`fast_backend`, which is the default.
         bits: also require that the outputs are bitwise identical to eval mode.
 
