@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..graph.layout import Layout, channel_inner_product, scale_weight
-from .half import gradient_scale
 
 
 class Conv(NamedTuple):
@@ -54,6 +53,44 @@ def pair_backward(
     dw = scale_weight(dfolded, on_weight, layout).to(weight.dtype) if need_dw else None
     db = (scale * sum_g).to(bias.dtype) if need_db and bias is not None else None
     return dx, dw, db, inner, sum_g
+
+
+def gradient_scale(g: Tensor, scale: Tensor) -> Tensor:
+    """``t``, by which a float16 backward shares the scale of a batch norm between ``g`` and ``W``.
+
+    Before:  ``dx, dW' = convolution_backward(g, x, A * W)``;            ``dW = A * dW'``
+    After:   ``dx, dW' = convolution_backward(t * g, x, (A / t) * W)``;  ``dW = (A / t) * dW'``
+             ``<dW', W>`` in the formula of dgamma becomes ``<dW', W> / t``
+
+    with ``g`` [N, C, ...] the gradient of the batch norm's output, float16, ``A = gamma * invstd``,
+    which is ``scale``, and ``t`` a power of two, both [C] and float32. Products are rounded once.
+    With ``norm`` the L2 norm over all but channels
+
+        ``log2(t) = clamp(max(-2 - ceil(log2(norm(g))), ceil(log2(abs(A))) - 8), -24, 15)``
+        ``t = 1`` where ``norm(g)`` is 0 or NaN, or ``A`` is NaN
+
+    Why: ``dW'`` is rounded to float16 before it is scaled. With ``t = 1`` it is eval mode's dW
+    divided by ``A``: it overflows where gamma is small or zero and the loss is scaled, though eval
+    mode's dW does not, and underflows where the gradient is small (docs/numerics.md).
+
+    * First term: ``norm(t * g)`` is in (1/8, 1/4]. By Cauchy-Schwarz ``abs(dW') <= norm(x) / 4``:
+      it fits if the root mean square of ``x`` is below 256 at a million positions. The largest
+      ``abs(g)`` would not do: it bounds no sum over many positions.
+    * Second term: ``abs(A / t) <= 256``, so that the scaled weight fits if ``abs(W) < 255`` (and
+      ``abs(A) <= 2 ** 23``). Where it is the larger one, ``t * g`` is at most 1/128 of the gradient
+      that eval mode rounds to float16 there, and ``dW'`` at most 1/128 of eval mode's dW.
+    * The clamp lets ``t`` fit float16, where multiplying with it is exact down to 2 ** -14.
+
+    bfloat16 and wider dtypes have the range of float32 and need no ``t``. No graph is recorded:
+    rounding up has no gradient, and no gradient depends on ``t``.
+    """
+    with torch.no_grad():
+        positions = [d for d in range(g.ndim) if d != 1]
+        norm = torch.linalg.vector_norm(g, 2, positions, dtype=torch.float32)
+        by_gradient = -2 - norm.log2().ceil()
+        by_scale = scale.abs().log2().ceil() - 8
+        exponent = torch.maximum(by_gradient, by_scale).clamp(-24, 15)
+        return torch.where((norm > 0) & exponent.isfinite(), exponent, 0.0).exp2()
 
 
 def layer_backward(

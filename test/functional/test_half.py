@@ -10,7 +10,7 @@ from common import fuzz
 from hypothesis import strategies as st
 
 from convbn_inductor_pass.functional.conv_bn import batch_norm, layer
-from convbn_inductor_pass.functional.half import gradient_scale
+from convbn_inductor_pass.functional.gradients import gradient_scale
 
 TINY = 1e-30  # an epsilon; torch 2.11 refuses 0
 GAMMAS = (0.0, 1e-4, 1e-3, 1.0, 100.0, 6e4)

@@ -2,7 +2,7 @@
 
 In float16, ``dWg`` may leave the range although eval mode's ``dW`` does not. So ``g`` is multiplied
 with a power of two per channel, t, and S divided by it: ``dW = S / t * dWg'``, and ``sum(g * c) =
-<dWg', W> / t + b * sum(g)``. :mod:`convbn_inductor_pass.functional.half` says how t is chosen.
+<dWg', W> / t + b * sum(g)``. ``functional.gradients.gradient_scale`` says how t is chosen.
 """
 
 import operator
