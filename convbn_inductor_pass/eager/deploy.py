@@ -4,7 +4,6 @@ Merging changes a layer's output: a forward has to show that only its batch norm
 """
 
 import collections
-import dataclasses
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
@@ -52,15 +51,8 @@ class MergedBatchNorm(nn.Sequential):
     """Replaces a batch norm merged into a convolution; does whatever else it did."""
 
 
-@dataclasses.dataclass
-class Merged:
-    """What was replaced: the layer's parameters and the batch norm, under all its paths."""
-
-    layer: str
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    norms: list[str]
-    norm: nn.Module
+Replaced = tuple[str, str, Any]
+"""Path of a module, an attribute of it, and the parameter or batch norm that it was."""
 
 
 def tensor_paths(model: nn.Module) -> dict[int, str]:
@@ -74,8 +66,8 @@ def tensor_paths(model: nn.Module) -> dict[int, str]:
 
 def merge_pairs(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], norms: Collection[str]
-) -> tuple[list[Merged], list[Record]]:
-    """Merge the pairs that a forward on these inputs shows; how to undo it, and what was decided.
+) -> tuple[list[Replaced], list[Record]]:
+    """Merge the pairs that a forward on these inputs shows; what was replaced, and decided.
 
     ``norms`` are the paths of the batch norms that may be merged.
     """
@@ -85,7 +77,7 @@ def merge_pairs(
     by_norm: dict[str, list[Event]] = collections.defaultdict(list)
     for event in events:
         by_norm[paths.get(id(event.norm()), "")].append(event)
-    merged, records = [], []
+    replaced, records = [], []
     for path, uses in by_norm.items():
         if path not in norms:
             continue
@@ -100,9 +92,9 @@ def merge_pairs(
             why_not = "a parameter or buffer of the layer or the batch norm is used elsewhere, too"
         first.code, first.detail = _decide(uses, why_not)
         if first.code is Code.MERGED:
-            merged.append(_merge(model, layer_path, norm))
+            replaced += _merge(model, layer_path, norm)
         records.append(first.record(paths))
-    return merged, records
+    return replaced, records
 
 
 def run_once(
@@ -176,10 +168,10 @@ def _is_norm(module: nn.Module) -> bool:
     return kind in _NORMS or is_timms
 
 
-def _merge(model: nn.Module, layer_path: str, norm: Any) -> Merged:
+def _merge(model: nn.Module, layer_path: str, norm: Any) -> list[Replaced]:
     layer: Any = model.get_submodule(layer_path)
     paths = [path for path, m in model.named_modules(remove_duplicate=False) if m is norm]
-    merged = Merged(layer_path, layer.weight, layer.bias, paths, norm)
+    replaced = [(layer_path, name, getattr(layer, name)) for name in ("weight", "bias")]
     statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
     # Of ones, because it does not know transposed convolutions with groups.
     ones = torch.ones_like(norm.running_mean)[:, None]
@@ -192,14 +184,8 @@ def _merge(model: nn.Module, layer_path: str, norm: Any) -> Merged:
     )
     # timm's batch norm also applies its "drop" and "act".
     rest = MergedBatchNorm(collections.OrderedDict(norm.named_children())).train(norm.training)
-    for path in merged.norms:
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        replaced.append((parent, name, norm))
         model.set_submodule(path, rest)
-    return merged
-
-
-def undo(model: nn.Module, merged: Merged) -> None:
-    """Put the parameters and the batch norm back that :func:`merge_pairs` took out."""
-    layer: Any = model.get_submodule(merged.layer)
-    layer.weight, layer.bias = merged.weight, merged.bias
-    for path in merged.norms:
-        model.set_submodule(path, merged.norm)
+    return replaced

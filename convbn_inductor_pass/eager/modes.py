@@ -29,7 +29,7 @@ class _State:
     mode: Mode
     training: dict[str, bool]
     ledger: Ledger
-    merged: list[deploy.Merged] = dataclasses.field(default_factory=list)
+    replaced: list[deploy.Replaced] = dataclasses.field(default_factory=list)
     deployed: list[Record] = dataclasses.field(default_factory=list)
 
 
@@ -110,8 +110,8 @@ def turn_off(model: nn.Module) -> nn.Module:
     if state is None:
         return given
     remove_hooks(model, state.ledger)
-    for merged in reversed(state.merged):
-        deploy.undo(model, merged)
+    for path, name, value in state.replaced:
+        setattr(model.get_submodule(path), name, value)
     norms = dict(model.named_modules(remove_duplicate=False))
     for path, training in state.training.items():
         norm = norms.get(path)
@@ -184,4 +184,4 @@ class _Merge(Hook):
         if not torch.compiler.is_compiling():
             state: _State = getattr(model, _ATTRIBUTE)
             remove_hooks(model, state.ledger)
-            state.merged, state.deployed = deploy.merge_pairs(model, args, kwargs, state.training)
+            state.replaced, state.deployed = deploy.merge_pairs(model, args, kwargs, state.training)
