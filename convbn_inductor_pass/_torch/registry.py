@@ -4,7 +4,7 @@ Loads nothing of Inductor but its configuration, whose entries are context-local
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import fx
@@ -41,9 +41,7 @@ class _Partitioned(CustomPartitionerFn):
     def __init__(self, partition: Any, *passes: GraphPass) -> None:
         self.partition, self.passes = partition, passes
 
-    def __call__(
-        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
-    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
         from torch._functorch.partitioners import min_cut_rematerialization_partition
 
         partition = self.partition or min_cut_rematerialization_partition
