@@ -199,17 +199,13 @@ class PassResult:
         return [r.code for r in self.records if r.kind == "batch norm"]
 
 
-def _code(graph: fx.Graph) -> str:
-    return graph.python_code("self").src.strip()
-
-
 def run_on_graph(graph: fx.Graph) -> PassResult:
     """Apply the tune-mode pass to one graph in aten IR, whatever the flag says."""
-    before = _code(graph)
+    before = graph.python_code("self").src.strip()
     found = ScaleGradientPass().run(graph).records
     found += WantedGradientsPass().run(graph).records
     graph.lint()
-    return PassResult(before, _code(graph), found)
+    return PassResult(before, graph.python_code("self").src.strip(), found)
 
 
 def run_pass(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> list[PassResult]:
