@@ -31,14 +31,12 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class _CountingRegion(Region):
-    """Also notes, by id, the tensors that functions take."""
+    """Also counts, by id, the tensors that functions take."""
 
-    def __init__(self, ledger: Ledger, module: nn.Module) -> None:
-        super().__init__(ledger, module)
-        self.taken: list[int] = []
+    reads: Counter[int]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.taken += [id(t) for t in tensors_read(func, args, kwargs or {})]
+        self.reads.update(map(id, tensors_read(func, args, kwargs or {})))
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -109,6 +107,7 @@ def run_once(
     model.eval()
     nobody = nn.Module()  # whose forward could end the region
     region = _CountingRegion(Ledger(), nobody)
+    region.reads = Counter()
     open_region(region)
     try:
         with torch.no_grad(), register_module_forward_pre_hook(lambda m, _: calls.update([m])):
@@ -117,12 +116,12 @@ def run_once(
         close_region(region, completed=True)
         for module, flag in training.items():
             module.training = flag
-    region.taken += [id(t) for t in pytree.tree_leaves(result)]
+    region.reads.update(map(id, pytree.tree_leaves(result)))
     events = list(region.events.values())
     for event in events:
         event.used |= event.is_alive()  # stored, or in the result
     del result
-    return events, calls, Counter(region.taken)
+    return events, calls, region.reads
 
 
 def _decide(uses: list[Event], not_merged: str) -> tuple[Code, str]:
@@ -135,14 +134,11 @@ def _decide(uses: list[Event], not_merged: str) -> tuple[Code, str]:
         return Code.LAYER_OUTPUT_USED, ""
     if not_merged:
         return Code.NOT_MERGED, not_merged
-    channels = all(_takes_channels(e) for e in uses)
-    return (Code.MERGED if channels else Code.UNBATCHED), ""
-
-
-def _takes_channels(event: Event) -> bool:
-    """Whether dimension 1 of the batch norm's input is the layer's channels."""
-    shape, weight = event.shape, event.weight()
-    return len(shape) == weight.ndim and not (event.linear and shape[1] != len(weight))
+    for event in uses:  # is dimension 1 of the batch norm's input the layer's channels?
+        shape, weight = event.shape, event.weight()
+        if len(shape) != weight.ndim or (event.linear and shape[1] != len(weight)):
+            return Code.UNBATCHED, ""
+    return Code.MERGED, ""
 
 
 def _why_not(model: nn.Module, layer: Any, norm: Any, together: bool) -> str:
