@@ -24,10 +24,7 @@ _said: set[Hashable] = set()
 
 
 def listen() -> None:
-    """Report when the current compilation ends; call this after it has begun.
-
-    In each compilation, since ``torch._dynamo.reset`` drops all callbacks.
-    """
+    """Report when the current compilation ends; call it in each: Dynamo's reset drops callbacks."""
     from ._torch import registry  # here, since its import may load the passes, which import this
 
     registry.call_after_compilation(_on_end)

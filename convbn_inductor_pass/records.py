@@ -19,10 +19,7 @@ if log.level == logging.NOTSET:
 
 
 class PassFailedWarning(UserWarning):
-    """A pass failed or could not run; the compilation continued without it.
-
-    Turn it into an error in tests: ``warnings.simplefilter("error", PassFailedWarning)``.
-    """
+    """A pass failed or could not run; the compilation continued without it (docs/testing.md)."""
 
 
 Kind = Literal["batch norm", "scale", "shape", "activation", "pooling", "mask", "layer"]

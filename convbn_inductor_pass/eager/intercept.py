@@ -43,14 +43,11 @@ def forget_interrupted() -> None:
 
 @dataclasses.dataclass(eq=False)
 class Hook:
-    """A hook of the model whose ledger it holds.
-
-    TorchScript, which asks hooks for their name, learns what to do instead.
-    """
+    """A hook of the model whose ledger it holds."""
 
     ledger: Ledger
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # TorchScript asks hooks for their name
         why = "TorchScript cannot compile it; call convbn_inductor_pass.turn_off(model) first"
         raise AttributeError(f"{type(self).__qualname__} has no {name}: {why}")
 
