@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fnmatch
-import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -88,16 +87,8 @@ class Explanation:
             "records": [r.to_dict() for r in self.records],
         }
 
-    def __str__(self) -> str:
-        return show.as_text(self)
-
-    def save_picture(self, path: str | pathlib.Path) -> None:
-        """Draw what each part of the model saves for backward, in eval mode and in tune mode.
-
-        Raises:
-            ModuleNotFoundError: matplotlib is not installed.
-        """
-        show.draw(self, path)
+    __str__ = show.as_text
+    save_picture = show.save_picture
 
 
 def explain(

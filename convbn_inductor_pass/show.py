@@ -34,11 +34,14 @@ def as_text(explanation: "Explanation") -> str:
     return text.getvalue()
 
 
-def draw(explanation: "Explanation", path: str | pathlib.Path) -> None:
+def save_picture(explanation: "Explanation", path: str | pathlib.Path) -> None:
     """Draw megabytes saved for backward by part of the model, in each mode.
 
     A part is a top-level module or, if there is only one, a module below it. "(copies)" are the
     channels-last copies of weights and inputs that Inductor makes.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 
