@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils import _pytree as pytree
 
@@ -98,22 +97,26 @@ def merge_pairs(
 def run_once(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[Event], Counter[nn.Module], Counter[int]]:
-    """What a forward shows; how often it called each module, and took or returned each tensor.
+    """What a forward shows; how often it called a module, and took or returned a tensor.
 
     Tensors are counted by id, which is theirs if they are there before and after.
     """
     training = {m: m.training for m in model.modules()}
     calls: Counter[nn.Module] = Counter()
+    counted = [m for m in training if type(m) in _LAYERS or _is_norm(m)]
+    hooks = [m.register_forward_pre_hook(lambda m, _: calls.update([m])) for m in counted]
     model.eval()
     nobody = nn.Module()  # whose forward could end the region
     region = _CountingRegion(Ledger(), nobody)
     region.reads = Counter()
     open_region(region)
     try:
-        with torch.no_grad(), register_module_forward_pre_hook(lambda m, _: calls.update([m])):
+        with torch.no_grad():
             result = model(*args, **kwargs)
     finally:
         close_region(region, completed=True)
+        for hook in hooks:
+            hook.remove()
         for module, flag in training.items():
             module.training = flag
     region.reads.update(map(id, pytree.tree_leaves(result)))
