@@ -8,7 +8,6 @@ anyway and made their own decisions: if a model's modules have other names than 
 compiled, AOTAutograd's cache, which is asked first, misses, and Inductor's hits.
 """
 
-import contextlib
 import hashlib
 import pathlib
 from collections import Counter
@@ -32,8 +31,8 @@ def put(text: str) -> None:
     name = _PREFIX + hashlib.sha256(text.encode()).hexdigest()[:32]
     write_atomic(str(_path(name)), text, make_dirs=True, encode_utf_8=True)
     _notice_clearing()
-    counters["inductor"][name] += 1
-    _known[name] += 1
+    for counts in (counters["inductor"], _known):
+        counts[name] += 1
 
 
 def take() -> list[str]:
@@ -44,13 +43,11 @@ def take() -> list[str]:
     _notice_clearing()
     hits = counters["aot_autograd"]["autograd_cache_hit"]
     ran, _known[_HITS] = hits == _known[_HITS], hits
-    found = []
-    for name, count in list(counters["inductor"].items()):
-        if name.startswith(_PREFIX):
-            with contextlib.suppress(FileNotFoundError):
-                found += [] if ran else [_path(name).read_text("utf-8")] * (count - _known[name])
-            _known[name] = count
-    return found
+    stored = {k: n for k, n in list(counters["inductor"].items()) if k.startswith(_PREFIX)}
+    new = Counter(stored) - _known
+    dict.update(_known, stored)  # a Counter's own update adds
+    paths = [] if ran else map(_path, new.elements())
+    return [path.read_text("utf-8") for path in paths if path.exists()]
 
 
 def _notice_clearing() -> None:
