@@ -11,12 +11,12 @@ After, with sums over all but the channels (source: arXiv 2305.11624, section 3)
     dx, dWg = layer_backward(g, x, S * W)         dW = S * dWg    db = S * sum(g)
     sum(g * c) = <dWg, W> + b * sum(g)            c is not saved
 
-What is rewritten is proven from the joint graph alone (:mod:`find` and :mod:`match` read it):
+What is rewritten is proven from the joint graph alone (:mod:`find` reads it):
 
 * ``u = A * c + B``, a chain of steps that are affine per channel;
 * ``h = T * g`` and ``dc = S * g`` with one ``g``: scalings per channel, casts, and moves;
 * in ``h * u`` each element of ``g`` meets that of ``c`` which it meets in the product that makes
-  the weight gradient: moves are compared, see :func:`match.arrangement`;
+  the weight gradient: moves are compared, see :func:`find.arrangement`;
 * ``sum(h * u)``, for each channel ``T * (A * sum(g * c) + B * sum(g))``, or the sum of these.
 
 Nothing is divided by a scale. The forward's nodes stay, so that its bits are eval mode's. Declines
@@ -35,8 +35,7 @@ from ...config import Options
 from ...graph import affine, layers, uses
 from ...graph.layers import Layer, numel_of, tensor_of
 from ..base import Row, denied, first_refusal
-from .find import Candidate, find_candidates
-from .match import Match, match_sums, weight_gradients
+from .find import Candidate, Match, find_candidates, match_sums, weight_gradients
 
 
 class Decision(NamedTuple):

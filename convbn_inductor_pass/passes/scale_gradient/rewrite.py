@@ -17,7 +17,7 @@ from ...graph.layers import Layer, Step, is_cast, same_sizes, tensor_of, value_o
 from ...graph.layout import Layout
 from ...graph.provenance import provenance_of
 from .decide import Decision
-from .match import Match
+from .find import Match
 
 aten = torch.ops.aten
 
