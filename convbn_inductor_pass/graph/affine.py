@@ -7,8 +7,9 @@ the shift is the chain applied to the bias, the scale is its multiplications app
 are recomputed each call from the live operands, in float32 or wider.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -81,6 +82,14 @@ def constants_fit(steps: Iterable[Step]) -> bool:
     )
 
 
+# How numbers and vectors are computed with, and what a vector need not be computed with.
+_ARITHMETIC: dict[str, tuple[Callable[..., Operand], Any, int | None]] = {
+    "scale": (operator.mul, aten.mul.Tensor, 1),
+    "divide": (operator.truediv, aten.div.Tensor, None),
+    "shift": (operator.add, aten.add.Tensor, 0),
+}
+
+
 class Emitter:
     """Adds nodes that compute with numbers and vectors [C] (or [1], which broadcast)."""
 
@@ -127,13 +136,23 @@ class Emitter:
             if step.operand is None or (value == 0 and step.kind != "shift"):
                 continue
             o = self._vector(step.operand)
-            if step.kind == "scale":
-                value = self._mul(value, o)
-            elif step.kind == "divide":
-                value = self._div(value, o)
-            else:
-                value = self._add(value, self._mul(o, step.factor))
+            if step.kind == "shift":
+                o = self._compute("scale", o, step.factor)
+            value = self._compute(step.kind, value, o)
         return value
+
+    def _compute(self, kind: str, a: Operand, b: Operand) -> Operand:
+        """``a * b``, ``a / b`` or ``a + b``, as a step of this kind does; a number of numbers."""
+        if isinstance(b, fx.Node) and not isinstance(a, fx.Node):
+            if kind == "divide":
+                kind, b = "scale", self.build.call(aten.reciprocal.default, b)
+            a, b = b, a
+        of_numbers, of_vectors, changes_nothing = _ARITHMETIC[kind]
+        if not isinstance(a, fx.Node):
+            return of_numbers(a, b)
+        if b == changes_nothing:
+            return a
+        return 0.0 if (kind, b) == ("scale", 0) else self.build.call(of_vectors, a, b)
 
     def _vector(self, operand: Operand) -> Operand:
         """An operand as a vector in the wide dtype; a number stays a number."""
@@ -152,28 +171,3 @@ class Emitter:
         if not layers.known_equal(value_of(value).shape[0], channels):
             return self.build.call(aten.expand.default, value, [channels])
         return value
-
-    def _mul(self, a: Operand, b: Operand) -> Operand:
-        a, b = _node_first(a, b)
-        if not isinstance(a, fx.Node):
-            return a * b  # type: ignore[operator]
-        if b in (0, 1):
-            return a if b == 1 else 0.0
-        return self.build.call(aten.mul.Tensor, a, b)
-
-    def _div(self, a: Operand, b: Operand) -> Operand:
-        if isinstance(a, fx.Node):
-            return self.build.call(aten.div.Tensor, a, b)
-        if isinstance(b, fx.Node):
-            return self._mul(self.build.call(aten.reciprocal.default, b), a)
-        return a / b
-
-    def _add(self, a: Operand, b: Operand) -> Operand:
-        a, b = _node_first(a, b)
-        if not isinstance(a, fx.Node):
-            return a + b  # type: ignore[operator]
-        return a if b == 0 else self.build.call(aten.add.Tensor, a, b)
-
-
-def _node_first(a: Operand, b: Operand) -> tuple[Operand, Operand]:
-    return (a, b) if isinstance(a, fx.Node) else (b, a)

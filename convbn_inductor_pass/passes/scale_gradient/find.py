@@ -11,15 +11,7 @@ import torch
 from torch import fx
 
 from ...graph import layers
-from ...graph.layers import (
-    Layer,
-    Step,
-    known_equal,
-    same_shape,
-    same_sizes,
-    tensor_of,
-    value_of,
-)
+from ...graph.layers import Layer, Step, same_shape, same_sizes, tensor_of, value_of
 
 aten = torch.ops.aten
 
@@ -114,7 +106,7 @@ def _sums(
             gone = {d % len(axes) for d in dims}
             keep = user.args[2] if len(user.args) > 2 else user.kwargs.get("keepdim", False)
             left = [None if i in gone else a for i, a in enumerate(axes) if keep or i not in gone]
-            open_axes = [a for a in left if a is not None and not known_equal(shape[a], 1)]
+            open_axes = [a for a in left if a is not None and not layers.known_equal(shape[a], 1)]
             if set(open_axes) <= {dim}:
                 further = [(user, dim not in left)]
             else:
