@@ -63,49 +63,40 @@ def _split_of(mask: fx.Node) -> tuple[int, int] | None:
 def pack(sites: list[Site], forward: fx.Graph, backward: fx.Graph) -> int:
     """Save the masks of sites as bits; returns how many.
 
-    Both sides of all masks are made before anything is given another value: if that fails, the
-    graphs still agree.
+    Both sides of a mask are made before it is given another value: if that fails, the graphs still
+    agree.
     """
     taken = {n.name: n for n in backward.find_nodes(op="placeholder")}
-    pairs = [(s.node, taken[s.node.name]) for s in sites if s.code.rewritten]
+    masks = [s.node for s in sites if s.code.rewritten]
     builders = Builder(forward), Builder(backward)
-    before = {given: given.meta for _, given in pairs}
-    made = []
-    try:
-        for mask, given in pairs:
-            made.append(_pack_one(mask, given, *builders))
-    except Exception:
-        for given, meta in before.items():
-            given.meta = meta
-        raise
-    packed = {mask: bits for (mask, _), (bits, *_) in zip(pairs, made, strict=True)}
-    for output in forward.find_nodes(op="output"):
-        output.args = fx.map_arg(output.args, lambda n: packed.get(n, n))
-    for (mask, given), (bits, users, unpacked) in zip(pairs, made, strict=True):
-        # The backward's input has the name of what the forward returns for it.
-        bits._rename(f"{mask.name}_bits")
-        given._rename(bits.name)
-        given.target = given.name
-        given.replace_all_uses_with(unpacked, delete_user_cb=users.__contains__)
-    return len(pairs)
+    for mask in masks:
+        _pack_one(mask, taken[mask.name], *builders)
+    return len(masks)
 
 
-def _pack_one(
-    mask: fx.Node, given: fx.Node, in_forward: Builder, in_backward: Builder
-) -> tuple[fx.Node, set[fx.Node], fx.Node]:
-    """The bits, the calls that take the mask in backward, and what is made of the bits there."""
+def _pack_one(mask: fx.Node, given: fx.Node, in_forward: Builder, in_backward: Builder) -> None:
+    """Save one mask, which the backward is ``given``, as bits."""
     split: Any = _split_of(mask)
     in_forward.meta = in_backward.meta = provenance_of(mask)
     with mask.graph.inserting_before(mask.next):
         bits = _packed(in_forward, mask, *split)
     if _NO_VERSION_CHECK in mask.meta:
         bits.meta[_NO_VERSION_CHECK] = mask.meta[_NO_VERSION_CHECK]
-    users = set(given.users)
-    given.meta = {**given.meta, "val": bits.meta["val"]}
-    given.meta.pop("tensor_meta", None)
-    with given.graph.inserting_before(min(users)):
-        unpacked = _unpacked(in_backward, given, *split)
-    return bits, users, unpacked
+    users, meta = set(given.users), given.meta
+    given.meta = {k: v for k, v in meta.items() if k != "tensor_meta"} | {"val": bits.meta["val"]}
+    try:
+        with given.graph.inserting_before(min(users)):
+            unpacked = _unpacked(in_backward, given, *split)
+    except Exception:
+        given.meta = meta
+        raise
+    given.replace_all_uses_with(unpacked, delete_user_cb=users.__contains__)
+    for output in mask.graph.find_nodes(op="output"):
+        output.replace_input_with(mask, bits)
+    # The backward's input has the name of what the forward returns for it.
+    bits._rename(f"{mask.name}_bits")
+    given._rename(bits.name)
+    given.target = given.name
 
 
 def _packed(build: Builder, mask: fx.Node, dim: int, new: int) -> fx.Node:
