@@ -70,12 +70,6 @@ def update_metadata(graph: torch.fx.Graph) -> Iterator[None]:
         del arguments
 
 
-def library_settings() -> tuple[bool, ...]:
-    """The user's settings of the libraries that the functions below ask for."""
-    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
-    return bool(cudnn.enabled), bool(cudnn.deterministic), bool(mkldnn.enabled)
-
-
 def has_onednn_epilogues(dtype: torch.dtype) -> bool:
     """Whether oneDNN's convolution with post-ops runs here, and Inductor lowers it."""
     mkldnn, ops = torch.backends.mkldnn, torch.ops.mkldnn

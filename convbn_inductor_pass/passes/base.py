@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import fx
 from torch._logging import trace_structured
 
@@ -94,13 +95,19 @@ class Pass(registry.CustomGraphPass):
             )
 
     def uuid(self) -> Any:
-        """Part of Inductor's cache keys: all source files of the package, and the options."""
+        """Part of Inductor's cache keys: all source files of the package, and the options.
+
+        And the settings of PyTorch's that decisions depend on, which are in no key by themselves.
+        """
+        cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+        libraries = (cudnn.enabled, cudnn.deterministic, mkldnn.enabled)
+        key = f"convbn_inductor_pass.{self.name} {[*map(bool, libraries)]}"
         if not registry.is_enabled():
-            return f"convbn_inductor_pass.{self.name}, off"
+            return f"{key} off"
         announce.listen()  # here as well, because no pass is called if the code is in the cache
         decisive = dataclasses.replace(get_options(), announce=True)
         options = hashlib.sha256(repr(decisive).encode()).hexdigest()
-        return f"convbn_inductor_pass.{self.name} {sources_hash()} {options}"
+        return f"{key} {sources_hash()} {options}"
 
     def __deepcopy__(self, memo: Any) -> Pass:
         return self  # Inductor's configuration copies what a thread reads for the first time

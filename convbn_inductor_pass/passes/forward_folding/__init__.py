@@ -9,8 +9,6 @@ stays its own operator. Phases: :mod:`find`, :mod:`decide` (the tables say when 
 :mod:`rewrite`.
 """
 
-from typing import Any
-
 from torch import fx
 
 from ...config import get_options
@@ -36,9 +34,3 @@ class ForwardFoldingPass(Pass):
         if folded:
             rewrite(graph, folded)
         return Outcome(len(folded), tuple(record for _, record in decided))
-
-    def uuid(self) -> Any:
-        """Decisions depend on settings of PyTorch's, too, that are in no cache key."""
-        from ..._torch import inductor
-
-        return f"{super().uuid()} {inductor.library_settings()}"
