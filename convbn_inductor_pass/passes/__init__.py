@@ -1,8 +1,7 @@
 """The passes, in the order in which Inductor calls them; they are independent of each other."""
 
-from .base import Pass
+from .base import DecisionLogPass, Pass
 from .batched_weights import BatchedWeightsPass
-from .decision_log import DecisionLogPass
 from .forward_folding import ForwardFoldingPass
 from .repeated_casts import RepeatedCastsPass
 from .scale_gradient import ScaleGradientPass

@@ -57,7 +57,7 @@ class Pass(registry.CustomGraphPass):
             return
         announce.listen()
         debug = log.isEnabledFor(logging.DEBUG)
-        before = _code(graph) if debug else ""
+        before = graph.python_code("self", verbose=True).src if debug else ""
         try:
             outcome = self.run(graph, *others)
         except Exception as error:
@@ -72,9 +72,10 @@ class Pass(registry.CustomGraphPass):
             return
         if debug and outcome.rewritten:
             log.debug("before %s\n%s", self.name, before)
-            log.debug("after %s\n%s", self.name, _code(graph))
+            after = graph.python_code("self", verbose=True).src
+            log.debug("after %s\n%s", self.name, after)
         for node in graph.nodes if outcome.records else ():
-            if node.op == "call_function":  # for decision_log
+            if node.op == "call_function":  # for DecisionLogPass
                 node.meta[self.KEY] = (*node.meta.get(self.KEY, ()), outcome.records)
         self._report(outcome)
 
@@ -117,14 +118,30 @@ class Pass(registry.CustomGraphPass):
         return _unpickle, (type(self), self.uuid())
 
 
+class DecisionLogPass(Pass):
+    """Stores decisions with the compiled code, for :func:`records` after a cache hit.
+
+    Runs on the graph of the forward, or of inference, after the others; changes nothing. The
+    partitioner copies the metadata of calls, to which each pass attaches its records.
+    """
+
+    name = "decision_log"
+    hook = "post_grad_custom_pre_pass"
+
+    def run(self, graph: fx.Graph) -> Outcome:
+        from .._torch import store
+        from ..graph.uses import backward_of
+
+        found = {id(made): made for node in graph.nodes for made in node.meta.get(self.KEY, ())}
+        if found and not backward_of(graph):
+            store.put(json.dumps([r.to_dict() for made in found.values() for r in made]))
+        return Outcome(0)
+
+
 def _unpickle(kind: type[Pass], _uuid: str) -> Pass:
     from . import PASSES
 
     return next(p for p in PASSES if type(p) is kind)
-
-
-def _code(graph: fx.Graph) -> str:
-    return graph.python_code("self", verbose=True).src
 
 
 @functools.cache
