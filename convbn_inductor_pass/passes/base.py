@@ -1,6 +1,6 @@
 """What every pass shares: the flag, the cache key, the guard, the log, the records, the counter.
 
-And what decisions are made of: tables of refusals, the modules that the options leave out.
+And what decisions are made of: refusals, the modules that the options leave out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import logging
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -154,14 +154,8 @@ def sources_hash(root: pathlib.Path = pathlib.Path(__file__).parent.parent) -> s
     return digest.hexdigest()
 
 
-Row = tuple[Code, Callable[..., "str | None"]]
-"""A code, and a function that returns a detail if it applies, None if not."""
-
-
-def first_refusal(rows: Iterable[Row], *about: Any) -> tuple[Code, str] | None:
-    """The code and the detail of the first of ``rows`` that applies to ``about``."""
-    found = ((code, applies(*about)) for code, applies in rows)
-    return next(((code, detail) for code, detail in found if detail is not None), None)
+Refusals = Iterator[tuple[Code, str]]
+"""Codes with details, one for each reason to refuse. The first counts; no other is computed."""
 
 
 def denied(options: Options, *nodes: fx.Node) -> str | None:

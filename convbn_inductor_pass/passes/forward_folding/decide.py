@@ -1,4 +1,6 @@
-"""Decide about candidates: is folding legal, and does it pay? The first row that applies counts."""
+"""Decide about candidates: is folding legal, and does it pay? The first refusal counts."""
+
+import itertools
 
 import torch
 from torch import fx
@@ -10,7 +12,7 @@ from ...graph import affine, layers, strides
 from ...graph.layers import bytes_of, tensor_of, value_of
 from ...graph.uses import depending_on, reachable
 from ...records import Record
-from ..base import Row, denied, first_refusal, record_of
+from ..base import Refusals, denied, record_of
 from .find import FoldCandidate, find_candidates
 
 
@@ -21,8 +23,8 @@ def decide_all(graph: fx.Graph, options: Options) -> list[tuple[FoldCandidate, R
 
 def decide(candidate: FoldCandidate, options: Options) -> Record:
     """FOLDED, or the code of the first check that refuses."""
-    rows = (*LEGALITY, *PROFIT)
-    code, detail = first_refusal(rows, candidate, options) or (Code.FOLDED, "")
+    refusals = itertools.chain(legality(candidate), profit(candidate, options))
+    code, detail = next(refusals, (Code.FOLDED, ""))
     bytes_exact, bytes_folded = bytes_moved(candidate)
     return record_of(
         candidate.layer.node,
@@ -37,73 +39,62 @@ def decide(candidate: FoldCandidate, options: Options) -> Record:
     )
 
 
-def _is_float16(c: FoldCandidate, _: Options) -> str | None:
-    return str(c.layer.node) if c.layer.out.dtype == torch.float16 else None
+# Folded, a layer for which both move as many bytes came out slower: the scale and the shift are
+# small kernels of their own, and the weight is read with less locality.
+_MARGIN = 2
 
 
-def _has_other_dtypes(c: FoldCandidate, _: Options) -> str | None:
-    dtype = c.layer.out.dtype
-    nodes = (c.layer.input, c.layer.weight, *(s.node for s in c.chain.steps))
-    met = [value_of(node).dtype for node in nodes]
-    if layers.DTYPES_TOGETHER.get(dtype, set()).issuperset(met):
-        return None
-    return " and ".join(map(str, dict.fromkeys((dtype, *met))))
+def legality(c: FoldCandidate) -> Refusals:
+    """Why a result would be wrong, or might be."""
+    layer, steps, dtype = c.layer, c.chain.steps, c.layer.out.dtype
+    if dtype == torch.float16:
+        yield Code.FLOAT16_RANGE, str(layer.node)
+    met = [value_of(n).dtype for n in (layer.input, layer.weight, *(s.node for s in steps))]
+    if not layers.DTYPES_TOGETHER.get(dtype, set()).issuperset(met):
+        yield Code.UNSUPPORTED_DTYPE, " and ".join(map(str, dict.fromkeys((dtype, *met))))
+    if _is_quantized(layer.weight):
+        yield Code.QUANTIZED, str(layer.weight)
+    if not affine.constants_fit(steps):
+        yield Code.CONSTANT_RANGE, str(c.chain.last)
+    # The new call comes last, and reads what the layer read before the write.
+    node = layer.node
+    while node is not c.last and not compat.is_mutable(node.target):
+        node = node.next
+    if node is not c.last:
+        yield Code.INPUT_MUTATED, f"between {layer.node} and {c.last}"
+    # There the strides of results have to be those that were traced, as cond's branches'.
+    if not inductor.is_outermost(node.graph):
+        yield Code.INSIDE_HIGHER_ORDER_OP, ""
+    # Preserving the strides takes a copy, and Inductor may fail on its symbolic slices (2.13).
+    parts = strides.returned_in_parts(node.graph)
+    symbolic = [n for n in parts if not all(isinstance(s, int) for s in value_of(n).shape)]
+    affected = depending_on([c.end]) if symbolic else set()
+    yield from ((Code.VIEW_RETURNED, str(n)) for n in symbolic if n in affected)
 
 
-def _is_quantized(c: FoldCandidate, _: Options) -> str | None:
-    """Whether the weight is made of integers, or 8-bit numbers, of as many as it has."""
-    weight, size = c.layer.weight, value_of(c.layer.weight).numel()
+def profit(c: FoldCandidate, options: Options) -> Refusals:
+    """Why folding is not wanted, or does not pay."""
+    by = denied(options, c.layer.node, *(s.node for s in c.chain.steps))
+    if by is not None:
+        yield Code.DENIED, by
+    device = c.layer.out.device.type
+    if options.forward == "auto" and device != "cpu":
+        yield Code.NOT_MEASURED, device
+    exact, folded = bytes_moved(c)
+    if options.forward != "fold" and _MARGIN * folded >= exact:
+        yield Code.MORE_BYTES, ""
+
+
+def _is_quantized(weight: fx.Node) -> bool:
+    """Whether a weight is made of integers, or 8-bit numbers, of as many as it has."""
+    size = value_of(weight).numel()
 
     def as_large(node: fx.Node) -> list[fx.Node]:
         tensors = ((n, tensor_of(n)) for n in node.all_input_nodes)
         return [n for n, t in tensors if t is not None and layers.known_equal(t.numel(), size)]
 
     dtypes = (value_of(n).dtype for n in reachable([weight], as_large))
-    is_quantized = any(d.itemsize == 1 or not (d.is_floating_point or d.is_complex) for d in dtypes)
-    return str(weight) if is_quantized else None
-
-
-def _constants_overflow(c: FoldCandidate, _: Options) -> str | None:
-    return None if affine.constants_fit(c.chain.steps) else str(c.chain.last)
-
-
-def _is_written_between(c: FoldCandidate, _: Options) -> str | None:
-    """The new call comes last, and reads what the layer read before the write."""
-    node = c.layer.node.next
-    while node is not c.last and not compat.is_mutable(node.target):
-        node = node.next
-    return None if node is c.last else f"between {c.layer.node} and {c.last}"
-
-
-def _is_inside_higher_order_op(c: FoldCandidate, _: Options) -> str | None:
-    """There the strides of results have to be those that were traced, as cond's branches'."""
-    return None if inductor.is_outermost(c.layer.node.graph) else ""
-
-
-def _is_returned_in_symbolic_parts(c: FoldCandidate, _: Options) -> str | None:
-    """Preserving the strides takes a copy, and Inductor may fail on its symbolic slices (2.13)."""
-    nodes = strides.returned_in_parts(c.layer.node.graph)
-    symbolic = {n for n in nodes if not all(isinstance(s, int) for s in value_of(n).shape)}
-    return next(map(str, symbolic & depending_on([c.end])), None) if symbolic else None
-
-
-def _is_denied(c: FoldCandidate, options: Options) -> str | None:
-    return denied(options, c.layer.node, *(s.node for s in c.chain.steps))
-
-
-def _is_not_measured(c: FoldCandidate, options: Options) -> str | None:
-    device = c.layer.out.device.type
-    return device if options.forward == "auto" and device != "cpu" else None
-
-
-# Folded, a layer for which both move as many bytes came out slower: the scale and the shift are
-# small kernels of their own, and the weight is read with less locality.
-_MARGIN = 2
-
-
-def _moves_more_bytes(c: FoldCandidate, options: Options) -> str | None:
-    exact, folded = bytes_moved(c)
-    return None if options.forward == "fold" or _MARGIN * folded < exact else ""
+    return any(d.itemsize == 1 or not (d.is_floating_point or d.is_complex) for d in dtypes)
 
 
 def bytes_moved(candidate: FoldCandidate) -> tuple[int, int]:
@@ -124,22 +115,3 @@ def bytes_moved(candidate: FoldCandidate) -> tuple[int, int]:
     scales = any(s.kind in ("scale", "divide") and s.operand != 1 for s in chain.steps)
     reads_weight = scales and layers.without_casts(layer.weight) is layer.weight
     return 2 * kernel_goes * bytes_of(layer.node), 2 * reads_weight * bytes_of(layer.weight)
-
-
-# Without these a result would be wrong, or might be.
-LEGALITY: tuple[Row, ...] = (
-    (Code.FLOAT16_RANGE, _is_float16),
-    (Code.UNSUPPORTED_DTYPE, _has_other_dtypes),
-    (Code.QUANTIZED, _is_quantized),
-    (Code.CONSTANT_RANGE, _constants_overflow),
-    (Code.INPUT_MUTATED, _is_written_between),
-    (Code.INSIDE_HIGHER_ORDER_OP, _is_inside_higher_order_op),
-    (Code.VIEW_RETURNED, _is_returned_in_symbolic_parts),
-)
-
-# Whether folding is wanted, and pays.
-PROFIT: tuple[Row, ...] = (
-    (Code.DENIED, _is_denied),
-    (Code.NOT_MEASURED, _is_not_measured),
-    (Code.MORE_BYTES, _moves_more_bytes),
-)

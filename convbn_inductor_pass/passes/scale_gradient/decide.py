@@ -20,11 +20,12 @@ What is rewritten is proven from the joint graph alone (:mod:`find` reads it):
 * ``sum(h * u)``, for each channel ``T * (A * sum(g * c) + B * sum(g))``, or the sum of these.
 
 Nothing is divided by a scale. The forward's nodes stay, so that its bits are eval mode's. Declines
-where a row of ``LEGALITY`` or ``PROFIT`` applies; the first decides.
+for the reasons in :func:`legality` and :func:`profit`.
 """
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -34,7 +35,7 @@ from ...codes import Code
 from ...config import Options
 from ...graph import affine, layers, uses
 from ...graph.layers import Layer, numel_of, tensor_of
-from ..base import Row, denied, first_refusal
+from ..base import Refusals, denied
 from .find import Candidate, Match, find_candidates, match_sums, weight_gradients
 
 
@@ -53,7 +54,7 @@ class Decision(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    """A candidate, and what the rows need to know.
+    """A candidate, and what the reasons to refuse need to know.
 
     ``trained`` is what depends on an input that has a gradient, ``written`` what depends on one
     that is written to, ``claimed`` are the weight gradients of decisions before.
@@ -131,7 +132,8 @@ def decide(graph: fx.Graph, options: Options) -> list[Decision]:
     claimed: set[fx.Node] = set()
     for candidate in find_candidates(graph, backward):
         site = _Site(candidate, options, backward, trained, written, claimed)
-        code, detail = first_refusal((*LEGALITY, *PROFIT), site) or (Code.FUSED, "")
+        refusals = itertools.chain(legality(site), profit(site))
+        code, detail = next(refusals, (Code.FUSED, ""))
         if code is Code.FUSED and site.saved_by:
             code, detail = Code.WEIGHT_COPY, f"by {site.saved_by}"
         match = site.match if code.rewritten else None
@@ -141,50 +143,52 @@ def decide(graph: fx.Graph, options: Options) -> list[Decision]:
     return decisions
 
 
-def _written(s: _Site, *nodes: object) -> str | None:
-    found = next((n for n in nodes if n in s.written), None)
-    return None if found is None else f"{found} is, or is computed from, what is written to"
+# What backward reads and writes of a weight's size, in weights: reads W, writes W'; reads dW'
+# and W, writes dW. It spares reading the layer's output once.
+_WEIGHT_PASSES = 5
 
 
-def _layer_mutated(s: _Site) -> str | None:
-    return _written(s, s.layer.input, s.layer.weight, s.layer.bias)
-
-
-def _other_gradient(s: _Site) -> str | None:
-    return None if s.matches else str(s.layer.node)
-
-
-def _unsupported_dtype(s: _Site) -> str | None:
-    layer, match = s.layer, s.match
+def legality(s: _Site) -> Refusals:
+    """Why a result would be wrong, or might be."""
+    layer = s.layer
+    yield from _written(s, layer.input, layer.weight, layer.bias)
+    if not s.matches:
+        yield Code.OTHER_GRADIENT, str(layer.node)
+    match = s.match
     nodes: list[Any] = [layer.node, layer.input, layer.weight, match.g]
     nodes += [n for r in match.reductions for n in (r.product, r.node)]
     nodes += [n for step in match.steps for n in (step.node, step.operand)]
-    used = {t.dtype for t in map(tensor_of, nodes) if t is not None}
-    if used <= layers.DTYPES_TOGETHER.get(layer.out.dtype, set()):
-        return None
-    return f"{layer.node} computes in {layer.out.dtype}; used with {', '.join(map(str, used))}"
+    used = dict.fromkeys(t.dtype for t in map(tensor_of, nodes) if t is not None)
+    if not used.keys() <= layers.DTYPES_TOGETHER.get(layer.out.dtype, set()):
+        met = ", ".join(map(str, used))
+        yield Code.UNSUPPORTED_DTYPE, f"{layer.node} computes in {layer.out.dtype}; used with {met}"
+    if not affine.constants_fit(match.steps):
+        yield Code.CONSTANT_RANGE, str(layer.node)
+    yield from _written(s, *(step.operand for step in match.steps))
 
 
-def _constant_range(s: _Site) -> str | None:
-    return None if affine.constants_fit(s.match.steps) else str(s.layer.node)
-
-
-def _scale_mutated(s: _Site) -> str | None:
-    return _written(s, *(step.operand for step in s.match.steps))
-
-
-def _denied(s: _Site) -> str | None:
+def profit(s: _Site) -> Refusals:
+    """Why rewriting is not wanted, or does not pay."""
+    layer, options = s.layer, s.options
     steps = (step.node for r in s.match.reductions for step in r.affine.steps)
-    return denied(s.options, s.layer.node, *steps)
+    by = denied(options, layer.node, *steps)
+    if by is not None:
+        yield Code.DENIED, by
+    if not (options.fuse_frozen_layers or s.match.gradient.wanted):
+        yield Code.LAYER_FROZEN, f"weight of {layer.node}"
+    if s.saved_by and not _copies_weight(s):
+        yield Code.SAVED_ANYWAY, f"by {s.saved_by}"
+    weight, out = numel_of(layer.weight), numel_of(layer.node)
+    if weight > out and uses.source_of(layer.weight, casts=True).op != "placeholder":
+        yield Code.WEIGHT_COMPUTED, str(layer.weight)
+    if options.objective == "speed" and _WEIGHT_PASSES * weight > out:
+        yield Code.LARGE_WEIGHT, f"{weight} elements against {out}"
 
 
-def _layer_frozen(s: _Site) -> str | None:
-    wanted = s.options.fuse_frozen_layers or s.match.gradient.wanted
-    return None if wanted else f"weight of {s.layer.node}"
-
-
-def _saved_anyway(s: _Site) -> str | None:
-    return f"by {s.saved_by}" if s.saved_by and not _copies_weight(s) else None
+def _written(s: _Site, *nodes: object) -> Refusals:
+    for node in nodes:
+        if node in s.written:
+            yield Code.INPUT_MUTATED, f"{node} is, or is computed from, what is written to"
 
 
 def _copies_weight(s: _Site) -> bool:
@@ -196,38 +200,3 @@ def _copies_weight(s: _Site) -> bool:
     is_copy = layers.without_casts(weight) is not weight
     used = any(user in s.backward for user in uses.users_of(weight))
     return is_copy and used and s.options.objective == "memory"
-
-
-def _weight_computed(s: _Site) -> str | None:
-    source = uses.source_of(s.layer.weight, casts=True)
-    is_larger = numel_of(s.layer.weight) > numel_of(s.layer.node)
-    return str(s.layer.weight) if is_larger and source.op != "placeholder" else None
-
-
-# What backward reads and writes of a weight's size, in weights: reads W, writes W'; reads dW'
-# and W, writes dW. It spares reading the layer's output once.
-_WEIGHT_PASSES = 5
-
-
-def _large_weight(s: _Site) -> str | None:
-    weight, out = numel_of(s.layer.weight), numel_of(s.layer.node)
-    if s.options.objective != "speed" or _WEIGHT_PASSES * weight <= out:
-        return None
-    return f"{weight} elements against {out}"
-
-
-LEGALITY: tuple[Row, ...] = (
-    (Code.INPUT_MUTATED, _layer_mutated),
-    (Code.OTHER_GRADIENT, _other_gradient),
-    (Code.UNSUPPORTED_DTYPE, _unsupported_dtype),
-    (Code.CONSTANT_RANGE, _constant_range),
-    (Code.INPUT_MUTATED, _scale_mutated),
-)
-
-PROFIT: tuple[Row, ...] = (
-    (Code.DENIED, _denied),
-    (Code.LAYER_FROZEN, _layer_frozen),
-    (Code.SAVED_ANYWAY, _saved_anyway),
-    (Code.WEIGHT_COMPUTED, _weight_computed),
-    (Code.LARGE_WEIGHT, _large_weight),
-)
