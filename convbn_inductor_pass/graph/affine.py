@@ -117,18 +117,29 @@ class Emitter:
         shift = self._replay(steps, start)
         return None if shift == 0 else self._full_vector(shift)
 
-    def scaled(self, weight: fx.Node, scale: fx.Node | None, layout: Layout) -> fx.Node:
-        """``scale * weight`` along its output channels [C_out], wide; or ``weight`` as it is."""
+    def scaled(
+        self,
+        weight: fx.Node,
+        scale: fx.Node | None,
+        layout: Layout,
+        dtype: torch.dtype | None = None,
+    ) -> fx.Node:
+        """``scale * weight`` along its output channels [C_out]; ``weight`` itself without a scale.
+
+        Computed wide, and rounded once to ``dtype``, by default the weight's.
+        """
         if scale is None:
             return self.build.current(weight)
         call, shape = self.build.call, value_of(weight).shape
         by_group, sizes = onto_output_axis(shape, layout)
-        wide = self.build.cast(weight, self.dtype)
+        product = self.build.cast(weight, self.dtype)
         scale = call(aten.reshape.default, scale, sizes)
-        if by_group is None:
-            return call(aten.mul.Tensor, wide, scale)
-        product = call(aten.mul.Tensor, call(aten.reshape.default, wide, by_group), scale)
-        return call(aten.reshape.default, product, [-1, *shape[1:]])
+        if by_group is not None:
+            product = call(aten.reshape.default, product, by_group)
+        product = call(aten.mul.Tensor, product, scale)
+        if by_group is not None:
+            product = call(aten.reshape.default, product, [-1, *shape[1:]])
+        return self.build.cast(product, dtype or value_of(weight).dtype)
 
     def _replay(self, steps: Iterable[Step], value: Operand) -> Operand:
         """What the steps make of ``value``."""

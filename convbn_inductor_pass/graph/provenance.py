@@ -31,11 +31,6 @@ def module_path(node: fx.Node) -> str:
     return path.replace("_orig_mod.", "")  # torch.compile's wrapper
 
 
-def name_of(node: fx.Node) -> str:
-    """:func:`module_path`, or the node's name where that is unknown."""
-    return module_path(node) or str(node)
-
-
 def source_line(node: fx.Node) -> str:
     """File and line of the user's code that made the call, "" if unknown.
 

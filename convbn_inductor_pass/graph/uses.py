@@ -61,11 +61,6 @@ def is_recomputed(node: fx.Node) -> bool:
     return node.meta.get("recompute") in policies
 
 
-def is_saved_by_policy(node: fx.Node) -> bool:
-    """Whether selective activation checkpointing has ``node`` saved, needed or not."""
-    return node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE
-
-
 def is_saved(node: fx.Node, backward: Collection[fx.Node]) -> bool:
     """Whether a value is an output, or needed in backward by a call that is not pointwise.
 

@@ -24,7 +24,7 @@ from .._torch import compat, registry
 from ..codes import Code
 from ..config import Options, get_options
 from ..graph.layers import bytes_of, value_of
-from ..graph.provenance import module_path, name_of, source_line
+from ..graph.provenance import module_path, source_line
 from ..records import PassFailedWarning, Record, log, publish
 
 
@@ -167,7 +167,7 @@ def denied(options: Options, *nodes: fx.Node) -> str | None:
 def record_of(node: fx.Node | None, *, at: fx.Node | None = None, **fields: Any) -> Record:
     """A record about the result of ``node``, if there is one, and the user's line of ``at``."""
     if node is not None:
-        fields["layer"] = name_of(node)
+        fields["layer"] = module_path(node) or str(node)
         fields["output_shape"] = compat.shape_of(value_of(node))
         fields["output_bytes"] = bytes_of(node)
     line = at or node

@@ -57,10 +57,16 @@ def _key(chain: AffineChain, names: dict[fx.Node, str]) -> str:
 def _parameters(chain: AffineChain, build: Builder) -> tuple[fx.Node, fx.Node | None]:
     """The folded layer's weight and bias."""
     layer, emit = chain.layer, Emitter(build, chain.layer)
+    weight, dtype = layer.weight, value_of(layer.weight).dtype
     if not chain.steps:
-        return layer.weight, layer.bias
+        return weight, layer.bias
     scale, bias = emit.scale(chain.steps), emit.shift(chain.steps, narrowed=False)
-    weight = layer.weight if scale is None else _scaled_weight(layer, scale, emit)
+    if scale is not None:
+        weight = layers.without_casts(weight)
+        if layer.is_conv and weight is layer.weight and layer.out.device.type == "cpu":
+            # Inductor vectorizes a change of memory format, but not together with the scaling.
+            weight = _channels_last(weight, build)
+        weight = emit.scaled(weight, scale, layer.layout, dtype)
     return weight, bias and build.cast(bias, layer.out.dtype)
 
 
@@ -78,16 +84,6 @@ def _fold(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builde
         build.replace(cast, build.cast(new, value_of(cast).dtype))
     out.meta = {**replaced.meta, "val": out.meta["val"]}
     build.replace(replaced, out)
-
-
-def _scaled_weight(layer: Layer, scale: fx.Node, emit: Emitter) -> fx.Node:
-    """``s * W``: scaled in the wide dtype and rounded once."""
-    weight = layers.without_casts(layer.weight)
-    if layer.is_conv and weight is layer.weight and layer.out.device.type == "cpu":
-        # Inductor vectorizes a change of memory format, but not together with the scaling.
-        weight = _channels_last(weight, emit.build)
-    scaled = emit.scaled(weight, scale, layer.layout)
-    return emit.build.cast(scaled, value_of(layer.weight).dtype)
 
 
 def _call(c: FoldCandidate, weight: fx.Node, bias: fx.Node | None, build: Builder) -> fx.Node:

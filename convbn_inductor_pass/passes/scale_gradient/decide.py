@@ -29,6 +29,7 @@ import itertools
 from typing import Any, NamedTuple
 
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from ..._torch import compat, inductor
 from ...codes import Code
@@ -46,10 +47,6 @@ class Decision(NamedTuple):
     code: Code
     detail: str = ""
     match: Match | None = None
-
-    @property
-    def layer(self) -> Layer:
-        return self.candidate.layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +91,7 @@ class _Site:
         another reason. The partitioner decides later; this is what it usually does.
         """
         node, backward, sums = self.layer.node, self.backward, self.match.reductions
-        if uses.is_saved_by_policy(node):
+        if node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE:
             return "a checkpoint's policy"
         reasons = []
         for r in sums:

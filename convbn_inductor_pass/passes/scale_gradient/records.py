@@ -15,7 +15,7 @@ from ..._torch import inductor
 from ...codes import Code
 from ...graph import layers, uses
 from ...graph.layers import Layer, bytes_of, numel_of, same_shape
-from ...graph.provenance import name_of
+from ...graph.provenance import module_path
 from ...records import Record
 from ..base import record_of
 from .decide import Decision
@@ -52,14 +52,14 @@ def account(graph: fx.Graph, decisions: list[Decision]) -> list[NamedRecord]:
     counted: set[fx.Node | None] = {None}
     for bn in _find_batch_norms(graph, backward):
         decision = by_value.get(bn.input)
-        layer = bn.layer if decision is None else decision.layer
+        layer = bn.layer if decision is None else decision.candidate.layer
         code, detail = _code(bn, decision, trained)
         node = None if layer is None else layer.node
         # The output of a layer with several batch norms is not saved twice.
         found.append(_record(layer, code, detail, bn.node, saves=node not in counted))
         counted.add(node)
-    scales = (d for d in decisions if d.layer.node not in counted)
-    found += [_record(d.layer, d.code, d.detail) for d in scales]
+    scales = (d for d in decisions if d.candidate.layer.node not in counted)
+    found += [_record(d.candidate.layer, d.code, d.detail) for d in scales]
     for inner in _subgraphs_of(graph, backward):
         for bn in _find_batch_norms(inner, (), without_origin=True):
             code = Code.BATCH_STATISTICS if bn.trains else Code.INSIDE_HIGHER_ORDER_OP
@@ -99,7 +99,7 @@ def _record(
         kind="batch norm" if bn else "scale",
         code=code,
         detail=detail,
-        batch_norm=name_of(bn) if bn else "",
+        batch_norm=(module_path(bn) or str(bn)) if bn else "",
         bytes_saved=bytes_of(saved),
     )
     return (layer.node.name if layer is not None and saves else ""), record

@@ -13,7 +13,7 @@ from torch import fx
 
 from ...graph.affine import Emitter
 from ...graph.builder import Builder
-from ...graph.layers import Layer, Step, is_cast, same_sizes, tensor_of, value_of
+from ...graph.layers import Layer, is_cast, same_sizes, tensor_of, value_of
 from ...graph.layout import Layout
 from ...graph.provenance import provenance_of
 from .decide import Decision
@@ -29,7 +29,7 @@ def apply(decisions: list[Decision], graph: fx.Graph) -> int:
     can arise: each replaced call depends on a ``g``, and nothing else that is read depends on a
     gradient.
     """
-    wanted = [(_first_replaced(d.match), d.layer, d.match) for d in decisions if d.match]
+    wanted = [(_first_replaced(d.match), d.candidate.layer, d.match) for d in decisions if d.match]
     with Builder(graph) as build:
         for place, layer, match in sorted(wanted, key=lambda w: w[0]):
             build.meta = provenance_of(match.gradient.node or place)
@@ -50,7 +50,7 @@ class _Rewriting:
         self.match, self.build, self._call = match, build, build.call
         self.layer, self.gradient, self.g = layer, match.gradient, match.g
         self.emit = Emitter(build, layer)
-        self.wide = self.emit.dtype
+        self.wide, self._scaled = self.emit.dtype, self.emit.scaled
         self.dims = [d for d in range(value_of(self.g).ndim) if d != match.scaling.dim]
         self.scale = self.emit.scale(match.scaling.steps)
         self.power: fx.Node | None = None  # t
@@ -164,7 +164,11 @@ class _Rewriting:
         node = self._narrow(node, value_of(self.gradient.dc).dtype)
         for step in self.match.scaling.steps:
             if step.kind == "move":
-                node = self._move(step, node)
+                target, args = step.node.target, step.node.args[1:]
+                if target in (aten.view.default, aten._unsafe_view.default):
+                    # The product may lie in memory in another way than ``g`` does.
+                    node = self.build.dense(node)
+                node = self._call(target, node, *args, **step.node.kwargs)
         return node
 
     def _narrow(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -173,13 +177,6 @@ class _Rewriting:
         if before is not None and before.dtype == dtype and dtype.itemsize < self.wide.itemsize:
             return self.build.current(node.all_input_nodes[0])
         return self.build.cast(node, dtype)
-
-    def _move(self, step: Step, node: fx.Node) -> fx.Node:
-        target = step.node.target
-        # The product with a scale may have lain in memory in another way than ``g`` does.
-        is_view = target in (aten.view.default, aten._unsafe_view.default)
-        node = self.build.dense(node) if is_view else node
-        return self._call(target, node, *step.node.args[1:], **step.node.kwargs)
 
     def _inner_product(self, weight_gradient: fx.Node) -> fx.Node:
         """``<dWg, W>`` per output channel [C], in the wide dtype."""
@@ -195,10 +192,6 @@ class _Rewriting:
         by_group = self._call(aten.reshape.default, product, sizes)
         inner = self._call(aten.sum.dim_IntList, by_group, [1, *range(3, len(sizes))], False)
         return self._call(aten.reshape.default, inner, [-1])
-
-    def _scaled(self, weight: fx.Node, scale: fx.Node | None, layout: Layout) -> fx.Node:
-        """``scale * weight`` along its output channels, computed wide, in the weight's dtype."""
-        return self.build.cast(self.emit.scaled(weight, scale, layout), value_of(weight).dtype)
 
     def _times(self, value: fx.Node, scale: fx.Node | None) -> fx.Node:
         return value if scale is None else self._call(aten.mul.Tensor, value, scale)

@@ -11,7 +11,6 @@ The last one, :mod:`bits`, sees what the partitioner has decided to save, and pa
 
 from torch import fx
 
-from ...config import get_options
 from ...records import Record
 from ..base import Outcome, Pass
 
@@ -31,8 +30,7 @@ class WantedGradientsPass(Pass):
         rewritten = 0
         # One after the other: what one rule leaves unsaved, the next does not count as saved.
         for rule in (pooling, activations, shapes):
-            found = rule.find_sites(JointGraph(graph))
-            sites = [unless_denied(site, get_options()) for site in found]
+            sites = [*map(unless_denied, rule.find_sites(JointGraph(graph)))]
             records += map(record, sites)
             rewritten += apply(sites, graph, rule.rewrite)
         return Outcome(rewritten, tuple(records))
@@ -48,6 +46,5 @@ class MaskBitsPass(Pass):
         from .bits import find_masks, pack
         from .site import record, unless_denied
 
-        found = find_masks(graph, backward)
-        sites = [unless_denied(site, get_options()) for site in found]
+        sites = [*map(unless_denied, find_masks(graph, backward))]
         return Outcome(pack(sites, graph, backward), tuple(map(record, sites)))

@@ -35,14 +35,11 @@ _POOLS = (
     *(aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default),
     prims._low_memory_max_pool_with_offsets.default,
 )
-# What is scattered is an argument in this position.
-_UNPOOLS: dict[Any, int] = {
-    aten.max_pool2d_with_indices_backward.default: 0,
-    aten.max_pool3d_with_indices_backward.default: 0,
-    aten.adaptive_max_pool2d_backward.default: 0,
-    aten.adaptive_max_pool3d_backward.default: 0,
-    aten.scatter_add.default: 3,
-}
+_UNPOOLS = (
+    *(aten.max_pool2d_with_indices_backward.default, aten.max_pool3d_with_indices_backward.default),
+    *(aten.adaptive_max_pool2d_backward.default, aten.adaptive_max_pool3d_backward.default),
+    aten.scatter_add.default,
+)
 _SAME_ORDER = (*layers.RESHAPES, aten.clone.default)
 _LOGIC = (
     *(aten.bitwise_or.Tensor, aten.bitwise_and.Tensor),
@@ -113,7 +110,8 @@ def _unpooling_at(where: fx.Node) -> _Unpooling | None:
     if pooled is None or not same_shape(y, where) or not _is_mask(mask, y):
         return None
     # The last of what holds the gradient in the order of p that has p's shape, too.
-    before = _in_same_order(unpool.args[_UNPOOLS[unpool.target]], layers.is_cast)
+    scattered = unpool.args[3 if unpool.target is aten.scatter_add.default else 0]
+    before = _in_same_order(scattered, layers.is_cast)
     fits = [i for i, n in enumerate(before) if same_shape(n, pooled)]
     return _Unpooling([*before[fits[-1] :], *path], unpool, pooled, y) if fits else None
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from ..._torch import compat
 from ...codes import Code
-from ...config import Options
+from ...config import get_options
 from ...graph.builder import Builder
 from ...graph.layers import is_cast
 from ...graph.provenance import provenance_of
@@ -113,8 +113,9 @@ def _is_of_frozen_layer(node: fx.Node) -> bool:
     return node.target is aten.convolution_backward.default and not args[10][1]
 
 
-def unless_denied(site: Site, options: Options) -> Site:
+def unless_denied(site: Site) -> Site:
     """``site``, denied if the options leave out its modules, or masks."""
+    options = get_options()
     by = denied(options, site.node, *site.calls)
     if by is None and site.kind == "mask" and not options.bit_masks:
         by = "bit_masks=False"
