@@ -131,37 +131,32 @@ def _may_add_and_raise(chain: AffineChain) -> bool:
 
 def _epilogue(chain: AffineChain, taken: set[fx.Node]) -> Epilogue | None:
     """What follows a chain, where it can as well be computed of the layer's own elements."""
-    node, user = chain.last, _only_user(chain.last)
+    node = chain.last
     if any(s.kind == "move" for s in chain.steps):
         return None
     names = {_activation_of(u) for u in node.users}
     if len(names) == 1 and "" not in names:
         return Epilogue(names.pop(), node)
-    if value_of(node).dtype != chain.layer.out.dtype:
+    user = _only_user(node)
+    if user is None or value_of(node).dtype != chain.layer.out.dtype:
         return None
-    if user is not None and user.target in _CALLS:
+    if user.target in _CALLS:
         return Epilogue(_CALLS[user.target], user)
-    return _residual_after(node) if taken.isdisjoint(node.users) else None
+    if user.target is not aten.add.Tensor or user.kwargs.get("alpha", 1) != 1 or user in taken:
+        return None
+    other = next((a for a in user.all_input_nodes if a is not node), None)
+    if not same_shape(node, other) or value_of(node).dtype != value_of(other).dtype:
+        return None
+    relu = _only_user(user)
+    if relu is None or relu.target is not aten.relu.default:
+        return Epilogue("add", user, other)
+    return Epilogue("add+relu", relu, other)
 
 
 def _activation_of(node: fx.Node) -> str:
     """The activation of several calls that ``node`` is one of; "" if it is of none."""
     packet = getattr(node.meta.get("original_aten"), "overloadpacket", None)
     return packet.__name__ if packet in _DECOMPOSED else ""
-
-
-def _residual_after(node: fx.Node) -> Epilogue | None:
-    """The addition of another tensor of the same shape and dtype to ``node``, with its ReLU."""
-    add = _only_user(node)
-    if add is None or add.target is not aten.add.Tensor or add.kwargs.get("alpha", 1) != 1:
-        return None
-    other = next((a for a in add.all_input_nodes if a is not node), None)
-    if not same_shape(node, other) or value_of(node).dtype != value_of(other).dtype:
-        return None
-    relu = _only_user(add)
-    if relu is None or relu.target is not aten.relu.default:
-        return Epilogue("add", add, other)
-    return Epilogue("add+relu", relu, other)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -17,6 +17,7 @@ Declines where the output is not saved, or where the input is.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -47,9 +48,8 @@ class Activation(NamedTuple):
     same: frozenset[tuple[Any, float]]
 
 
-def find_sites(joint: JointGraph) -> list[Site]:
+def find_sites(joint: JointGraph) -> Iterator[Site]:
     """Activations whose backward compares their input."""
-    sites = []
     activations = (activation_at(n) for n in joint.graph.nodes if n in joint.forward)
     for z, y, same in (a for a in activations if a is not None):
         # Of z, its aliases, copies and exact casts.
@@ -64,8 +64,7 @@ def find_sites(joint: JointGraph) -> list[Site]:
             code, detail = Code.SAVED_ANYWAY, str(z)
         elif not joint.reads(y):
             code = Code.OUTPUT_NOT_SAVED
-        sites.append(Site("activation", y, code, detail, numel_of(y), calls))  # a byte each
-    return sites
+        yield Site("activation", y, code, detail, numel_of(y), calls)  # a byte each
 
 
 def rewrite(build: Builder, call: fx.Node, site: Site) -> None:

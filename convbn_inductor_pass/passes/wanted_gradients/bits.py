@@ -17,6 +17,7 @@ dimension.
 """
 
 import collections
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,18 +36,17 @@ _NO_VERSION_CHECK = "saved_tensor_with_no_vc_check"  # AOTAutograd counts what h
 _LEAST_ELEMENTS = 1 << 12  # below, the saving is less than what an allocation rounds up to
 
 
-def find_masks(forward: fx.Graph, backward: fx.Graph) -> list[Site]:
+def find_masks(forward: fx.Graph, backward: fx.Graph) -> Iterator[Site]:
     """Masks that the forward saves for the backward."""
     saved = {n.name for n in backward.find_nodes(op="placeholder") if n.users}
     (output,) = forward.find_nodes(op="output")
-    returned, sites = collections.Counter(output.args[0]), []
+    returned: Any = collections.Counter(output.args[0])
     for node in output.all_input_nodes:
         if node.op == "call_function" and node.name in saved and returned[node] == 1:
             size = numel_of(node)
             if size >= _LEAST_ELEMENTS and value_of(node).dtype == torch.bool:
                 code = Code.MASK_AS_BITS if _split_of(node) else Code.NOT_DIVISIBLE
-                sites.append(Site("mask", node, code, nbytes=size * 7 // 8, calls=(node,)))
-    return sites
+                yield Site("mask", node, code, nbytes=size * 7 // 8, calls=(node,))
 
 
 def _split_of(mask: fx.Node) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ anyway, so that its mask is recomputed.
 import itertools
 import math
 import operator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -60,9 +61,8 @@ class _Unpooling(NamedTuple):
     y: fx.Node
 
 
-def find_sites(joint: JointGraph) -> list[Site]:
+def find_sites(joint: JointGraph) -> Iterator[Site]:
     """Masks of what is pooled, on the gradient that pooling's backward gives."""
-    sites = []
     for node in joint.graph.find_nodes(op="call_function", target=aten.where.self):
         found = _unpooling_at(node) if node in joint.backward else None
         if found is None:
@@ -72,8 +72,7 @@ def find_sites(joint: JointGraph) -> list[Site]:
         if joint.has(y, {found.unpool}):
             code, detail = Code.SAVED_ANYWAY, str(y)
         nbytes = numel_of(y) - (0 if joint.reads(pooled) else numel_of(pooled))  # a byte for each
-        sites.append(Site("pooling", y, code, detail, nbytes, (node,)))
-    return sites
+        yield Site("pooling", y, code, detail, nbytes, (node,))
 
 
 def rewrite(build: Builder, call: fx.Node, site: Site) -> None:

@@ -16,6 +16,7 @@ transposed depthwise convolution. Declines where the tensor is saved for another
 Source: pytorch/pytorch#133566 (open); arXiv 2404.12406 measures it in eager mode.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,20 +34,17 @@ from .site import JointGraph, Site
 aten = torch.ops.aten
 
 
-def find_sites(joint: JointGraph) -> list[Site]:
+def find_sites(joint: JointGraph) -> Iterator[Site]:
     """Tensors that are saved for their shape, each with the calls that read it."""
     by_source: dict[fx.Node, list[fx.Node]] = {}
     for node in joint.graph.nodes:
         if node in joint.shape_readers and node.args[1] not in joint.backward:
             by_source.setdefault(source_of(node.args[1]), []).append(node)
-    sites = []
     for source, calls in by_source.items():
         code, detail = Code.SHAPE_ONLY, ", ".join(str(n.target).split(".")[1] for n in calls)
         if _is_saved(joint, source):
             code, detail = Code.SAVED_ANYWAY, str(source)
-        nbytes = _bytes_less(joint, source)
-        sites.append(Site("shape", source, code, detail, nbytes, tuple(calls)))
-    return sites
+        yield Site("shape", source, code, detail, _bytes_less(joint, source), tuple(calls))
 
 
 def _is_saved(joint: JointGraph, node: fx.Node) -> bool:
