@@ -94,10 +94,7 @@ def fake_mode_of(tensor: Tensor | None) -> contextlib.AbstractContextManager[Any
 
 
 def metadata_key(value: Any) -> Any:
-    """Equal for two arguments of an operator whose result has the same metadata; None if unknown.
-
-    That is for fake tensors of plain sizes, with plain values among them.
-    """
+    """Equal for arguments with which a call gives the same metadata; None with symbolic sizes."""
     if isinstance(value, Tensor):
         sizes = (*value.shape, *value.stride(), value.storage_offset())
         if type(value) is not FakeTensor or not all(type(n) is int for n in sizes):

@@ -52,10 +52,9 @@ def sort_graph(graph: torch.fx.Graph) -> None:
 def update_metadata(graph: torch.fx.Graph) -> Iterator[None]:
     """Recompute, at the end, the metadata of what depends on what is changed in between.
 
-    A library's kernel lays its result out in another way than what it takes the place of, and so
-    may all that is computed from that. Inductor notices by itself, but only after it has put its
-    own functions into the graph for oneDNN's epilogues; then it cannot recompute these, and the
-    compilation fails (2.15).
+    A library's kernel lays its result out in its own way, and what is computed from that follows.
+    Inductor itself notices only once the graph has its own functions for oneDNN's epilogues, which
+    it cannot recompute: the compilation fails (2.15).
     """
     from torch._inductor.fx_utils import FakeTensorUpdater
 
@@ -125,9 +124,8 @@ def restore_hidden_outputs(graph: torch.fx.Graph) -> None:
 def is_outermost(graph: torch.fx.Graph) -> bool:
     """Whether ``graph`` is no body of a higher-order operator (cond, scan, invoke_subgraph, ...).
 
-    AOTAutograd describes each input of a graph of its own, in the forward as in the backward; the
-    bodies inside have inputs without a description (2.11 to 2.15). Their outputs do not tell: the
-    partitioner describes those of an invoke_subgraph's body, too.
+    AOTAutograd describes the inputs of its own graphs, not those of the bodies inside (2.11 to
+    2.15). Outputs do not tell: the partitioner describes those of an invoke_subgraph's body, too.
     """
     return any("desc" in node.meta for node in graph.find_nodes(op="placeholder"))
 

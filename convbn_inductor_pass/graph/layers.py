@@ -1,8 +1,4 @@
-"""What the passes know of aten IR: layers, per-channel operands, and steps of an affine map.
-
-Everything here reads; nothing is judged or changed. To add an operator that is affine per channel,
-add a branch to :func:`read_step`.
-"""
+"""What the passes know of aten IR: layers, per-channel operands, and steps of an affine map."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -37,14 +37,6 @@ def onto_output_axis(
     return by_group, [layout.groups, 1, weight_shape[1], *ones]
 
 
-def output_padding(n: Any, m: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
-    """What a transposed convolution of ``m`` positions must add at the end to give ``n``.
-
-    So its input gradient is written without the input. Sizes may be symbolic.
-    """
-    return n - ((m - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
-
-
 def scale_weight(weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
     """``s * W`` with ``s`` [C_out] on the output-channel axis of ``weight``.
 

@@ -1,7 +1,4 @@
-"""Provenance of a node in the user's model: the module, and the line of code.
-
-Both are read off what tracing recorded.
-"""
+"""Provenance of a node in the user's model, as tracing recorded it: module and line of code."""
 
 import re
 from typing import Any

@@ -47,7 +47,10 @@ def keep_observed(graph: fx.Graph, changed: Sequence[fx.Node], build: Builder) -
     """
     inductor.restore_hidden_outputs(graph)
     affected = depending_on(changed)
-    for node in dict.fromkeys(filter(affected.__contains__, _observed(graph))):
+    readers = (n for n in graph.nodes if compat.reads_strides(n.target))
+    read = (base_of(source) for reader in readers for source in reader.all_input_nodes)
+    observed = [*returned_in_parts(graph), *(n for n in read if tensor_of(n) is not None)]
+    for node in dict.fromkeys(filter(affected.__contains__, observed)):
         users = list(node.users)
         with graph.inserting_before(node.next):
             new = laid_out(node, value_of(node).stride(), build)
@@ -64,14 +67,6 @@ def returned_in_parts(graph: fx.Graph) -> Iterator[fx.Node]:
             continue
         if not layers.known_equal(size.numel(), whole.numel()):
             yield base_of(part)
-
-
-def _observed(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Tensors whose strides the outputs or a call of the graph depend on."""
-    yield from returned_in_parts(graph)
-    readers = (n for n in graph.nodes if compat.reads_strides(n.target))
-    read = (base_of(source) for reader in readers for source in reader.all_input_nodes)
-    yield from (node for node in read if tensor_of(node) is not None)
 
 
 def base_of(node: fx.Node) -> fx.Node:

@@ -5,8 +5,7 @@ After:   y = conv(x, A * W, A * b + B), with the activation or the addition in t
 
 A and B, one value per channel, are recomputed each call from the live parameters. On CPU a
 convolution becomes oneDNN's, on NVIDIA's GPUs cuDNN's where a ReLU follows, elsewhere the layer
-stays its own operator. Phases: :mod:`find`, :mod:`decide` (says when it declines),
-:mod:`rewrite`.
+stays its own operator. :mod:`decide` says when it declines.
 """
 
 from torch import fx

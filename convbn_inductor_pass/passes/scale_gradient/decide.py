@@ -83,12 +83,11 @@ class _Site:
 
     @functools.cached_property
     def saved_by(self) -> str | None:
-        """What the layer's output is saved for anyway, though it is not summed over.
+        """What the layer's output is saved for anyway, as the partitioner usually decides later.
 
         The policy of a selective checkpoint; a library call that needs the output itself, or what
         is summed over; or a pointwise call on a value that would be recomputed from the output: one
-        that is computed from it alone, element by element, and not from something that is saved for
-        another reason. The partitioner decides later; this is what it usually does.
+        computed from it alone, element by element, and not from what is saved for another reason.
         """
         node, backward, sums = self.layer.node, self.backward, self.match.reductions
         if node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE:

@@ -26,7 +26,6 @@ from ..._torch import compat
 from ...codes import Code
 from ...graph.builder import Builder
 from ...graph.layers import bytes_of, known_equal, numel_of, same_sizes, tensor_of, value_of
-from ...graph.layout import output_padding
 from ...graph.strides import memory_order
 from ...graph.uses import is_recomputed, is_saved, source_of, users_of
 from .site import JointGraph, Site
@@ -106,7 +105,9 @@ def _input_gradient(call: fx.Node) -> tuple[Any, ...] | None:
         return (None, stride, padding, dilation, False, [0] * len(kernel), groups) if fits else None
     if value_of(dy).is_cuda and groups != 1 and known_equal(value_of(weight).shape[1], 1):
         return None
-    added = [_surely_in_range(output_padding(*sizes), sizes[3]) for sizes in per_dim]
+    # What a transposed convolution of dy must add at the end to give x's size.
+    missing = ((n - ((m - 1) * s - 2 * p + d * (k - 1) + 1), s) for n, m, k, s, p, d in per_dim)
+    added = [_surely_in_range(size, stride) for size, stride in missing]
     return None if None in added else (None, stride, padding, dilation, True, added, groups)
 
 
