@@ -1,6 +1,5 @@
 """Private imports of what reads and writes graphs: operators, symbolic sizes, fake tensors."""
 
-import contextlib
 from typing import Any
 
 import torch
@@ -86,11 +85,6 @@ def storage_key(value: Any) -> int | None:
         return value.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse tensors and wrapper subclasses
         return None
-
-
-def fake_mode_of(tensor: Tensor | None) -> contextlib.AbstractContextManager[Any]:
-    """The mode that ``tensor`` is fake in."""
-    return tensor.fake_mode if isinstance(tensor, FakeTensor) else contextlib.nullcontext()
 
 
 def metadata_key(value: Any) -> Any:

@@ -147,8 +147,7 @@ def is_generated(target: Any) -> bool:
 def most_alive(graph: torch.fx.Graph, kept: set[torch.fx.Node]) -> int:
     """The most bytes alive at once while ``graph`` runs in its order, unfused.
 
-    What is in ``kept``, inputs, stays alive and does not count; other inputs count until their last
-    use.
+    Inputs count until their last use; those in ``kept`` stay alive and do not count.
     """
     from torch._inductor.fx_passes.memory_estimator import GraphAliasTracker
 

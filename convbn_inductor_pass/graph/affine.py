@@ -118,11 +118,7 @@ class Emitter:
         return None if shift == 0 else self._full_vector(shift)
 
     def scaled(
-        self,
-        weight: fx.Node,
-        scale: fx.Node | None,
-        layout: Layout,
-        dtype: torch.dtype | None = None,
+        self, weight: fx.Node, scale: fx.Node | None, layout: Layout, dtype: Any = None
     ) -> fx.Node:
         """``scale * weight`` along its output channels [C_out]; ``weight`` itself without a scale.
 

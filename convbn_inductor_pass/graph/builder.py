@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Builder:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         tensors = (tensor for tensor in map(tensor_of, graph.nodes) if tensor is not None)
-        self._mode = compat.fake_mode_of(next(tensors, None))
+        self._mode = getattr(next(tensors, None), "fake_mode", contextlib.nullcontext())
         self.meta: dict[str, Any] = {}  # metadata of the calls to come, beside "val"
         self.replaced: dict[fx.Node, fx.Node] = {}
         self._sizes: dict[Any, fx.Node] = {}

@@ -1,12 +1,7 @@
 """Save for backward only what the wanted gradients need: fewer bytes than a merged model saves.
 
-Each rule is a file. The first three read the joint graph, before it is partitioned:
-
-* :mod:`pooling`: the mask of an activation before max-pooling, from what is pooled;
-* :mod:`activations`: the mask of an activation, from its output, which is saved anyway;
-* :mod:`shapes`: tensors of which backward reads only the shape.
-
-The last one, :mod:`bits`, sees what the partitioner has decided to save, and packs masks.
+Each rule is a file. :mod:`pooling`, :mod:`activations` and :mod:`shapes` read the joint graph,
+before it is partitioned. :mod:`bits` sees what the partitioner has decided to save.
 """
 
 from torch import fx
