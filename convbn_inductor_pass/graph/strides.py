@@ -11,11 +11,9 @@ from .._torch import compat, inductor
 from . import layers
 from .builder import Builder
 from .layers import tensor_of, value_of
-from .uses import depending_on, reachable
+from .uses import depending_on
 
 aten = torch.ops.aten
-
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def memory_order(strides: Sequence[Any]) -> tuple[list[int], list[int]]:
@@ -76,8 +74,3 @@ def base_of(node: fx.Node) -> fx.Node:
         if not compat.is_view(call.target):
             return node
         node = call.all_input_nodes[0]
-
-
-def views_of(node: fx.Node) -> Iterator[fx.Node]:
-    """``node``, all views of it, and views of those."""
-    return reachable([node], lambda n: (u for u in n.users if compat.is_view(u.target)))

@@ -14,10 +14,13 @@ from ...graph.affine import AffineChain, Emitter
 from ...graph.builder import Builder
 from ...graph.layers import Layer, value_of
 from ...graph.operators import convolution_relu
-from ...graph.strides import CHANNELS_LAST, keep_observed, laid_out, views_of
+from ...graph.strides import keep_observed, laid_out
+from ...graph.uses import reachable
 from .find import FoldCandidate
 
 aten = torch.ops.aten
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def rewrite(graph: fx.Graph, candidates: Sequence[FoldCandidate]) -> None:
@@ -123,15 +126,15 @@ def _input(layer: Layer, build: Builder) -> fx.Node:
     if node.op == "placeholder":
         needed = any(compat.is_mutable(u.target) for u in node.users)
     else:
-        given = (layer.input, *views_of(node))
-        needed = any(u.op == "output" for n in given for u in n.users)
-    return build.dense(node, CHANNELS_LAST[layer.out.ndim]) if needed else node
+        views = reachable([node], lambda n: (u for u in n.users if compat.is_view(u.target)))
+        needed = any(u.op == "output" for n in (layer.input, *views) for u in n.users)
+    return build.dense(node, _CHANNELS_LAST[layer.out.ndim]) if needed else node
 
 
 def _channels_last(node: fx.Node, build: Builder) -> fx.Node:
     """``node`` in channels-last, if there is such a format: its producer's choice or a copy."""
     tensor = value_of(build.current(node))
-    memory_format = CHANNELS_LAST.get(tensor.ndim)
+    memory_format = _CHANNELS_LAST.get(tensor.ndim)
     if memory_format is None or tensor.is_contiguous(memory_format=memory_format):
         return node
     like = torch.empty(tensor.shape, device="meta", memory_format=memory_format)

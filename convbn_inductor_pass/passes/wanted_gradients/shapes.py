@@ -39,22 +39,18 @@ def find_sites(joint: JointGraph) -> Iterator[Site]:
     for node in joint.graph.nodes:
         if node in joint.shape_readers and node.args[1] not in joint.backward:
             by_source.setdefault(source_of(node.args[1]), []).append(node)
+    readers = joint.backward - joint.shape_readers
     for source, calls in by_source.items():
         code, detail = Code.SHAPE_ONLY, ", ".join(str(n.target).split(".")[1] for n in calls)
-        if _is_saved(joint, source):
+        if is_saved(source, readers) or _is_read(joint, source):
             code, detail = Code.SAVED_ANYWAY, str(source)
         yield Site("shape", source, code, detail, _bytes_less(joint, source), tuple(calls))
 
 
-def _is_saved(joint: JointGraph, node: fx.Node) -> bool:
-    """Whether a tensor is an output, or saved for calls that do not read its shape alone."""
-    if is_saved(node, joint.element_readers):
-        return True
-    if not joint.reads(node):
-        return False
-    # By pointwise calls, which can do with what it is computed from.
+def _is_read(joint: JointGraph, node: fx.Node) -> bool:
+    """Whether pointwise calls need a tensor, and cannot do with what it is computed from."""
     sources = node.all_input_nodes if compat.is_pointwise(node.target) else []
-    return not sources or not all(map(joint.has, sources))
+    return joint.reads(node) and not (sources and all(map(joint.has, sources)))
 
 
 def _bytes_less(joint: JointGraph, source: fx.Node) -> int:

@@ -72,10 +72,6 @@ class JointGraph:
         """Calls of the backward that read a tensor's shape alone: that of their second argument."""
         return {n for n in self.backward if n.target in READ_THE_SHAPE or _is_of_frozen_layer(n)}
 
-    @functools.cached_property
-    def element_readers(self) -> set[fx.Node]:
-        return self.backward - self.shape_readers
-
     def reads(self, node: fx.Node, besides: Collection[fx.Node] = ()) -> bool:
         """Whether calls that the forward does not need take ``node``, a view or a cast of it.
 
@@ -88,7 +84,7 @@ class JointGraph:
             value = user.meta.get("val")
             is_mask = isinstance(value, torch.Tensor) and value.dtype == torch.bool
             is_size = isinstance(value, (int, torch.SymInt))
-            if user.op == "call_function" and not is_mask and not is_size:
+            if user.op == "call_function" and not (is_mask or is_size):
                 return True
         return False
 
