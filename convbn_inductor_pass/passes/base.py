@@ -96,10 +96,8 @@ class Pass(registry.CustomGraphPass):
             )
 
     def uuid(self) -> Any:
-        """Part of Inductor's cache keys: all source files of the package, and the options.
-
-        And the settings of PyTorch's that decisions depend on, which are in no key by themselves.
-        """
+        """Part of Inductor's cache keys: the package's source files, the options, and settings."""
+        # Of PyTorch's settings, those that decisions depend on and that are in no key otherwise.
         cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
         libraries = (cudnn.enabled, cudnn.deterministic, mkldnn.enabled)
         key = f"convbn_inductor_pass.{self.name} {[*map(bool, libraries)]}"

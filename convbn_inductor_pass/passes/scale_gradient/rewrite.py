@@ -161,7 +161,11 @@ class _Rewriting:
             sizes[self.match.scaling.dim] = -1
             power = self._call(aten.reshape.default, self.power, sizes)
             node = self._call(aten.mul.Tensor, self.build.cast(node, self.wide), power)
-        node = self._narrow(node, value_of(self.gradient.dc).dtype)
+        dtype = value_of(self.gradient.dc).dtype
+        source = tensor_of(node.all_input_nodes[0]) if is_cast(node) else None
+        if source is not None and source.dtype == dtype and dtype.itemsize < self.wide.itemsize:
+            node = self.build.current(node.all_input_nodes[0])  # what it was widened from
+        node = self.build.cast(node, dtype)
         for step in self.match.scaling.steps:
             if step.kind == "move":
                 target, args = step.node.target, step.node.args[1:]
@@ -170,13 +174,6 @@ class _Rewriting:
                     node = self.build.dense(node)
                 node = self._call(target, node, *args, **step.node.kwargs)
         return node
-
-    def _narrow(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """``node`` in ``dtype``, as what it was widened from if that is it."""
-        before = tensor_of(node.all_input_nodes[0]) if is_cast(node) else None
-        if before is not None and before.dtype == dtype and dtype.itemsize < self.wide.itemsize:
-            return self.build.current(node.all_input_nodes[0])
-        return self.build.cast(node, dtype)
 
     def _inner_product(self, weight_gradient: fx.Node) -> fx.Node:
         """``<dWg, W>`` per output channel [C], in the wide dtype."""

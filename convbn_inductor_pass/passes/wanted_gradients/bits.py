@@ -63,8 +63,7 @@ def _split_of(mask: fx.Node) -> tuple[int, int] | None:
 def pack(sites: list[Site], forward: fx.Graph, backward: fx.Graph) -> int:
     """Save the masks of sites as bits; returns how many.
 
-    Both sides of a mask are made before it is given another value: if that fails, the graphs still
-    agree.
+    Both sides of a mask are made before it gets another value: if that fails, the graphs agree.
     """
     taken = {n.name: n for n in backward.find_nodes(op="placeholder")}
     masks = [s.node for s in sites if s.code.rewritten]
