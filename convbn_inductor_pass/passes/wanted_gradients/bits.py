@@ -66,36 +66,33 @@ def pack(sites: list[Site], forward: fx.Graph, backward: fx.Graph) -> int:
     Both sides of a mask are made before it gets another value: if that fails, the graphs agree.
     """
     taken = {n.name: n for n in backward.find_nodes(op="placeholder")}
+    (output,) = forward.find_nodes(op="output")
+    in_forward, in_backward = Builder(forward), Builder(backward)
     masks = [s.node for s in sites if s.code.rewritten]
-    builders = Builder(forward), Builder(backward)
     for mask in masks:
-        _pack_one(mask, taken[mask.name], *builders)
-    return len(masks)
-
-
-def _pack_one(mask: fx.Node, given: fx.Node, in_forward: Builder, in_backward: Builder) -> None:
-    """Save one mask, which the backward is ``given``, as bits."""
-    split: Any = _split_of(mask)
-    in_forward.meta = in_backward.meta = provenance_of(mask)
-    with mask.graph.inserting_before(mask.next):
-        bits = _packed(in_forward, mask, *split)
-    if _NO_VERSION_CHECK in mask.meta:
-        bits.meta[_NO_VERSION_CHECK] = mask.meta[_NO_VERSION_CHECK]
-    users, meta = set(given.users), given.meta
-    given.meta = {k: v for k, v in meta.items() if k != "tensor_meta"} | {"val": bits.meta["val"]}
-    try:
-        with given.graph.inserting_before(min(users)):
-            unpacked = _unpacked(in_backward, given, *split)
-    except Exception:
-        given.meta = meta
-        raise
-    given.replace_all_uses_with(unpacked, delete_user_cb=users.__contains__)
-    for output in mask.graph.find_nodes(op="output"):
+        given = taken[mask.name]
+        split: Any = _split_of(mask)
+        in_forward.meta = in_backward.meta = provenance_of(mask)
+        with forward.inserting_before(mask.next):
+            bits = _packed(in_forward, mask, *split)
+        if _NO_VERSION_CHECK in mask.meta:
+            bits.meta[_NO_VERSION_CHECK] = mask.meta[_NO_VERSION_CHECK]
+        users, meta = set(given.users), given.meta
+        given.meta = {k: v for k, v in meta.items() if k != "tensor_meta"}
+        given.meta["val"] = bits.meta["val"]
+        try:
+            with backward.inserting_before(min(users)):
+                unpacked = _unpacked(in_backward, given, *split)
+        except Exception:
+            given.meta = meta
+            raise
+        given.replace_all_uses_with(unpacked, delete_user_cb=users.__contains__)
         output.replace_input_with(mask, bits)
-    # The backward's input has the name of what the forward returns for it.
-    bits._rename(f"{mask.name}_bits")
-    given._rename(bits.name)
-    given.target = given.name
+        # The backward's input has the name of what the forward returns for it.
+        bits._rename(f"{mask.name}_bits")
+        given._rename(bits.name)
+        given.target = given.name
+    return len(masks)
 
 
 def _packed(build: Builder, mask: fx.Node, dim: int, new: int) -> fx.Node:
