@@ -168,32 +168,29 @@ def most_alive(graph: torch.fx.Graph, kept: set[torch.fx.Node]) -> int:
 
 def trained_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     """Inputs of a joint graph whose gradient it returns; all of them where it does not say."""
-    returned = _described_outputs(graph)
-    if not returned:
-        return set(graph.find_nodes(op="placeholder"))
-    gradients = (d for d, node in returned if isinstance(d, GradAOTOutput) and node is not None)
-    return _inputs_described_as(graph, {d.grad_of for d in gradients})
+    inputs, outputs = _described(graph)
+    trained = {d.grad_of for d, n in outputs if isinstance(d, GradAOTOutput) and n is not None}
+    return {n for d, n in inputs if d in trained or not outputs}
 
 
 def written_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     """Inputs that are written to: at the end of the graph, or after it by AOTAutograd."""
-    mutations = (d for d, _ in _described_outputs(graph) if isinstance(d, InputMutationAOTOutput))
-    found = _inputs_described_as(graph, {_whole(d.mutated_input) for d in mutations})
+    inputs, outputs = _described(graph)
+    mutations = (d for d, _ in outputs if isinstance(d, InputMutationAOTOutput))
+    written = {_whole(d.mutated_input) for d in mutations}
+    found = {n for d, n in inputs if d in written}
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             found.update(n for n in node.all_input_nodes if n.op == "placeholder")
     return found
 
 
-def _described_outputs(graph: torch.fx.Graph) -> list[tuple[Any, Any]]:
+def _described(graph: torch.fx.Graph) -> tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]:
+    """Inputs and outputs, each with AOTAutograd's description; no outputs if there is none."""
+    inputs = [(_whole(n.meta.get("desc")), n) for n in graph.find_nodes(op="placeholder")]
     (output,) = graph.find_nodes(op="output")
     returned: Any = output.args[0]
-    return list(zip(map(_whole, output.meta.get("desc") or ()), returned, strict=False))
-
-
-def _inputs_described_as(graph: torch.fx.Graph, wanted: set[Any]) -> set[torch.fx.Node]:
-    inputs = graph.find_nodes(op="placeholder")
-    return {n for n in inputs if _whole(n.meta.get("desc")) in wanted}
+    return inputs, list(zip(map(_whole, output.meta.get("desc") or ()), returned, strict=False))
 
 
 def _whole(description: Any) -> Any:
