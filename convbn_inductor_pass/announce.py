@@ -57,7 +57,11 @@ def say(made: Iterable[Record]) -> None:
         _said.add(key)
         left_out = sum(n for code, n in left.items() if code not in _NOTHING_TO_GAIN)
         level = logging.WARNING if 2 * left_out > len(norms) else logging.INFO
-        _write(level, _line(len(norms), len(fused), saved, left))
+        line = _line(len(norms), len(fused), saved, left)
+        if log.hasHandlers():
+            log.log(level, "%s", line)
+        elif log.isEnabledFor(level):
+            print(line, file=sys.stderr)
 
 
 def _line(norms: int, fused: int, saved: int, left: collections.Counter[Code]) -> str:
@@ -77,10 +81,3 @@ def _line(norms: int, fused: int, saved: int, left: collections.Counter[Code]) -
         line += f"; {count} {'is' if count == 1 else 'are'} not"
     line += f": {code.value}"
     return f"{line}; {code.remedy}" if code.remedy else line
-
-
-def _write(level: int, line: str) -> None:
-    if log.hasHandlers():
-        log.log(level, "%s", line)
-    elif log.isEnabledFor(level):
-        print(line, file=sys.stderr)

@@ -36,8 +36,7 @@ class Options:
         deny: the same, for what is never rewritten; takes precedence over ``allow``.
         announce: report in one line per model how many batch norms are in tune mode.
 
-    In eager mode, ``turn_on`` uses only ``fuse_frozen_layers``; its own argument ``modules``
-    selects the modules.
+    In eager mode, ``turn_on`` uses only ``fuse_frozen_layers``, and its argument ``modules``.
 
     Raises:
         ValueError: a value is not one of those above.
@@ -62,10 +61,8 @@ class Options:
         for name in ("allow", "deny"):
             value = getattr(self, name)
             if not (isinstance(value, (tuple, list)) and all(isinstance(p, str) for p in value)):
-                raise ValueError(
-                    f"{name} must be a sequence of module path patterns such as "
-                    f"('backbone.*',), got {value!r}"
-                )
+                allowed = "a sequence of module path patterns such as ('backbone.*',)"
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
             object.__setattr__(self, name, tuple(value))
 
     def allows(self, *module_paths: str) -> bool:

@@ -75,15 +75,14 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON."""
+        saved = {m: [dataclasses.asdict(t) for t in s.tensors] for m, s in self.saved.items()}
         return {
             "fused": self.fused,
             "batch_norms": len(self.batch_norms),
             "graphs": self.graphs,
             "saved_bytes": self.saved_bytes,
             "peak_bytes": self.peak_bytes,
-            "saved_tensors": {
-                mode: [dataclasses.asdict(t) for t in s.tensors] for mode, s in self.saved.items()
-            },
+            "saved_tensors": saved,
             "records": [r.to_dict() for r in self.records],
         }
 
@@ -103,9 +102,8 @@ def explain(
 ) -> Explanation:
     """What the passes would do if the model were compiled, and how many bytes that saves.
 
-    The flag need not be set, nothing is compiled or run, and no compile cache is used: the model is
-    traced on fake tensors. So inputs may be made under ``FakeTensorMode``, of any size: see
-    docs/explain.md.
+    The flag need not be set, and nothing is compiled, run or cached: the model is traced on fake
+    tensors. So inputs may be made under ``FakeTensorMode``, of any size (docs/explain.md).
 
     Args:
         model: a module or function, in the mode (eval, requires_grad) in which it will be used.

@@ -23,8 +23,7 @@ def freeze_batch_norms(
     loading such a pickle requires this package. Returns ``model``.
 
     Freeze after ``SyncBatchNorm.convert_sync_batchnorm``, which creates new modules, and unfreeze
-    before ``torch.optim.swa_utils.update_bn``, which resets the statistics and could not recompute
-    them.
+    before ``torch.optim.swa_utils.update_bn``, which could not recompute the statistics.
 
     Args:
         model: any module; it may be compiled, wrapped in DDP or sharded, before or after this call.

@@ -30,8 +30,7 @@ class Record:
     """The decision about one batch norm, other scale, tensor saved for backward, or layer.
 
     Attributes:
-        pass_name: "scale_gradient", "wanted_gradients", "mask_bits", "forward_folding", or "eager"
-            (``turn_on``).
+        pass_name: "scale_gradient", "wanted_gradients", "mask_bits", "forward_folding" or "eager".
         kind: "batch norm" for each call of one; "scale" for a layer whose output backward would sum
             over for the gradient of other scales; "shape", "activation", "pooling" and "mask" for a
             tensor that a rule of ``passes.wanted_gradients`` covers; "layer" in forward folding.

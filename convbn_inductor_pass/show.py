@@ -86,10 +86,8 @@ def _summary(explanation: "Explanation") -> str:
     if wanted:
         counts = (f"{wanted.count(k)} x {title}" for k, title in _WANTED.items() if k in wanted)
         lines.append(f"Not saved, since no wanted gradient needs it: {', '.join(counts)}.")
-    for title, sizes in (
-        ("saved for backward", explanation.saved_bytes),
-        ("estimated peak of a step", explanation.peak_bytes),
-    ):
+    saved, peaks = explanation.saved_bytes, explanation.peak_bytes
+    for title, sizes in (("saved for backward", saved), ("estimated peak of a step", peaks)):
         for mode, size in sizes.items():
             compared = sizes["eval"] and mode != "eval"
             share = f" ({size / sizes['eval'] - 1:+.1%})" if compared else ""

@@ -137,8 +137,7 @@ def assert_numerics(
         bits: also require that the outputs are bitwise identical to eval mode.
 
     Returns:
-        By output and gradient name, errors relative to the reference's largest element: (tune
-        mode's, eval mode's).
+        By name, errors relative to the reference's largest element: (tune mode's, eval mode's).
 
     Raises:
         AssertionError: an error is too large, a gradient is missing or has another dtype.

@@ -67,7 +67,7 @@ def reads_strides(target: Any) -> bool:
 
 def is_pure(target: Any) -> bool:
     """Whether ``target`` always computes the same from the same tensors, and does nothing else."""
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+    if not isinstance(target, torch._ops.OpOverload) or is_mutable(target):
         return False
     is_random = torch.Tag.nondeterministic_seeded in target.tags
     return target.namespace in ("aten", "prims") and not is_random

@@ -11,13 +11,7 @@ from typing import Any
 
 import torch
 from torch._functorch import config as functorch_config
-from torch._functorch._aot_autograd.descriptors import (
-    GradAOTOutput,
-    InputMutationAOTOutput,
-    IntermediateBaseAOTOutput,
-    SubclassGetAttrAOTInput,
-    SubclassGetAttrAOTOutput,
-)
+from torch._functorch._aot_autograd import descriptors as aot
 from torch._functorch.aot_autograd import make_boxed_func as make_boxed_func
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
@@ -78,10 +72,7 @@ def has_onednn_epilogues(dtype: torch.dtype) -> bool:
 
 
 def has_cudnn_epilogues(device: torch.device) -> bool:
-    """Whether cuDNN's convolutions with epilogues may be called for tensors on ``device``.
-
-    PyTorch runs them whether they are deterministic or not.
-    """
+    """Whether cuDNN's convolutions with epilogues, deterministic or not, may run on ``device``."""
     cudnn = torch.backends.cudnn
     if device.type != "cuda" or torch.version.hip or not (cudnn.is_available() and cudnn.enabled):
         return False
@@ -116,7 +107,7 @@ def restore_hidden_outputs(graph: torch.fx.Graph) -> None:
     (output,) = graph.find_nodes(op="output")
     visible, kinds = output.meta.get("user_visible_output_idxs"), output.meta.get("desc")
     if visible is not None and kinds is not None:
-        hidden = (SubclassGetAttrAOTOutput, IntermediateBaseAOTOutput)
+        hidden = (aot.SubclassGetAttrAOTOutput, aot.IntermediateBaseAOTOutput)
         found = (i for i, kind in enumerate(kinds) if isinstance(kind, hidden))
         output.meta["user_visible_output_idxs"] = sorted({*visible, *found})
 
@@ -169,14 +160,14 @@ def most_alive(graph: torch.fx.Graph, kept: set[torch.fx.Node]) -> int:
 def trained_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     """Inputs of a joint graph whose gradient it returns; all of them where it does not say."""
     inputs, outputs = _described(graph)
-    trained = {d.grad_of for d, n in outputs if isinstance(d, GradAOTOutput) and n is not None}
+    trained = {d.grad_of for d, n in outputs if isinstance(d, aot.GradAOTOutput) and n is not None}
     return {n for d, n in inputs if d in trained or not outputs}
 
 
 def written_inputs(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     """Inputs that are written to: at the end of the graph, or after it by AOTAutograd."""
     inputs, outputs = _described(graph)
-    mutations = (d for d, _ in outputs if isinstance(d, InputMutationAOTOutput))
+    mutations = (d for d, _ in outputs if isinstance(d, aot.InputMutationAOTOutput))
     written = {_whole(d.mutated_input) for d in mutations}
     found = {n for d, n in inputs if d in written}
     for node in graph.nodes:
@@ -195,7 +186,7 @@ def _described(graph: torch.fx.Graph) -> tuple[list[tuple[Any, Any]], list[tuple
 
 def _whole(description: Any) -> Any:
     """What describes the tensor subclass that a described tensor is a part of."""
-    while isinstance(description, (SubclassGetAttrAOTInput, SubclassGetAttrAOTOutput)):
+    while isinstance(description, (aot.SubclassGetAttrAOTInput, aot.SubclassGetAttrAOTOutput)):
         description = description.base
     return description
 

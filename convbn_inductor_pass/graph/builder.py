@@ -1,7 +1,5 @@
 """Add calls to a graph in aten IR."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Any
 
@@ -33,7 +31,7 @@ class Builder:
         self._values: dict[Any, Any] = {}
         self._called = False
 
-    def __enter__(self) -> Builder:
+    def __enter__(self) -> "Builder":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -61,10 +61,9 @@ def returned_in_parts(graph: fx.Graph) -> Iterator[fx.Node]:
     (output,) = graph.find_nodes(op="output")
     for part in output.all_input_nodes:
         size, whole = tensor_of(part), tensor_of(base_of(part))
-        if size is None or whole is None:
+        if size is None or whole is None or layers.known_equal(size.numel(), whole.numel()):
             continue
-        if not layers.known_equal(size.numel(), whole.numel()):
-            yield base_of(part)
+        yield base_of(part)
 
 
 def base_of(node: fx.Node) -> fx.Node:

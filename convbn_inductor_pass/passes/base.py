@@ -1,9 +1,4 @@
-"""What every pass shares: the flag, the cache key, the guard, the log, the records, the counter.
-
-And what decisions are made of: refusals, the modules that the options leave out.
-"""
-
-from __future__ import annotations
+"""What every pass shares: flag, cache key, guard, log, records, counter; and refusals."""
 
 import dataclasses
 import functools
@@ -55,6 +50,8 @@ class Pass(registry.CustomGraphPass):
     def __call__(self, graph: fx.Graph, *others: fx.Graph) -> None:
         if not registry.is_enabled():
             return
+        from torch._dynamo.utils import counters  # here: importing a pass loads no compiler
+
         announce.listen()
         debug = log.isEnabledFor(logging.DEBUG)
         before = graph.python_code("self", verbose=True).src if debug else ""
@@ -77,16 +74,9 @@ class Pass(registry.CustomGraphPass):
         for node in graph.nodes if outcome.records else ():
             if node.op == "call_function":  # for DecisionLogPass
                 node.meta[self.KEY] = (*node.meta.get(self.KEY, ()), outcome.records)
-        self._report(outcome)
-
-    def _report(self, outcome: Outcome) -> None:
-        """Count, publish the records, and add them to the structured trace (``TORCH_TRACE``)."""
-        from torch._dynamo.utils import counters
-
         name = f"convbn_inductor_pass_{self.name}"
-        if outcome.rewritten:
-            for counter in (name, *self.also_counted):
-                counters["inductor"][counter] += outcome.rewritten
+        for counter in (name, *self.also_counted) if outcome.rewritten else ():
+            counters["inductor"][counter] += outcome.rewritten
         if outcome.records:
             publish(outcome.records)
             trace_structured(
@@ -108,7 +98,7 @@ class Pass(registry.CustomGraphPass):
         options = hashlib.sha256(repr(decisive).encode()).hexdigest()
         return f"{key} {sources_hash()} {options}"
 
-    def __deepcopy__(self, memo: Any) -> Pass:
+    def __deepcopy__(self, memo: Any) -> "Pass":
         return self  # Inductor's configuration copies what a thread reads for the first time
 
     def __reduce__(self) -> tuple[Any, ...]:
