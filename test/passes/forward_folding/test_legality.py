@@ -107,6 +107,21 @@ def test_write_between():
     torch.testing.assert_close(out, expected)
 
 
+def test_write_elsewhere():
+    """Between a layer and an activation of several calls is nothing: a later write is no reason."""
+    torch.manual_seed(0)
+    x, w, n = torch.randn(1, 3, 4, 4), torch.randn(4, 3, 1, 1), torch.zeros(3)
+
+    def fn(x, w, n):
+        y = F.silu(F.conv2d(x, w))
+        bump(n)
+        return y
+
+    out, records = folded(fn, x, w, n)
+    assert codes(records) == ["FOLDED"]
+    torch.testing.assert_close(out, fn(x, w, n), rtol=1e-4, atol=1e-4)
+
+
 def test_input_that_is_written_to():
     """The write reaches the caller's tensor, not a copy for oneDNN; and comes after the layer."""
     torch.manual_seed(0)
