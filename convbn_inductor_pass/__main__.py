@@ -53,7 +53,7 @@ def _shape(text: str) -> torch.Size:
 
 
 @_app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, Option("--version", help="print it")] = False) -> None:
+def _top(version: Annotated[bool, Option("--version", help="print the version")] = False) -> None:
     """What the passes do to a model."""
     if version:
         print(__version__)

@@ -19,8 +19,9 @@ def freeze_batch_norms(
 ) -> nn.Module:
     """Put batch norms in eval mode, and keep them there when ``model.train()`` is called.
 
-    Their running statistics are then used and not updated. Copies and pickles are frozen, too;
-    loading such a pickle requires this package. Returns ``model``.
+    Their running statistics are then used and not updated; everything else still follows
+    ``train()``. Copies and pickles are frozen, too; loading such a pickle requires this package.
+    Returns ``model``.
 
     Freeze after ``SyncBatchNorm.convert_sync_batchnorm``, which creates new modules, and unfreeze
     before ``torch.optim.swa_utils.update_bn``, which could not recompute the statistics.

@@ -54,14 +54,11 @@ def _set_flag(value: bool) -> None:
 
 
 def install() -> None:
-    """Register the passes with Inductor. Importing the package does this; repeating is harmless.
-
-    Call it again if other code has overwritten one of the hooks.
-    """
+    """Register the passes, as importing the package does; again, if a hook was overwritten."""
     global _installed
     _installed = True
     when_imported(_PASSES, _set_passes)
-    when_imported(_CONFIG, functools.partial(importlib.import_module, _PASSES))
+    when_imported(_CONFIG, lambda: _installed and importlib.import_module(_PASSES))
     for module, name, ours in _WRAPPED:
         when_imported(module, functools.partial(_wrap, module, name, ours))
 
@@ -81,10 +78,7 @@ def is_installed() -> bool:
 
 @contextlib.contextmanager
 def installation(installed: bool) -> Iterator[None]:
-    """Install or uninstall the passes for a ``with`` block, and restore the hooks after it.
-
-    A hook that was overwritten stays overwritten, and passes keep their order.
-    """
+    """Install or uninstall the passes for a ``with`` block, and restore all hooks as they were."""
     global _installed
     importlib.import_module(_CONFIG)  # first: it adds the passes, if they are to be added
     from ._torch import registry

@@ -119,15 +119,14 @@ def records() -> list[Record]:
         from ._torch import store
 
         for text in store.take():
-            _new.extend(Record.from_dict(each) for each in json.loads(text))
+            _new.extend([Record.from_dict(each) for each in json.loads(text)])
     return [*_taken, *_new]
 
 
 def take_new() -> list[Record]:
     """The records since the last call; like :func:`records`, including cached code."""
     records()
-    new = list(_new)
-    _new.clear()
+    new = [_new.popleft() for _ in range(len(_new))]  # not all at once: others publish meanwhile
     _taken.extend(new)
     return new
 

@@ -76,8 +76,7 @@ def is_pure(target: Any) -> bool:
 def storage_key(value: Any) -> int | None:
     """Identity of the storage behind a tensor; None if it has none that can be compared.
 
-    Two tensors can alias only if their keys are equal. Fake tensors keep the aliasing of the
-    tensors that they stand for, graph inputs included.
+    Tensors can alias only if their keys are equal, fake ones as those that they stand for.
     """
     if not isinstance(value, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(value):
         return None

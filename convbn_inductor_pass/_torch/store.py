@@ -8,6 +8,7 @@ anyway and made their own decisions: if a model's modules have other names than 
 compiled, AOTAutograd's cache, which is asked first, misses, and Inductor's hits.
 """
 
+import contextlib
 import hashlib
 import pathlib
 from collections import Counter
@@ -46,8 +47,11 @@ def take() -> list[str]:
     stored = {k: n for k, n in list(counters["inductor"].items()) if k.startswith(_PREFIX)}
     new = Counter(stored) - _known
     dict.update(_known, stored)  # a Counter's own update adds
-    paths = [] if ran else map(_path, new.elements())
-    return [path.read_text("utf-8") for path in paths if path.exists()]
+    found = []
+    for path in [] if ran else map(_path, new.elements()):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(path.read_text("utf-8"))
+    return found
 
 
 def _notice_clearing() -> None:

@@ -1,1 +1,1 @@
-"""``turn_on`` and ``turn_off``: tune mode without ``torch.compile``."""
+"""Tune mode without ``torch.compile``: ``turn_on`` and ``turn_off`` are in :mod:`modes`."""

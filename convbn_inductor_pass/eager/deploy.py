@@ -32,7 +32,9 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 class _CountingRegion(Region):
     """Also counts, by id, the tensors that functions take."""
 
-    reads: Counter[int]
+    def __init__(self, ledger: Ledger, module: nn.Module) -> None:
+        super().__init__(ledger, module)
+        self.reads: Counter[int] = Counter()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.reads.update(map(id, tensors_read(func, args, kwargs or {})))
@@ -41,7 +43,8 @@ class _CountingRegion(Region):
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
     """Parameters and buffers of a module, without those of the modules in it."""
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    own = (*module._parameters.values(), *module._buffers.values())  # methods may be overridden
+    return [t for t in own if t is not None]
 
 
 class MergedBatchNorm(nn.Sequential):
@@ -99,7 +102,7 @@ def run_once(
 ) -> tuple[list[Event], Counter[nn.Module], Counter[int]]:
     """What a forward shows; how often it called a module, and took or returned a tensor.
 
-    Tensors are counted by id, which is theirs if they are there before and after.
+    Tensors by id: of those that do not outlive the forward, ids are counted, too, and may repeat.
     """
     training = {m: m.training for m in model.modules()}
     calls: Counter[nn.Module] = Counter()
@@ -108,7 +111,6 @@ def run_once(
     model.eval()
     nobody = nn.Module()  # whose forward could end the region
     region = _CountingRegion(Ledger(), nobody)
-    region.reads = Counter()
     open_region(region)
     try:
         with torch.no_grad():

@@ -88,7 +88,7 @@ def turn_on(
         for scope in scopes:
             add_hooks(scope, state.ledger)
     if mode == "deploy":
-        advice = "training it is unstable. Use mode='tune' to train at the same cost"
+        advice = "training merged convolutions is unstable; use mode='tune' to train at this cost"
         warnings.warn(f"deploy mode is for inference: {advice}", stacklevel=2)
         merge = _Merge(state.ledger)
         if example_inputs is not None:
@@ -165,9 +165,7 @@ def _scopes(model: nn.Module, modules: Sequence[str] | None, mode: Mode) -> list
             f"but has {layers} layer weights and {norms} batch norms"
         )
     if mode == "train" and any(is_frozen(m) for m in inside):
-        raise ValueError(
-            "batch norms are frozen: call convbn_inductor_pass.unfreeze_batch_norms(model) first"
-        )
+        raise ValueError("batch norms are frozen: call unfreeze_batch_norms(model) first")
     uncalled = [m for m in chosen if not callers(paths[m], kinds)]
     if uncalled and mode == "tune":
         raise ValueError(

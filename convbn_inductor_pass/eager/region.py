@@ -65,7 +65,7 @@ class Region(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        if self not in regions.open[-1:]:  # another is open inside this one
+        if self not in regions.open[-1:]:  # another is open inside, or it has ended
             for t in calls.tensors_read(func, args, kwargs):
                 if (event := self._event_of(t)) is not None:
                     event.mark_used()

@@ -214,9 +214,13 @@ def read_step(node: fx.Node, of: fx.Node, dim: int) -> Sequence[Step] | None:
     constant = kwargs.get("alpha", kwargs.get("value", 1))
     if None in operands or not isinstance(constant, (int, float)):
         return None
-    comes_first, (o, *more) = args[0] is of, operands or [-1]
+    if target is aten.neg.default:
+        return [Step(node, "scale", dim, -1)]
+    if not operands:
+        return None
+    comes_first, (o, *more) = args[0] is of, operands
     found: list[tuple[Any, ...]] = []
-    if target in _MULTIPLICATIONS or target is aten.neg.default:
+    if target in _MULTIPLICATIONS:
         found = [("scale", o)]
     elif target in _DIVISIONS and comes_first and not kwargs:
         found = [("divide", o)]

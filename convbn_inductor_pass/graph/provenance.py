@@ -29,10 +29,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """File and line of the user's code that made the call, "" if unknown.
-
-    That is the innermost frame outside torch of the stack trace that tracing recorded.
-    """
+    """File and line of the user's code that made the call, outside ``torch.nn``; "" if unknown."""
     frames = _FILE_LINE.findall(node.meta.get("stack_trace") or "")
     outside = [f for f in frames if "/torch/nn/" not in f[0]]
     return "{}:{}".format(*(outside or frames)[-1]) if frames else ""

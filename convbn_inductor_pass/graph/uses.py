@@ -62,10 +62,7 @@ def is_recomputed(node: fx.Node) -> bool:
 
 
 def is_saved(node: fx.Node, backward: Collection[fx.Node]) -> bool:
-    """Whether a value is an output, or needed in backward by a call that is not pointwise.
-
-    The partitioner recomputes pointwise calls.
-    """
+    """Whether a value is an output, or backward needs it for more than can be recomputed."""
     return any(
         user.op == "output" or (user in backward and not compat.is_pointwise(user.target))
         for user in users_of(source_of(node))

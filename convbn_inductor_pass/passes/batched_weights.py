@@ -130,6 +130,7 @@ def _batch(nodes: list[fx.Node], build: Any, channels_last: bool) -> None:
         for i, node in enumerate(nodes):
             build.meta, value = node.meta, value_of(node)
             part = build.call(operator.getitem, made, i)
+            part.meta["val"] = value  # as it was: views of it are in this memory
             # Other users of it, or of a view of it, may depend on its layout in memory.
             is_weight = len(node.users) == 1 and not compat.is_view(next(iter(node.users)).target)
             if channels_last and is_weight and value.ndim == 4:

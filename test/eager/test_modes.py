@@ -51,6 +51,24 @@ def test_names_of_a_compiled_model_are_the_models():
     assert not any(str(r).endswith(("()", " ")) for r in found)
 
 
+@pytest.mark.parametrize("mode", ["tune", "deploy"])
+def test_a_module_whose_parameters_takes_no_arguments(mode):
+    class Own(nn.Sequential):
+        def parameters(self):
+            return super().parameters()
+
+    model, x = (
+        nn.Sequential(Own(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))).eval(),
+        torch.randn(2, 3, 4, 4),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        turn_on(model, mode, example_inputs=(x,) if mode == "deploy" else None)
+    model(x)
+    expected = Code.FUSED if mode == "tune" else Code.MERGED
+    assert [(r.batch_norm, r.code) for r in decisions(model)] == [("0.1", expected)]
+
+
 def test_modes_set_the_batch_norms_only():
     model = Residual()
     turn_on(model, "train")
@@ -117,7 +135,7 @@ def test_what_cannot_be_turned_on():
     with pytest.raises(TypeError, match=r"must be an nn\.Module, got 3"):
         turn_on(3)
     model = freeze_batch_norms(Residual().train())
-    with pytest.raises(ValueError, match="frozen: call convbn_inductor_pass"):
+    with pytest.raises(ValueError, match="frozen: call unfreeze_batch_norms"):
         turn_on(model, "train")
     assert not turn_on(model).stem_bn.training
 

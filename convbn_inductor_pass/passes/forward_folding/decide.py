@@ -63,10 +63,10 @@ def legality(c: FoldCandidate) -> Refusals:
     if node is not c.last:
         yield Code.INPUT_MUTATED, f"between {layer.node} and {c.last}"
     # There the strides of results have to be those that were traced, as cond's branches'.
-    if not inductor.is_outermost(node.graph):
+    if not inductor.is_outermost(layer.node.graph):
         yield Code.INSIDE_HIGHER_ORDER_OP, ""
     # Preserving the strides takes a copy, and Inductor may fail on its symbolic slices (2.13).
-    parts = strides.returned_in_parts(node.graph)
+    parts = strides.returned_in_parts(layer.node.graph)
     symbolic = [n for n in parts if not all(isinstance(s, int) for s in value_of(n).shape)]
     affected = depending_on([c.end]) if symbolic else set()
     yield from ((Code.VIEW_RETURNED, str(n)) for n in symbolic if n in affected)

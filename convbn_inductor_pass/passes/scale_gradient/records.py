@@ -49,7 +49,7 @@ def account(graph: fx.Graph, decisions: list[Decision]) -> list[NamedRecord]:
     trained = uses.depending_on([*inductor.trained_inputs(graph)]) if backward else set()
     by_value = {value: d for d in decisions for value in d.candidate.values}
     found: list[NamedRecord] = []
-    counted: set[fx.Node | None] = {None}
+    counted: set[fx.Node | None] = {None}  # None: no layer, nothing to save
     for bn in _find_batch_norms(graph, backward):
         decision = by_value.get(bn.input)
         layer = bn.layer if decision is None else decision.candidate.layer

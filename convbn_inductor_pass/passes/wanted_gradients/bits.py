@@ -63,7 +63,8 @@ def _split_of(mask: fx.Node) -> tuple[int, int] | None:
 def pack(sites: list[Site], forward: fx.Graph, backward: fx.Graph) -> int:
     """Save the masks of sites as bits; returns how many.
 
-    Both sides of a mask are made before it gets another value: if that fails, the graphs agree.
+    Both sides of a mask are made before it gets another value: if that fails, the graphs agree, and
+    only the masks before it are packed.
     """
     taken = {n.name: n for n in backward.find_nodes(op="placeholder")}
     (output,) = forward.find_nodes(op="output")

@@ -168,9 +168,8 @@ def _is_mask(mask: Any, y: fx.Node) -> bool:
     # The activation whose result is y, which may be a cast in half precision.
     makers = [y, *(y.all_input_nodes if layers.is_cast(y) else ())]
     found = [a for a in map(activation_at, makers) if a is not None and a.y is y]
-    return operand is y or any(
-        operand is a.z and (mask.target, mask.args[1]) in a.same for a in found
-    )
+    of_z = any(operand is a.z and (mask.target, mask.args[1]) in a.same for a in found)
+    return operand is y or of_z
 
 
 def _mask_of(mask: Any, p: fx.Node, build: Builder) -> fx.Node:
