@@ -1,5 +1,1 @@
-"""Layers and eval-mode batch norms as differentiable functions that save less, for eager mode.
-
-``conv_bn`` has the two nodes of autograd's graph, ``gradients`` the formulas, and ``saved`` makes
-PyTorch's own functions save less.
-"""
+"""Eager layers and batch norms that save less: ``conv_bn`` (nodes), ``gradients``, ``saved``."""

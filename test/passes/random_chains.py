@@ -183,7 +183,7 @@ class _Drawer:
         return f"({self.pick(*per_channel * (12 if self.trained else 3), *others)})"
 
     def norm(self, y: str) -> str:
-        c = self.scope[y].shape[1]
+        c = self.scope[y].shape[min(1, self.scope[y].ndim - 1)] if self.scope[y].ndim else 1
         m, w, b = (self.tensor((c,)) for _ in range(3))
         v = self.tensor((c,), kind="positive")
         return f"F.batch_norm({y}, {m}, {v}, {w}, {b})"

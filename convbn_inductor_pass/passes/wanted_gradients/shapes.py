@@ -92,6 +92,8 @@ def _input_gradient(call: fx.Node) -> tuple[Any, ...] | None:
     args: Any = call.args
     dy, x, weight, _, stride, padding, dilation, transposed, _, groups, _ = args
     x_sizes, dy_sizes, kernel = (value_of(n).shape[2:] for n in (x, dy, weight))
+    if any(known_equal(size, 0) for size in dy_sizes):  # PyTorch convolves no such tensor
+        return None
     each = (v * len(kernel) if len(v) == 1 else v for v in (stride, padding, dilation))
     per_dim = list(zip(x_sizes, dy_sizes, kernel, *each, strict=True))
     if transposed:

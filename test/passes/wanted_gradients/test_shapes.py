@@ -231,6 +231,14 @@ def test_other_users(frozen, expected):
         assert all(result.before == result.after for result in compared.results)
 
 
+def test_empty_outputs():
+    """A transposed layer may have one: PyTorch has its gradient, but no convolution of it."""
+    layer = nn.ConvTranspose2d(4, 4, 3, padding=2).requires_grad_(False)
+    x = torch.randn(2, 4, 4, 2, requires_grad=True)
+    assert layer(x).shape == (2, 4, 2, 0)
+    assert compare(layer, x).codes == [SHAPE_ONLY]
+
+
 def test_read_by_a_pointwise_call():
     """Sigmoid's gradient takes its output, which has to be saved."""
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 4, 1))
