@@ -40,6 +40,13 @@ def is_plain(value: Any) -> bool:
     return is_dense and value.is_floating_point() and not value.is_inference()
 
 
+def layer_tensors(
+    input: Any, weight: Any, bias: Any = None, *_: Any, **__: Any
+) -> tuple[Any, Any, Any]:
+    """Input, weight and bias, of the arguments of any convolution or linear layer."""
+    return input, weight, bias
+
+
 class BatchNormCall(NamedTuple):
     """Arguments of ``F.batch_norm``."""
 

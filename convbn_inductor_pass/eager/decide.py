@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..codes import Code
 from ..config import get_options
-from ..functional.conv_bn import layer_before
+from ..functional.conv_bn import node_of_layer
 from .calls import BatchNormCall, is_plain
 from .events import Event
 
@@ -13,8 +13,8 @@ from .events import Event
 def decide(bn: BatchNormCall, layer: Event | None) -> tuple[Code, str]:
     """Whether a batch norm may leave its input unsaved, and a detail.
 
-    ``layer`` is the layer before it, if that ran in this region. In PyTorch's eager mode, a batch
-    norm saves its input even if its weight is frozen: it need not, after a layer or not.
+    ``layer`` is the call of the layer before it, if that ran in this region. In PyTorch's eager
+    mode, a batch norm saves its input even if its weight is frozen: it need not.
     """
     if bn.batch_statistics:
         return Code.BATCH_STATISTICS, ""
@@ -31,32 +31,34 @@ def decide(bn: BatchNormCall, layer: Event | None) -> tuple[Code, str]:
     return Code.SHAPE_ONLY if layer is None else Code.FUSED, ""
 
 
-def _why_not_from_layer(c: Tensor, layer: Event | None) -> tuple[Code, str] | None:
+def _why_not_from_layer(c: Tensor, event: Event | None) -> tuple[Code, str] | None:
     """Why the gradient of a batch norm's weight cannot come from the layer that gave ``c``."""
-    node = layer_before(c)
-    if layer is None and node is None:
-        return Code.NOT_AFTER_LAYER, ""
-    if layer is None:
+    if event is None and c.grad_fn is not None and node_of_layer(c) is c.grad_fn:
         return Code.REGION, "the layer's region ended"
-    x, weight = layer.input(), layer.weight()
+    if event is None:
+        return Code.NOT_AFTER_LAYER, ""
+    weight = event.weight()
     # FSDP gives the memory back.
     if weight is not None and weight.numel() and not weight.untyped_storage().nbytes():
         return Code.WEIGHT_FREED, ""
-    if layer.used or layer.as_written:
+    if event.used or event.as_written:
         before = "or was in the previous forward, or no batch norm used it there"
-        return Code.LAYER_OUTPUT_USED, "" if layer.used else before
+        return Code.LAYER_OUTPUT_USED, "" if event.used else before
     if weight is not None and not weight.requires_grad and not get_options().fuse_frozen_layers:
         return Code.LAYER_FROZEN, ""
     if c.grad_fn is None:
         return Code.REGION, "the layer ran without grad mode"
-    if node is None:
+    layer = event.layer
+    if layer is None:
         return Code.NOT_AFTER_LAYER, "the type of the layer's autograd node is unknown"
+    if not layer.is_conv and c.ndim != 2:
+        return Code.UNBATCHED, f"{c.ndim} dimensions with channels last"
+    if not layer.gave(c):
+        return Code.NOT_AFTER_LAYER, ""
     if c._backward_hooks or c.retains_grad:
         return Code.LAYER_OUTPUT_USED, "its gradient is used by a hook or retained"
     # Memory that PyTorch does not let be resized is others', or shared with another process.
-    memory = None if x is None else x.untyped_storage()
-    if memory is not None and not memory.resizable() and not memory.is_shared():
+    memory = layer.input.untyped_storage()
+    if not memory.resizable() and not memory.is_shared():
         return Code.INPUT_MUTATED, "NumPy or another library owns the layer's input"
-    if node.conv is None and c.ndim != 2:
-        return Code.UNBATCHED, f"{c.ndim} dimensions with channels last"
     return None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..codes import Code
+from ..functional.conv_bn import Layer
 from ..records import Record
 
 
@@ -17,8 +18,8 @@ def nothing() -> None:
 class Event:
     """One call of a layer or batch norm, or of both one after the other; or of a ReLU."""
 
-    input: Callable[[], Any] = nothing  # weak references, of layers
-    weight: Callable[[], Any] = nothing
+    layer: Layer | None = None  # until its batch norm, or the end of the forward
+    weight: Callable[[], Any] = nothing  # a weak reference, of layers
     outputs: list[Callable[[], Any]] = dataclasses.field(default_factory=list)  # of ReLUs, too
     norm: Callable[[], Any] = nothing  # to the tensor by which a batch norm is known
     shape: tuple[int, ...] = ()  # of what the batch norm takes
@@ -26,7 +27,7 @@ class Event:
     relu: bool = False
     linear: bool = False
     used: bool = False  # something else takes the layer's output, or saves the ReLU's
-    as_written: bool = False  # the layer is only watched
+    as_written: bool = False  # was used in the previous forward, or no batch norm took it there
     code: Code | None = None
     detail: str = ""
 

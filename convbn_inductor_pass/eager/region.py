@@ -121,7 +121,7 @@ class Region(TorchFunctionMode):
         return event if reference() is value else None
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x, weight, bias = conv_bn.layer_tensors(*args, **kwargs)
+        x, weight, bias = calls.layer_tensors(*args, **kwargs)
         as_is = self._aside() or not all(t is None or calls.is_plain(t) for t in (x, weight, bias))
         saves_input = as_is or weight.requires_grad or get_options().fuse_frozen_layers
         for t in (x, weight, bias):
@@ -132,20 +132,18 @@ class Region(TorchFunctionMode):
             return func(*args, **kwargs)
         key = self._count(weight if isinstance(weight, nn.Parameter) else None)
         before = self.before.get(key) if saves_input and not self.hooks else None
-        as_written = before is not None and (before.used or before.code is None)
-        if as_written:
+        event = self.events[key] = Event(
+            weight=weakref.ref(weight),
+            linear=func is nn.functional.linear,
+            as_written=before is not None and (before.used or before.code is None),
+        )
+        if event.as_written:
             c = func(*args, **kwargs)
         elif saves_input:
-            c = conv_bn.layer(func, *args, **kwargs)
+            c, event.layer = conv_bn.layer(func, *args, **kwargs)
         else:
             with saved.saves_shape_only(x):
                 c = func(*args, **kwargs)
-        event = self.events[key] = Event(
-            input=weakref.ref(x),
-            weight=weakref.ref(weight),
-            linear=func is nn.functional.linear,
-            as_written=as_written,
-        )
         self._note(c, event)
         return c
 
@@ -172,12 +170,14 @@ class Region(TorchFunctionMode):
             event.detail = "if a function is checkpointed, checkpoint a module instead"
         else:
             event.code, event.detail = decide(bn, layer)
+        called, event.layer = event.layer, None
         if not event.code.rewritten:
             if taken is not None and taken.relu:
                 taken.mark_used()
             return func(*args, **kwargs)
         if bn.weight is not None and bn.weight.requires_grad:
-            return conv_bn.batch_norm(*bn[:5], bn.eps, event.is_watched)
+            assert called is not None
+            return conv_bn.batch_norm(bn.input, called, *bn[1:5], bn.eps, event.is_watched)
         with saved.saves_shape_only(bn.input):
             return func(*args, **kwargs)
 
@@ -204,6 +204,8 @@ class Region(TorchFunctionMode):
             norms = [e for e in self.events.values() if e.code is not None]
             if all(e.code is Code.BATCH_STATISTICS for e in norms):  # a trainer's ``train()``
                 announce.say(e.record({}) for e in norms)
+        for event in self.events.values():
+            event.layer = None  # it would keep the autograd graph
         for _, event in self.outputs.values():
             if (event.relu or event.code is Code.FUSED) and event.is_alive():
                 event.mark_used()

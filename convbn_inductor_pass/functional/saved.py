@@ -4,7 +4,9 @@ Max-pooling's gradient needs only its indices; a convolution or batch norm needs
 for the gradient of its weight, which may be frozen; and a ReLU needs only the signs of its output.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,9 +39,41 @@ def _hooks_around() -> tuple[Any, Any]:
     return torch_eager.saved_tensors_hooks() or (_with_version, _unwritten)
 
 
-def saves_as_autograd() -> saved_tensors_hooks:
-    """Within, no other hooks see what is saved."""
-    return saved_tensors_hooks(_with_version, _unwritten)
+class _Slot:
+    """What the hooks around made of a tensor, and the tensor until its second use in a pass."""
+
+    def __init__(self, packed: Any, tensor: Tensor | None) -> None:
+        self.packed, self.tensor, self.unpacked_in = packed, tensor, torch_eager.backward_pass()
+
+
+@contextlib.contextmanager
+def unpacks_once() -> Iterator[None]:
+    """Within, what autograd saves may be read twice in a backward pass, and while this lasts.
+
+    The hooks around are asked once, which is all that checkpointing allows.
+    """
+    outer_pack, outer_unpack = _hooks_around()
+    slots: list[_Slot] = []
+
+    def pack(t: Tensor) -> _Slot:
+        slots.append(_Slot(outer_pack(t), t))
+        return slots[-1]
+
+    def unpack(slot: _Slot) -> Tensor:
+        now, tensor = torch_eager.backward_pass(), slot.tensor
+        if tensor is None or slot.unpacked_in != now:
+            tensor = slot.tensor = outer_unpack(slot.packed)
+            slot.unpacked_in = now
+        elif not is_open:
+            slot.tensor = None
+        return tensor
+
+    is_open = True
+    with saved_tensors_hooks(pack, unpack):
+        yield
+    is_open = False
+    for slot in slots:
+        slot.tensor = None
 
 
 def saves_shape_only(x: Tensor) -> saved_tensors_hooks:

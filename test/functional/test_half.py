@@ -58,7 +58,7 @@ def test_not_finite(bad):
 
 def pair(written, tensors, *of_norm):
     """A layer and a batch norm after it, whose output in between nobody looks at."""
-    return batch_norm(layer(written, *tensors), *of_norm, lambda: False)
+    return batch_norm(*layer(written, *tensors), *of_norm, lambda: False)
 
 
 def arguments(kind):
