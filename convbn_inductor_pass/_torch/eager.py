@@ -37,8 +37,9 @@ def will_run(node: Any) -> bool:
 def in_compiled_autograd() -> bool:
     """Whether compiled autograd traces backward passes now."""
     module = sys.modules.get("torch._dynamo.compiled_autograd")
-    names = ("compiled_autograd_enabled", "in_compiled_autograd_region")
-    return any(getattr(module, name, False) for name in names)
+    return module is not None and (
+        module.compiled_autograd_enabled or module.in_compiled_autograd_region
+    )
 
 
 def call_below(function: Any, *args: Any, **kwargs: Any) -> Any:

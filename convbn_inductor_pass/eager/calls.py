@@ -36,8 +36,12 @@ _SHAPE_OF_OTHER = {Tensor.reshape_as, Tensor.view_as, Tensor.expand_as}
 
 
 def is_plain(value: Any) -> bool:
-    is_dense = type(value) in _PLAIN_TYPES and value.layout is torch.strided
-    return is_dense and value.is_floating_point() and not value.is_inference()
+    return (
+        type(value) in _PLAIN_TYPES
+        and value.layout is torch.strided
+        and value.is_floating_point()
+        and not value.is_inference()
+    )
 
 
 def layer_tensors(

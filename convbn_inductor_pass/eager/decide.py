@@ -20,13 +20,14 @@ def decide(bn: BatchNormCall, layer: Event | None) -> tuple[Code, str]:
         return Code.BATCH_STATISTICS, ""
     if bn.running_mean.requires_grad or bn.running_var.requires_grad:
         return Code.STATISTICS_REQUIRE_GRAD, ""  # where PyTorch raises
-    tensors = [t for t in (bn.input, bn.weight, bn.bias) if t is not None]
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+    x, weight, bias = bn.input, bn.weight, bn.bias
+    trained = weight is not None and weight.requires_grad
+    wanted = trained or x.requires_grad or (bias is not None and bias.requires_grad)
+    if not (wanted and torch.is_grad_enabled()):
         return Code.NO_GRAD, ""
-    trained = bn.weight is not None and bn.weight.requires_grad
-    if trained and (reason := _why_not_from_layer(bn.input, layer)) is not None:
+    if trained and (reason := _why_not_from_layer(x, layer)) is not None:
         return reason
-    if not all(map(is_plain, tensors)):
+    if not all(t is None or is_plain(t) for t in (x, weight, bias)):
         return Code.UNSUPPORTED_TENSOR, "of the batch norm"
     return Code.SHAPE_ONLY if layer is None else Code.FUSED, ""
 

@@ -14,7 +14,7 @@ def nothing() -> None:
     """In the place of a weak reference."""
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Event:
     """One call of a layer or batch norm, or of both one after the other; or of a ReLU."""
 

@@ -14,7 +14,6 @@ and where the saved-tensor hooks change within it: ``torch.utils.checkpoint`` co
 and would not find the region when it recomputes. Nor is anything learned under such hooks.
 """
 
-import contextlib
 import functools
 import sys
 import threading
@@ -74,15 +73,15 @@ class Region(TorchFunctionMode):
             return self._layer(func, args, kwargs)
         if func is nn.functional.batch_norm:
             return self._batch_norm(func, args, kwargs)
-        tensors = list(calls.tensors_read(func, args, kwargs))
+        if func in calls.RELUS:
+            return self._relu(func, args, kwargs)
+        tensors = calls.tensors_read(func, args, kwargs)
         events = [event for t in tensors if (event := self._event_of(t)) is not None]
         for event in events:
             # Rows of a linear layer's output may be what a batch norm takes.
             is_rows = event.linear and func in calls.VIEWS
             if not is_rows and not (event.relu and func in calls.SAVES_NOTHING):
                 event.mark_used()
-        if func in calls.RELUS:
-            return self._relu(func, args, kwargs)
         # On MPS max-pooling looks for the maxima again.
         if (
             func in calls.MAX_POOLS
@@ -122,7 +121,10 @@ class Region(TorchFunctionMode):
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, weight, bias = calls.layer_tensors(*args, **kwargs)
-        as_is = self._aside() or not all(t is None or calls.is_plain(t) for t in (x, weight, bias))
+        plain = (
+            calls.is_plain(x) and calls.is_plain(weight) and (bias is None or calls.is_plain(bias))
+        )
+        as_is = not plain or self._aside()
         saves_input = as_is or weight.requires_grad or get_options().fuse_frozen_layers
         for t in (x, weight, bias):
             taken = self._event_of(t)
@@ -159,10 +161,10 @@ class Region(TorchFunctionMode):
             event = layer
         else:
             event = self.events[self._count(identity)] = Event()
+            event.outputs.append(weakref.ref(bn.input))
             if layer is not None:  # this is its second batch norm
                 layer.mark_used()
         event.shape, event.nbytes = bn.input.shape, bn.input.nbytes
-        event.outputs.append(weakref.ref(bn.input))
         if identity is not None:
             event.norm = weakref.ref(identity)
         if torch_eager.saved_tensors_hooks() != self.hooks:
@@ -183,14 +185,18 @@ class Region(TorchFunctionMode):
 
     def _relu(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else kwargs["input"]
-        wanted = torch.is_grad_enabled() and calls.is_plain(x) and x.requires_grad
+        if (taken := self._event_of(x)) is not None:
+            taken.mark_used()
+        wanted = calls.is_plain(x) and x.requires_grad and torch.is_grad_enabled()
         if not wanted or self._aside():
             return func(*args, **kwargs)
         key = ("ReLU", self._count(None)[1])
         before = None if self.hooks else self.before.get(key)
-        is_saved = self.trains_convolutions if before is None else before.used
-        with contextlib.nullcontext() if is_saved else saved.saves_mask():
+        if self.trains_convolutions if before is None else before.used:
             y = func(*args, **kwargs)
+        else:
+            with saved.saves_mask():
+                y = func(*args, **kwargs)
         event = self.events[key] = Event(relu=True)
         self._note(y, event)
         return y

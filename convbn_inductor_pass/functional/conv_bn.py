@@ -25,17 +25,17 @@ Source: "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.1
 formula for dgamma follows from its equation for the folded weight.
 """
 
+import contextlib
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._torch import eager as torch_eager
 from .gradients import Conv, pair_backward, per_channel, sum_positions
-from .saved import unpacks_once
+from .saved import SharedSaves
 
 # After a linear layer of more than two dimensions; its bias is added where its input has gaps.
 _OF_LINEAR = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AddBackward0")
@@ -52,7 +52,7 @@ class Layer(NamedTuple):
     """A call of a convolution or linear layer, for the batch norm after it.
 
     ``node`` is autograd's, ``input`` what it saved: after autocast, padding, and of a linear layer
-    as rows [N, C_in]. ``version`` is the output's.
+    as rows [N, C_in]. ``version`` is the output's. With others' hooks, what is saved is ``shared``.
     """
 
     node: Any
@@ -60,6 +60,7 @@ class Layer(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     version: int
+    shared: Any = contextlib.nullcontext()
 
     @property
     def is_conv(self) -> bool:
@@ -83,9 +84,11 @@ def layer(
     if torch_eager.saved_tensors_hooks() is None:
         c = function(*args, **kwargs)
         return c, _read(c, *args, **kwargs)
-    with unpacks_once():
-        c = function(*args, **kwargs)
-        return c, _read(c, *args, **kwargs)
+    with (shared := SharedSaves()):
+        with shared.hooks():
+            c = function(*args, **kwargs)
+        layer = _read(c, *args, **kwargs)
+    return c, None if layer is None else layer._replace(shared=shared)
 
 
 def _read(
@@ -122,25 +125,27 @@ def batch_norm(
     gradient of ``c``.
     """
     operands = layer.input, layer.weight, layer.bias
-    of_norm = weight, bias, mean, var, eps
-    return _BatchNorm.apply(c, *operands, *of_norm, layer, is_watched)
+    return _BatchNorm.apply(c, *operands, weight, bias, (mean, var, eps, layer, is_watched))
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, c: Tensor, *arguments: Any) -> Tensor:
-        _, weight, bias, gamma, beta, mean, var, eps, layer, is_watched = arguments
+        _, weight, bias, gamma, beta, others = arguments
+        mean, var, eps, layer, is_watched = others
         ctx.eps, ctx.node, ctx.is_watched = eps, layer.node, is_watched
-        ctx.is_conv, ctx.found = layer.is_conv, False
+        ctx.is_conv, ctx.shared, ctx.found = layer.is_conv, layer.shared, False
         # A convolution's node has the weight, a linear layer's only if its input needs a gradient.
         ctx.save_for_backward(mean, var, gamma, bias, None if ctx.is_conv else weight)
         ctx.set_materialize_grads(False)
-        return F.batch_norm(c, mean, var, gamma, beta, eps=eps)
+        # What F.batch_norm calls.
+        cudnn = torch.backends.cudnn.enabled
+        return torch.batch_norm(c, gamma, beta, mean, var, False, 0.0, eps, cudnn)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 11
+            return (None,) * 7
         if torch_eager.in_compiled_autograd():
             raise RuntimeError(
                 "tune mode's batch norms cannot read the layer's saved tensors in compiled "
@@ -148,12 +153,15 @@ class _BatchNorm(torch.autograd.Function):
                 "with convbn_inductor_pass.enable() instead"
             )
         # Unpacked out here: checkpointing then runs the forward again, in a region.
-        x = getattr(ctx.node, _INPUT[type(ctx.node).__name__]) if ctx.needs_input_grad[4] else None
-        *saved, weight = ctx.saved_tensors
-        if ctx.is_conv and x is not None:
-            weight = ctx.node._saved_weight
-        gradients = torch_eager.call_below(_gradients, ctx, g, saved, x, weight)
-        return (*gradients, None, None, None, None, None)
+        node, layer = ctx.node, None
+        mean, var, gamma, bias, weight = ctx.saved_tensors
+        if ctx.needs_input_grad[4]:
+            with ctx.shared:
+                x = getattr(node, _INPUT[type(node).__name__])
+                weight = node._saved_weight if ctx.is_conv else weight.to(x.dtype)
+            layer = x, weight, Conv(*_geometry(node)) if ctx.is_conv else None
+        of_norm = mean, var, gamma, bias
+        return *torch_eager.call_below(_gradients, ctx, g, of_norm, layer), None
 
 
 def _next_functions(node: Any) -> Any:
@@ -165,26 +173,25 @@ def _next_functions(node: Any) -> Any:
 _BatchNorm._backward_cls.next_functions = property(_next_functions)
 
 
-def _gradients(ctx: Any, g: Tensor, saved: Any, x: Any, weight: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, g: Tensor, of_norm: Any, layer: Any) -> tuple[Tensor | None, ...]:
     """Gradients of c, x, W, b, gamma and beta, those of parameters as wide as they were computed.
 
     The layer's node makes those of x, W and b if there is one of c.
     """
-    mean, var, gamma, bias = saved
-    _, need_x, need_weight, need_bias, need_gamma, need_beta = ctx.needs_input_grad[:6]
+    mean, var, gamma, bias = of_norm
+    _, *needs, need_bias, _, need_beta, _ = ctx.needs_input_grad
     acc = torch.promote_types(g.dtype, torch.float32)
     invstd = (var.to(acc) + ctx.eps).rsqrt()
-    scale = gamma.to(acc) * invstd
+    scale = gamma * invstd
+    if layer is None:
+        dbeta = sum_positions(g) if need_beta else None
+        return g * per_channel(scale, g), None, None, None, None, dbeta
     dc = None
-    runs = need_gamma and torch_eager.will_run(ctx.node)
-    if not runs or ctx.found or ctx.is_watched():
-        dc, need_x, need_weight, need_bias = g * per_channel(scale, g), False, False, False
-    if not need_gamma:
-        return dc, None, None, None, None, sum_positions(g) if need_beta else None
-    layer = x, weight, Conv(*_geometry(ctx.node)) if ctx.is_conv else None
-    dx, dw, inner, sum_g = pair_backward(g, scale, layer, (need_x, need_weight))
+    if ctx.found or ctx.is_watched() or not torch_eager.will_run(ctx.node):
+        dc, needs, need_bias = g * per_channel(scale, g), (False, False), False
+    dx, dw, inner, sum_g = pair_backward(g, scale, layer, needs)
     db = scale * sum_g if need_bias else None
     # Subtracted before anything else is done, because the two may be large and nearly equal.
-    centre = -mean.to(acc) if bias is None else bias.to(x.dtype).to(acc) - mean.to(acc)
+    centre = -mean.to(acc) if bias is None else bias.to(layer[0].dtype).to(acc) - mean.to(acc)
     dgamma = invstd * torch.addcmul(inner, centre, sum_g)
     return dc, dx, dw, db, dgamma, sum_g if need_beta else None

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..graph.layout import Layout, channel_inner_product, scale_weight
+from ..graph.layout import Layout, along_output_channels, channel_inner_product
 
 
 class Conv(NamedTuple):
@@ -30,8 +30,8 @@ def pair_backward(
     """Gradients of a layer's input and weight; ``<dW', W>`` and the sum of ``g``, [C].
 
     ``g`` is the gradient of the batch norm's output, ``scale`` is ``A``, in float32 or wider, as
-    are all but the first result. ``layer`` is what the layer computed with: its input, after
-    autocast's cast, and its weight.
+    are all but the first result. ``layer`` is what the layer computed with: input and weight, after
+    autocast's casts.
     """
     (x, weight, conv), (need_dx, need_dw) = layer, needs
     acc, layout = scale.dtype, Layout() if conv is None else Layout(conv.transposed, conv.groups)
@@ -41,20 +41,25 @@ def pair_backward(
         t = gradient_scale(g, scale)
         on_weight = scale / t
         g = g * per_channel(t, g).to(g.dtype)
-    weight = weight.to(x.dtype).to(acc)
-    folded = scale_weight(weight, on_weight, layout) if need_dx else weight
-    folded, dx = folded.to(x.dtype), None
+    on_weight = along_output_channels(on_weight, weight.shape, layout)
+    # Without a gradient of x, only its shape and layout are read.
+    folded = (weight * on_weight).to(x.dtype) if need_dx else weight
+    dx = None
     if conv is None:
         dx = g @ folded if need_dx else None
         dfolded = g.t() @ x
     else:
         rest = (*conv, (need_dx, True, False))
         dx, dfolded, _ = torch.ops.aten.convolution_backward(g, x, folded, None, *rest)
+    del folded
     dfolded = dfolded.to(acc)
     inner = channel_inner_product(dfolded, weight, layout)
     inner = inner if t is None else inner / t
-    dw = scale_weight(dfolded, on_weight, layout) if need_dw else None
-    return dx, dw, inner, sum_g
+    if not need_dw:
+        return dx, None, inner, sum_g
+    # In place, unless autograd looks: new memory of the weight's size would cost as much again.
+    scaled = torch.mul if torch.is_grad_enabled() else Tensor.mul_
+    return dx, scaled(dfolded, on_weight), inner, sum_g
 
 
 def gradient_scale(g: Tensor, scale: Tensor) -> Tensor:

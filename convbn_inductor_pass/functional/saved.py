@@ -4,9 +4,8 @@ Max-pooling's gradient needs only its indices; a convolution or batch norm needs
 for the gradient of its weight, which may be frozen; and a ReLU needs only the signs of its output.
 """
 
-import contextlib
+import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,41 +38,50 @@ def _hooks_around() -> tuple[Any, Any]:
     return torch_eager.saved_tensors_hooks() or (_with_version, _unwritten)
 
 
+@dataclasses.dataclass(eq=False)
 class _Slot:
-    """What the hooks around made of a tensor, and the tensor until its second use in a pass."""
+    packed: Any
+    tensor: Tensor | None
+    unpacked_in: int = -1
 
-    def __init__(self, packed: Any, tensor: Tensor | None) -> None:
-        self.packed, self.tensor, self.unpacked_in = packed, tensor, torch_eager.backward_pass()
 
+class SharedSaves:
+    """Lets a second node read what one saves, although the hooks around are asked only once.
 
-@contextlib.contextmanager
-def unpacks_once() -> Iterator[None]:
-    """Within, what autograd saves may be read twice in a backward pass, and while this lasts.
-
-    The hooks around are asked once, which is all that checkpointing allows.
+    Checkpointing refuses to unpack twice in a backward pass, and offloading would copy twice. The
+    saving node runs under :meth:`hooks`. The other one reads first, ``with`` this object: what it
+    read is given to the saving node, too. Within the ``with`` statement around :meth:`hooks`,
+    nothing has to be unpacked.
     """
-    outer_pack, outer_unpack = _hooks_around()
-    slots: list[_Slot] = []
 
-    def pack(t: Tensor) -> _Slot:
-        slots.append(_Slot(outer_pack(t), t))
-        return slots[-1]
+    def __init__(self) -> None:
+        self._outer_pack, self._outer_unpack = _hooks_around()
+        self._open, self._made = False, list[_Slot]()
 
-    def unpack(slot: _Slot) -> Tensor:
-        now, tensor = torch_eager.backward_pass(), slot.tensor
-        if tensor is None or slot.unpacked_in != now:
-            tensor = slot.tensor = outer_unpack(slot.packed)
-            slot.unpacked_in = now
-        elif not is_open:
+    def __enter__(self) -> None:
+        self._open = True
+
+    def __exit__(self, *_: object) -> None:
+        self._open = False
+        for slot in self._made:
             slot.tensor = None
-        return tensor
+        self._made.clear()
 
-    is_open = True
-    with saved_tensors_hooks(pack, unpack):
-        yield
-    is_open = False
-    for slot in slots:
-        slot.tensor = None
+    def hooks(self) -> saved_tensors_hooks:
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, t: Tensor) -> _Slot:
+        self._made.append(_Slot(self._outer_pack(t), t, torch_eager.backward_pass()))
+        return self._made[-1]
+
+    def _unpack(self, slot: _Slot) -> Tensor:
+        now = torch_eager.backward_pass()
+        tensor, slot.tensor = slot.tensor, None
+        if tensor is None or slot.unpacked_in != now:
+            tensor = self._outer_unpack(slot.packed)
+        if self._open:
+            slot.tensor, slot.unpacked_in = tensor, now
+        return tensor
 
 
 def saves_shape_only(x: Tensor) -> saved_tensors_hooks:

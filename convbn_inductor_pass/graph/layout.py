@@ -37,15 +37,22 @@ def onto_output_axis(
     return by_group, [layout.groups, 1, weight_shape[1], *ones]
 
 
+def along_output_channels(values: Tensor, weight_shape: Sequence[int], layout: Layout) -> Tensor:
+    """``values`` [C_out] in a shape that broadcasts with a weight."""
+    by_group, sizes = onto_output_axis(weight_shape, layout)
+    values = values.reshape(sizes)
+    if by_group is None:
+        return values
+    rows = weight_shape[0] // layout.groups
+    return values.expand(-1, rows, *values.shape[2:]).reshape(-1, *values.shape[2:])
+
+
 def scale_weight(weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
     """``s * W`` with ``s`` [C_out] on the output-channel axis of ``weight``.
 
     Shape and memory format are those of ``weight``; the dtype follows type promotion of the two.
     """
-    by_group, sizes = onto_output_axis(weight.shape, layout)
-    if by_group is None:
-        return weight * scale.reshape(sizes)
-    return (weight.reshape(by_group) * scale.reshape(sizes)).reshape(weight.shape)
+    return weight * along_output_channels(scale, weight.shape, layout)
 
 
 def channel_inner_product(a: Tensor, b: Tensor, layout: Layout) -> Tensor:

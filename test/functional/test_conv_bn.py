@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import weakref
 
 import pytest
 import torch
@@ -103,6 +104,22 @@ def test_computes_only_what_is_needed(needed):
     assert len(calls) == 1  # of a bias alone it is a sum
 
 
+def test_layer_s_node_is_left_with_nothing_to_compute():
+    """Unless someone looks at the gradient of its output, through its node or by a handle."""
+    torch.manual_seed(0)
+    model = ConvBN(nn.Conv2d(4, 6, 3))
+    tensors = leaves(model, torch.float32)
+    for watched in (False, True):
+        c, before = layer(model.layer._conv_forward, *tensors[:3])
+        assert c.grad_fn is before.node
+        given = []
+        c.grad_fn.register_prehook(given.extend)
+        of_norm = model.bn.running_mean, model.bn.running_var, *tensors[3:], model.bn.eps
+        y = batch_norm(c, before, *of_norm, lambda watched=watched: watched)
+        y.sum().backward()
+        assert [g is not None for g in given] == [watched]
+
+
 def test_saves_no_activation_but_its_input(model):
     tensors = leaves(model)
     saved = []
@@ -115,6 +132,41 @@ def test_saves_no_activation_but_its_input(model):
     if getattr(model.layer, "padding", None) == "same":  # of an even kernel: saves what it pads
         given.add(activations[0].data_ptr())
     assert {t.data_ptr() for t in saved} <= given
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("name", ["conv2d", "linear"])
+def test_others_hooks_pack_and_unpack_once(name, watched):
+    """Two nodes read the layer's input: checkpointing refuses, offloading would copy twice."""
+    torch.manual_seed(0)
+    model = ConvBN(LAYERS[name]()).double()
+    tensors = leaves(model)
+    wanted = [t for t in tensors if t is not None]
+    packed, unpacked = [], []
+
+    def unpack(slot):
+        copy = packed[slot].clone()
+        unpacked.append((slot, weakref.ref(copy)))
+        return copy
+
+    def backward(wanted):
+        unpacked.clear()
+        gradients = torch.autograd.grad(y.square().sum(), wanted, retain_graph=True)
+        assert [slot for slot, _ in unpacked].count(of_x) == 1
+        return gradients
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: packed.append(t.detach()) or len(packed) - 1, unpack
+    )
+    with hooks:
+        y = fused(model, *tensors, watched=watched)
+    (of_x,) = (i for i, t in enumerate(packed) if t.data_ptr() == tensors[0].data_ptr())
+    expected = torch.autograd.grad(plain(model, *tensors).square().sum(), wanted)
+    for _ in range(2):
+        torch.testing.assert_close(backward(wanted), expected, rtol=1e-10, atol=1e-10)
+        assert not any(alive() is not None for _, alive in unpacked)
+    backward([tensors[3]])  # of gamma, in which the layer's node does not run
+    torch.testing.assert_close(backward(wanted), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
