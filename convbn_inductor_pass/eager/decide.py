@@ -10,11 +10,12 @@ from .calls import BatchNormCall, is_plain
 from .events import Event
 
 
-def decide(bn: BatchNormCall, layer: Event | None) -> tuple[Code, str]:
+def decide(bn: BatchNormCall, layer: Event | None, was_used: bool) -> tuple[Code, str]:
     """Whether a batch norm may leave its input unsaved, and a detail.
 
-    ``layer`` is the call of the layer before it, if that ran in this region. In PyTorch's eager
-    mode, a batch norm saves its input even if its weight is frozen: it need not.
+    ``layer`` is the call of the layer before it, if that ran in this region; ``was_used`` says
+    that something else took its output in the previous forward. In PyTorch's eager mode, a batch
+    norm saves its input even if its weight is frozen: it need not.
     """
     if bn.batch_statistics:
         return Code.BATCH_STATISTICS, ""
@@ -25,26 +26,24 @@ def decide(bn: BatchNormCall, layer: Event | None) -> tuple[Code, str]:
     wanted = trained or x.requires_grad or (bias is not None and bias.requires_grad)
     if not (wanted and torch.is_grad_enabled()):
         return Code.NO_GRAD, ""
-    if trained and (reason := _why_not_from_layer(x, layer)) is not None:
+    if trained and (reason := _why_not_from_layer(x, layer, was_used)) is not None:
         return reason
     if not all(t is None or is_plain(t) for t in (x, weight, bias)):
         return Code.UNSUPPORTED_TENSOR, "of the batch norm"
     return Code.SHAPE_ONLY if layer is None else Code.FUSED, ""
 
 
-def _why_not_from_layer(c: Tensor, event: Event | None) -> tuple[Code, str] | None:
+def _why_not_from_layer(c: Tensor, event: Event | None, was_used: bool) -> tuple[Code, str] | None:
     """Why the gradient of a batch norm's weight cannot come from the layer that gave ``c``."""
-    if event is None and c.grad_fn is not None and node_of_layer(c) is c.grad_fn:
-        return Code.REGION, "the layer's region ended"
     if event is None:
-        return Code.NOT_AFTER_LAYER, ""
+        ended = c.grad_fn is not None and node_of_layer(c) is c.grad_fn
+        return (Code.REGION, "the layer's region ended") if ended else (Code.NOT_AFTER_LAYER, "")
     weight = event.weight()
     # FSDP gives the memory back.
     if weight is not None and weight.numel() and not weight.untyped_storage().nbytes():
         return Code.WEIGHT_FREED, ""
-    if event.used or event.as_written:
-        before = "or was in the previous forward, or no batch norm used it there"
-        return Code.LAYER_OUTPUT_USED, "" if event.used else before
+    if event.used or was_used:
+        return Code.LAYER_OUTPUT_USED, "" if event.used else "or was in the previous forward"
     if weight is not None and not weight.requires_grad and not get_options().fuse_frozen_layers:
         return Code.LAYER_FROZEN, ""
     if c.grad_fn is None:
@@ -56,6 +55,8 @@ def _why_not_from_layer(c: Tensor, event: Event | None) -> tuple[Code, str] | No
         return Code.UNBATCHED, f"{c.ndim} dimensions with channels last"
     if not layer.gave(c):
         return Code.NOT_AFTER_LAYER, ""
+    if not all(t is None or is_plain(t) for t in (layer.input, layer.weight, layer.bias)):
+        return Code.UNSUPPORTED_TENSOR, "of the layer"
     if c._backward_hooks or c.retains_grad:
         return Code.LAYER_OUTPUT_USED, "its gradient is used by a hook or retained"
     # Memory that PyTorch does not let be resized is others', or shared with another process.

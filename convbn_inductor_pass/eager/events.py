@@ -18,7 +18,7 @@ def nothing() -> None:
 class Event:
     """One call of a layer or batch norm, or of both one after the other; or of a ReLU."""
 
-    layer: Layer | None = None  # until its batch norm, or the end of the forward
+    layer: Layer | None = None  # until its batch norm
     weight: Callable[[], Any] = nothing  # a weak reference, of layers
     outputs: list[Callable[[], Any]] = dataclasses.field(default_factory=list)  # of ReLUs, too
     norm: Callable[[], Any] = nothing  # to the tensor by which a batch norm is known
@@ -27,7 +27,6 @@ class Event:
     relu: bool = False
     linear: bool = False
     used: bool = False  # something else takes the layer's output, or saves the ReLU's
-    as_written: bool = False  # was used in the previous forward, or no batch norm took it there
     code: Code | None = None
     detail: str = ""
 

@@ -1,13 +1,13 @@
 """Tune mode for the layers and batch norms of a forward, while it runs (docs/eager.md).
 
-In it layers run in :func:`conv_bn.layer`, and a batch norm after one as :func:`conv_bn.batch_norm`,
-which does not save its input. Every tensor is a real one, computed when eval mode computes it.
+In it a batch norm after a layer runs as :func:`conv_bn.batch_norm`, which does not save its input.
+Every tensor is a real one, computed when eval mode computes it.
 
 Other uses of a layer's output are correct, too, but cost a second weight gradient. So a region
-watches outputs. If one is used before its batch norm, the pair runs as written. If, in the previous
-forward, one was used after its batch norm, stored, or reached no batch norm, the layer runs as
-written this time and is watched again. So are the outputs of ReLUs, which may be saved for them
-alone once nothing is saved only for its shape (:mod:`functional.saved`): then a mask is enough.
+watches outputs. If one is used before its batch norm, or was used after it or stored in the
+previous forward, the batch norm runs as written, and is watched again. So are the outputs of ReLUs,
+which may be saved for them alone once nothing is saved only for its shape
+(:mod:`functional.saved`): then a mask is enough.
 
 A region steps aside where it is compiled or traced, in torch.func and forward-mode differentiation,
 and where the saved-tensor hooks change within it: ``torch.utils.checkpoint`` counts what is saved,
@@ -121,57 +121,51 @@ class Region(TorchFunctionMode):
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, weight, bias = calls.layer_tensors(*args, **kwargs)
-        plain = (
-            calls.is_plain(x) and calls.is_plain(weight) and (bias is None or calls.is_plain(bias))
-        )
-        as_is = not plain or self._aside()
-        saves_input = as_is or weight.requires_grad or get_options().fuse_frozen_layers
+        is_frozen = calls.is_plain(weight) and not weight.requires_grad
+        shape_only = is_frozen and not get_options().fuse_frozen_layers
+        shape_only = shape_only and calls.is_plain(x) and not self._aside()
         for t in (x, weight, bias):
             taken = self._event_of(t)
-            if taken is not None and (saves_input or t is not x or not taken.relu):
+            if taken is not None and not (shape_only and t is x and taken.relu):
                 taken.mark_used()
-        if as_is:
-            return func(*args, **kwargs)
-        key = self._count(weight if isinstance(weight, nn.Parameter) else None)
-        before = self.before.get(key) if saves_input and not self.hooks else None
-        event = self.events[key] = Event(
-            weight=weakref.ref(weight),
-            linear=func is nn.functional.linear,
-            as_written=before is not None and (before.used or before.code is None),
-        )
-        if event.as_written:
-            c = func(*args, **kwargs)
-        elif saves_input:
-            c, event.layer = conv_bn.layer(func, *args, **kwargs)
-        else:
+        layer = None
+        if shape_only:
             with saved.saves_shape_only(x):
                 c = func(*args, **kwargs)
-        self._note(c, event)
+        elif torch_eager.saved_tensors_hooks() == self.hooks:
+            c, layer = conv_bn.layer(func, *args, **kwargs)
+        else:
+            return func(*args, **kwargs)
+        is_linear = func is nn.functional.linear
+        self._note(c, Event(layer=layer, weight=weakref.ref(weight), linear=is_linear))
         return c
 
     def _batch_norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bn = calls.BatchNormCall(*args, **kwargs)
-        if torch_eager.runs_as_written() or not isinstance(bn.input, torch.Tensor):
+        x = bn.input
+        if torch_eager.runs_as_written() or not isinstance(x, torch.Tensor):
             return func(*args, **kwargs)
         # FSDP hands on views of a unit's inputs.
-        taken = self._event_of(bn.input) or self._event_of(bn.input._base)
+        taken = self._event_of(x) or self._event_of(x._base)
         layer = None if taken is None or taken.relu else taken
-        identity = bn.weight if bn.running_mean is None else bn.running_mean
         if layer is not None and layer.code is None:
             event = layer
         else:
-            event = self.events[self._count(identity)] = Event()
-            event.outputs.append(weakref.ref(bn.input))
+            event = Event(outputs=[weakref.ref(x)])
             if layer is not None:  # this is its second batch norm
                 layer.mark_used()
-        event.shape, event.nbytes = bn.input.shape, bn.input.nbytes
+        identity = bn.weight if bn.running_mean is None else bn.running_mean
+        key = self._count(identity)
+        self.events[key] = event
+        event.shape, event.nbytes = x.shape, x.nbytes
         if identity is not None:
             event.norm = weakref.ref(identity)
         if torch_eager.saved_tensors_hooks() != self.hooks:
             event.code = Code.REGION
             event.detail = "if a function is checkpointed, checkpoint a module instead"
         else:
-            event.code, event.detail = decide(bn, layer)
+            before = None if self.hooks else self.before.get(key)
+            event.code, event.detail = decide(bn, layer, before is not None and before.used)
         called, event.layer = event.layer, None
         if not event.code.rewritten:
             if taken is not None and taken.relu:
@@ -179,8 +173,8 @@ class Region(TorchFunctionMode):
             return func(*args, **kwargs)
         if bn.weight is not None and bn.weight.requires_grad:
             assert called is not None
-            return conv_bn.batch_norm(bn.input, called, *bn[1:5], bn.eps, event.is_watched)
-        with saved.saves_shape_only(bn.input):
+            return conv_bn.batch_norm(x, called, *bn[1:5], bn.eps, event.is_watched)
+        with saved.saves_shape_only(x):
             return func(*args, **kwargs)
 
     def _relu(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -210,8 +204,6 @@ class Region(TorchFunctionMode):
             norms = [e for e in self.events.values() if e.code is not None]
             if all(e.code is Code.BATCH_STATISTICS for e in norms):  # a trainer's ``train()``
                 announce.say(e.record({}) for e in norms)
-        for event in self.events.values():
-            event.layer = None  # it would keep the autograd graph
         for _, event in self.outputs.values():
             if (event.relu or event.code is Code.FUSED) and event.is_alive():
                 event.mark_used()
