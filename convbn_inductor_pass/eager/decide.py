@@ -10,12 +10,14 @@ from .calls import BatchNormCall, is_plain
 from .events import Event
 
 
-def decide(bn: BatchNormCall, layer: Event | None, was_used: bool) -> tuple[Code, str]:
+def decide(
+    bn: BatchNormCall, layer: Event | None, *, was_used: bool, hooked: bool
+) -> tuple[Code, str]:
     """Whether a batch norm may leave its input unsaved, and a detail.
 
-    ``layer`` is the call of the layer before it, if that ran in this region; ``was_used`` says
-    that something else took its output in the previous forward. In PyTorch's eager mode, a batch
-    norm saves its input even if its weight is frozen: it need not.
+    ``layer`` is the call of the layer before it, if that ran in this region; ``was_used``: its
+    output was used elsewhere in the previous forward; ``hooked``: others' hooks take what is saved.
+    In PyTorch's eager mode, a batch norm saves its input even if its weight is frozen: it need not.
     """
     if bn.batch_statistics:
         return Code.BATCH_STATISTICS, ""
@@ -26,14 +28,16 @@ def decide(bn: BatchNormCall, layer: Event | None, was_used: bool) -> tuple[Code
     wanted = trained or x.requires_grad or (bias is not None and bias.requires_grad)
     if not (wanted and torch.is_grad_enabled()):
         return Code.NO_GRAD, ""
-    if trained and (reason := _why_not_from_layer(x, layer, was_used)) is not None:
+    if trained and (reason := _why_not_from_layer(x, layer, was_used, hooked)) is not None:
         return reason
     if not all(t is None or is_plain(t) for t in (x, weight, bias)):
         return Code.UNSUPPORTED_TENSOR, "of the batch norm"
     return Code.SHAPE_ONLY if layer is None else Code.FUSED, ""
 
 
-def _why_not_from_layer(c: Tensor, event: Event | None, was_used: bool) -> tuple[Code, str] | None:
+def _why_not_from_layer(
+    c: Tensor, event: Event | None, was_used: bool, hooked: bool
+) -> tuple[Code, str] | None:
     """Why the gradient of a batch norm's weight cannot come from the layer that gave ``c``."""
     if event is None:
         ended = c.grad_fn is not None and node_of_layer(c) is c.grad_fn
@@ -59,8 +63,9 @@ def _why_not_from_layer(c: Tensor, event: Event | None, was_used: bool) -> tuple
         return Code.UNSUPPORTED_TENSOR, "of the layer"
     if c._backward_hooks or c.retains_grad:
         return Code.LAYER_OUTPUT_USED, "its gradient is used by a hook or retained"
-    # Memory that PyTorch does not let be resized is others', or shared with another process.
+    # Memory that PyTorch does not let be resized is others', or shared with another process. Under
+    # hooks, such as checkpointing's, what backward reads may be a copy or recomputed.
     memory = layer.input.untyped_storage()
-    if not memory.resizable() and not memory.is_shared():
-        return Code.INPUT_MUTATED, "NumPy or another library owns the layer's input"
+    if not (hooked or memory.resizable() or memory.is_shared()):
+        return Code.INPUT_MUTATED, "NumPy, a file or another library owns the layer's input"
     return None

@@ -30,13 +30,13 @@ class Event:
     code: Code | None = None
     detail: str = ""
 
-    def is_alive(self) -> bool:
-        """Whether the output, or the rows of it that a batch norm takes, still exist."""
-        return any(output() is not None for output in self.outputs)
+    def output(self) -> Any:
+        """The output, or the rows of it that a batch norm takes, if one still exists; or None."""
+        return next((o for output in self.outputs if (o := output()) is not None), None)
 
     def is_watched(self) -> bool:
         """Whether someone may ask for the gradient of the layer's output."""
-        return self.used or self.is_alive()
+        return self.used or self.output() is not None
 
     def mark_used(self) -> None:
         self.used = True

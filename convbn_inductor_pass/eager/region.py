@@ -111,8 +111,15 @@ class Region(TorchFunctionMode):
         return key, use
 
     def _note(self, value: Any, event: Event) -> None:
-        event.outputs.append(weakref.ref(value))
-        self.outputs[id(value)] = event.outputs[-1], event
+        outputs, key = self.outputs, id(value)
+
+        def forget(reference: Any) -> None:
+            if outputs.get(key, (None,))[0] is reference:
+                del outputs[key]  # the last one keeps what the layer computed with
+
+        reference = weakref.ref(value, forget)
+        event.outputs.append(reference)
+        outputs[key] = reference, event
 
     def _event_of(self, value: Any) -> Event | None:
         """Of the layer or ReLU whose output ``value`` is."""
@@ -164,8 +171,10 @@ class Region(TorchFunctionMode):
             event.code = Code.REGION
             event.detail = "if a function is checkpointed, checkpoint a module instead"
         else:
-            before = None if self.hooks else self.before.get(key)
-            event.code, event.detail = decide(bn, layer, before is not None and before.used)
+            hooked = self.hooks is not None
+            before = None if hooked else self.before.get(key)
+            was_used = before is not None and before.used
+            event.code, event.detail = decide(bn, layer, was_used=was_used, hooked=hooked)
         called, event.layer = event.layer, None
         if not event.code.rewritten:
             if taken is not None and taken.relu:
@@ -173,7 +182,7 @@ class Region(TorchFunctionMode):
             return func(*args, **kwargs)
         if bn.weight is not None and bn.weight.requires_grad:
             assert called is not None
-            return conv_bn.batch_norm(x, called, *bn[1:5], bn.eps, event.is_watched)
+            return conv_bn.batch_norm(x, called, *bn[1:5], bn.eps, event)
         with saved.saves_shape_only(x):
             return func(*args, **kwargs)
 
@@ -204,7 +213,7 @@ class Region(TorchFunctionMode):
             norms = [e for e in self.events.values() if e.code is not None]
             if all(e.code is Code.BATCH_STATISTICS for e in norms):  # a trainer's ``train()``
                 announce.say(e.record({}) for e in norms)
-        for _, event in self.outputs.values():
-            if (event.relu or event.code is Code.FUSED) and event.is_alive():
+        for _, event in list(self.outputs.values()):
+            if (event.relu or event.code is Code.FUSED) and event.output() is not None:
                 event.mark_used()
         self.outputs.clear()

@@ -28,9 +28,10 @@ formula for dgamma follows from its equation for the folded weight.
 import contextlib
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._torch import eager as torch_eager
@@ -52,14 +53,15 @@ class Layer(NamedTuple):
     """A call of a convolution or linear layer, for the batch norm after it.
 
     ``node`` is autograd's, ``input`` what it saved: after autocast, padding, and of a linear layer
-    as rows [N, C_in]. ``version`` is the output's. With others' hooks, what is saved is ``shared``.
+    as rows [N, C_in]. ``state`` is that of output and operands at the call. Under others' hooks,
+    what is saved is ``shared``.
     """
 
     node: Any
     input: Tensor
     weight: Tensor
     bias: Tensor | None
-    version: int
+    state: tuple[Any, ...]
     shared: Any = contextlib.nullcontext()
 
     @property
@@ -67,10 +69,19 @@ class Layer(NamedTuple):
         return type(self.node).__name__ == "ConvolutionBackward0"
 
     def gave(self, c: Tensor) -> bool:
-        """Whether ``c`` is the unmodified output; of a linear layer, as it is or as [N, C_out]."""
-        if c._version != self.version or node_of_layer(c) is not self.node:
+        """Whether ``c`` is the output, or of a linear layer rows of it [N, C_out], as at the call.
+
+        Neither may it have been written to since, nor weight or bias; nor may ``requires_grad`` of
+        an operand have been set.
+        """
+        if node_of_layer(c) is not self.node or _state(c, *self[1:4]) != self.state:
             return False
         return c.grad_fn is self.node if self.is_conv else c.shape[-1] == self.weight.shape[0]
+
+
+def _state(c: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    of_bias = () if bias is None else (bias._version, bias.requires_grad)
+    return c._version, input.requires_grad, weight._version, weight.requires_grad, *of_bias
 
 
 def layer(
@@ -79,7 +90,7 @@ def layer(
     """The output of a convolution or linear layer as written, and what :func:`batch_norm` needs.
 
     That is None if there is no autograd node that has it (a frozen linear layer's), no batch
-    dimension, or a bias that differs by row.
+    dimension, or a bias that differs by row or does not count writes.
     """
     if torch_eager.saved_tensors_hooks() is None:
         c = function(*args, **kwargs)
@@ -95,10 +106,14 @@ def _read(
     c: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any
 ) -> Layer | None:
     node = node_of_layer(c)
-    if node is None or input.ndim < weight.ndim or (bias is not None and bias.ndim != 1):
+    if node is None or input.ndim < weight.ndim:
+        return None
+    if bias is not None and (bias.ndim != 1 or bias.is_inference()):
         return None
     used = getattr(node, _INPUT[type(node).__name__])
-    return None if used is None else Layer(node, used, weight, bias, c._version)
+    if used is None:
+        return None
+    return Layer(node, used, weight, bias, _state(c, used, weight, bias))
 
 
 def node_of_layer(c: Tensor) -> Any:
@@ -109,6 +124,16 @@ def node_of_layer(c: Tensor) -> Any:
     return node if type(node).__name__ in _INPUT else None
 
 
+class Watch(Protocol):
+    """What is known of the output of a layer, of which backward takes no gradient otherwise."""
+
+    def is_watched(self) -> bool:
+        """Whether someone may look at the gradient."""
+
+    def output(self) -> Tensor | None:
+        """The output if it still exists, of a linear layer in any shape [..., C_out]."""
+
+
 def batch_norm(
     c: Tensor,
     layer: Layer,
@@ -117,30 +142,28 @@ def batch_norm(
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
-    is_watched: Callable[[], bool],
+    watch: Watch,
 ) -> Tensor:
     """Batch norm in eval mode of a ``c`` [N, C, ...] that is not saved. Twice differentiable.
 
-    ``layer`` gave ``c``; ``is_watched`` is asked in backward: whether someone may look at the
-    gradient of ``c``.
+    ``layer`` gave ``c``; ``watch`` is asked in backward.
     """
     operands = layer.input, layer.weight, layer.bias
-    return _BatchNorm.apply(c, *operands, weight, bias, (mean, var, eps, layer, is_watched))
+    return _BatchNorm.apply(c, *operands, weight, bias, (mean, var, eps, layer, watch))
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, c: Tensor, *arguments: Any) -> Tensor:
         _, weight, bias, gamma, beta, others = arguments
-        mean, var, eps, layer, is_watched = others
-        ctx.eps, ctx.node, ctx.is_watched = eps, layer.node, is_watched
+        mean, var, eps, layer, watch = others
+        ctx.eps, ctx.node, ctx.watch, ctx.version = eps, layer.node, watch, c._version
         ctx.is_conv, ctx.shared, ctx.found = layer.is_conv, layer.shared, False
-        # A convolution's node has the weight, a linear layer's only if its input needs a gradient.
-        ctx.save_for_backward(mean, var, gamma, bias, None if ctx.is_conv else weight)
+        # A linear layer's node has the weight only if its input needs a gradient.
+        has_weight = layer.is_conv or layer.input.requires_grad
+        ctx.save_for_backward(mean, var, gamma, bias, None if has_weight else weight)
         ctx.set_materialize_grads(False)
-        # What F.batch_norm calls.
-        cudnn = torch.backends.cudnn.enabled
-        return torch.batch_norm(c, gamma, beta, mean, var, False, 0.0, eps, cudnn)
+        return F.batch_norm(c, mean, var, gamma, beta, eps=eps)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -155,25 +178,37 @@ class _BatchNorm(torch.autograd.Function):
         # Unpacked out here: checkpointing then runs the forward again, in a region.
         node, layer = ctx.node, None
         mean, var, gamma, bias, weight = ctx.saved_tensors
+        runs = torch_eager.will_run(node)
         if ctx.needs_input_grad[4]:
-            with ctx.shared:
+            with ctx.shared if runs else contextlib.nullcontext():
                 x = getattr(node, _INPUT[type(node).__name__])
-                weight = node._saved_weight if ctx.is_conv else weight.to(x.dtype)
+                if ctx.is_conv:
+                    weight = node._saved_weight
+                else:
+                    weight = node._saved_mat2.t() if weight is None else weight.to(x.dtype)
             layer = x, weight, Conv(*_geometry(node)) if ctx.is_conv else None
+        watched = not runs or ctx.found or ctx.watch.is_watched()
         of_norm = mean, var, gamma, bias
-        return *torch_eager.call_below(_gradients, ctx, g, of_norm, layer), None
+        return *torch_eager.call_below(_gradients, ctx, g, of_norm, layer, watched), None
 
 
-def _next_functions(node: Any) -> Any:
-    """Of a batch norm's node. From here, hooks of the layer's node can be reached."""
-    node.found = True
-    return super(_BatchNorm._backward_cls, node).next_functions
+def _found(name: str) -> Any:
+    """A member of a batch norm's node from which a gradient of c can be reached, or is seen."""
+
+    def member(node: Any) -> Any:
+        node.found = True
+        return getattr(super(_BatchNorm._backward_cls, node), name)
+
+    return property(member)
 
 
-_BatchNorm._backward_cls.next_functions = property(_next_functions)
+for _name in ("next_functions", "register_hook"):
+    setattr(_BatchNorm._backward_cls, _name, _found(_name))
 
 
-def _gradients(ctx: Any, g: Tensor, of_norm: Any, layer: Any) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx: Any, g: Tensor, of_norm: Any, layer: Any, watched: bool
+) -> tuple[Tensor | None, ...]:
     """Gradients of c, x, W, b, gamma and beta, those of parameters as wide as they were computed.
 
     The layer's node makes those of x, W and b if there is one of c.
@@ -187,7 +222,13 @@ def _gradients(ctx: Any, g: Tensor, of_norm: Any, layer: Any) -> tuple[Tensor | 
         dbeta = sum_positions(g) if need_beta else None
         return g * per_channel(scale, g), None, None, None, None, dbeta
     dc = None
-    if ctx.found or ctx.is_watched() or not torch_eager.will_run(ctx.node):
+    if watched and torch.is_grad_enabled() and (c := _seen(ctx, g)) is not None:
+        # As in eval mode, so that second-order gradients pass c and its hooks.
+        centred = c - per_channel(mean.to(acc), c)
+        dgamma, sum_g = invstd * sum_positions(g * centred), sum_positions(g)
+        dbeta = sum_g if need_beta else None
+        return g * per_channel(scale, g), None, None, None, dgamma, dbeta
+    if watched:
         dc, needs, need_bias = g * per_channel(scale, g), (False, False), False
     dx, dw, inner, sum_g = pair_backward(g, scale, layer, needs)
     db = scale * sum_g if need_bias else None
@@ -195,3 +236,9 @@ def _gradients(ctx: Any, g: Tensor, of_norm: Any, layer: Any) -> tuple[Tensor | 
     centre = -mean.to(acc) if bias is None else bias.to(layer[0].dtype).to(acc) - mean.to(acc)
     dgamma = invstd * torch.addcmul(inner, centre, sum_g)
     return dc, dx, dw, db, dgamma, sum_g if need_beta else None
+
+
+def _seen(ctx: Any, g: Tensor) -> Tensor | None:
+    """The layer's output, shaped like ``g``, if it still exists and was not written to."""
+    c = ctx.watch.output()
+    return c.reshape(g.shape) if c is not None and c._version == ctx.version else None

@@ -4,7 +4,6 @@ Max-pooling's gradient needs only its indices; a convolution or batch norm needs
 for the gradient of its weight, which may be frozen; and a ReLU needs only the signs of its output.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -38,11 +37,10 @@ def _hooks_around() -> tuple[Any, Any]:
     return torch_eager.saved_tensors_hooks() or (_with_version, _unwritten)
 
 
-@dataclasses.dataclass(eq=False)
 class _Slot:
-    packed: Any
-    tensor: Tensor | None
-    unpacked_in: int = -1
+    def __init__(self, packed: Any) -> None:
+        self.packed = packed
+        self.kept: dict[int, Tensor] = {}  # by backward pass
 
 
 class SharedSaves:
@@ -56,31 +54,34 @@ class SharedSaves:
 
     def __init__(self) -> None:
         self._outer_pack, self._outer_unpack = _hooks_around()
-        self._open, self._made = False, list[_Slot]()
+        self._open: set[int] = set()  # in which backward passes
+        self._made: list[_Slot] = []
 
     def __enter__(self) -> None:
-        self._open = True
+        self._open.add(torch_eager.backward_pass())
 
     def __exit__(self, *_: object) -> None:
-        self._open = False
+        self._open.discard(torch_eager.backward_pass())
         for slot in self._made:
-            slot.tensor = None
+            slot.kept.clear()
         self._made.clear()
 
     def hooks(self) -> saved_tensors_hooks:
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, t: Tensor) -> _Slot:
-        self._made.append(_Slot(self._outer_pack(t), t, torch_eager.backward_pass()))
-        return self._made[-1]
+        slot = _Slot(self._outer_pack(t))
+        slot.kept[torch_eager.backward_pass()] = t
+        self._made.append(slot)
+        return slot
 
     def _unpack(self, slot: _Slot) -> Tensor:
         now = torch_eager.backward_pass()
-        tensor, slot.tensor = slot.tensor, None
-        if tensor is None or slot.unpacked_in != now:
+        tensor = slot.kept.pop(now, None)
+        if tensor is None:
             tensor = self._outer_unpack(slot.packed)
-        if self._open:
-            slot.tensor, slot.unpacked_in = tensor, now
+        if now in self._open:
+            slot.kept[now] = tensor
         return tensor
 
 

@@ -1,9 +1,14 @@
 """What must run as written: outputs used elsewhere, writes, regions; and the reason given."""
 
+import contextlib
+import copy
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from eager_helpers import Fn, codes, run
+from torch import nn
 
 from convbn_inductor_pass import Code, turn_on
 
@@ -169,6 +174,68 @@ def test_writes_to_what_gradients_need_though_all_is_frozen(written):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
         turn_on(model)
+
+
+def bias_written(m, x):
+    c = m.conv(x)
+    with torch.no_grad():
+        m.conv.bias.add_(1)
+    return m.bn(c)
+
+
+def weight_written(m, x):
+    c = m.conv(x)
+    with torch.no_grad():
+        m.conv.weight.mul_(2)
+    return m.bn(c)
+
+
+def bias_frozen(m, x):
+    c = m.conv(x)
+    m.conv.bias.requires_grad_(False)
+    return m.bn(c)
+
+
+def input_frozen(m, x):
+    c = m.conv(x)
+    x.requires_grad_(False)
+    return m.bn(c)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize(
+    ("change", "linear"),
+    [
+        *itertools.product([bias_written, bias_frozen, input_frozen], [False, True]),
+        (weight_written, True),  # after a convolution eval mode raises, too
+    ],
+)
+def test_operands_changed_before_the_batch_norm(change, linear, hooked):
+    conv, bn = (nn.Linear(4, 4), nn.BatchNorm1d(4)) if linear else (None, None)
+    model = Fn(change, conv=conv, bn=bn)
+    x = torch.randn(*((6, 4) if linear else (2, 4, 6, 6)))
+    initial = copy.deepcopy(model.state_dict())
+    hooks = torch.autograd.graph.save_on_cpu if hooked else contextlib.nullcontext
+
+    def step():
+        model.load_state_dict(initial)
+        model.requires_grad_()
+        for t in (x, *model.parameters()):
+            t.grad = None
+        x.requires_grad_(change is not weight_written)
+        with hooks():
+            y = model(x)
+        x.requires_grad_(change is not weight_written)
+        y.square().sum().backward()
+        return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+    expected = step()
+    turn_on(model)
+    for _ in range(2):
+        torch.testing.assert_close(step(), expected, rtol=1e-4, atol=1e-4)
+        # What hooks unpack requires a gradient as it did when it was packed.
+        harmless = hooked and change is input_frozen
+        assert codes(model) == [Code.FUSED if harmless else Code.NOT_AFTER_LAYER]
 
 
 @pytest.mark.parametrize("frozen", [False, True])

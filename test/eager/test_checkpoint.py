@@ -131,3 +131,30 @@ def test_layer_output_that_is_used(use, reentrant):
         got, tune_gradients = run(forward, x, parameters=dict(model.named_parameters()))
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
         torch.testing.assert_close(tune_gradients, gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("unpacked", ["numpy", "copied"])
+def test_others_hooks_around_it(unpacked):
+    """Where NumPy owns the input in the forward, or only when it is recomputed."""
+
+    def pack(t):
+        return t.detach().numpy().copy() if unpacked == "numpy" else t.detach().clone()
+
+    def unpack(packed):
+        return torch.from_numpy(packed) if unpacked == "numpy" else packed
+
+    block = spread_statistics(conv_bn(4, 4)).eval()
+    x = torch.randn(2, 4, 8, 8)
+    if unpacked == "copied":
+        x = torch.from_numpy(x.numpy())
+
+    def forward(x):
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return checkpoint(block, x, use_reentrant=False)
+
+    parameters = dict(block.named_parameters())
+    expected, gradients = run(forward, x, parameters=parameters)
+    turn_on(block)
+    got, tune_gradients = run(forward, x, parameters=parameters)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(tune_gradients, gradients, rtol=1e-4, atol=1e-4)

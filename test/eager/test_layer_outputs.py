@@ -103,7 +103,9 @@ def test_gradient_of_a_stored_output(store, how):
     torch.testing.assert_close(gradients(on=True), expected)
 
 
-@pytest.mark.parametrize("change", ["returns", "in_place", "node", "next_node", "inner_region"])
+@pytest.mark.parametrize(
+    "change", ["returns", "in_place", "node", "next_node", "norm_node", "inner_region"]
+)
 def test_hooks_that_change_the_gradient(change):
     """Registered after the batch norm, when the pair is fused already."""
 
@@ -117,6 +119,8 @@ def test_hooks_that_change_the_gradient(change):
         elif change == "next_node":
             (node, _), *_ = y.grad_fn.next_functions
             node.register_prehook(lambda grads: (3 * grads[0],))
+        elif change == "norm_node":
+            y.grad_fn.register_hook(lambda to_inputs, _: (3 * to_inputs[0], *to_inputs[1:]))
         elif change == "inner_region":  # which a module opens that runs under other hooks
             with torch.autograd.graph.save_on_cpu():
                 inner(c)
@@ -275,3 +279,53 @@ def test_fused_again_after_a_hook_is_removed(how):
     for _ in range(2):
         model(x)
     assert codes(model) == [Code.FUSED]
+
+
+@pytest.mark.parametrize("loss", [torch.sum, lambda y: y.pow(3).sum()])
+@pytest.mark.parametrize("layer", ["convolution", "linear"])
+@pytest.mark.parametrize("use", ["stored", "retained", "hooked"])
+def test_second_order_gradients_through_it(use, layer, loss):
+    """That of the batch norm's weight depends on a stored output, and passes its hooks."""
+
+    def forward(m, x):
+        m.c = m.conv(x)
+        y = m.bn(m.c if layer == "convolution" else m.c.flatten(0, 1))
+        if use == "retained":
+            m.c.retain_grad()
+        elif use == "hooked":
+            m.c.register_hook(lambda g: 2 * g)
+        return y
+
+    conv, bn = (nn.Linear(4, 4), nn.BatchNorm1d(4)) if layer == "linear" else (None, None)
+    model = Fn(forward, conv=conv, bn=bn).double()
+    x = torch.randn(2, 4, 6, 4, requires_grad=True, dtype=torch.float64)
+    x = x[0].detach().requires_grad_() if layer == "linear" else x
+
+    def second_order():
+        y = model(x)
+        (dgamma,) = torch.autograd.grad(loss(y), model.bn.weight, create_graph=True)
+        wanted = [model.c, x, model.conv.weight, model.conv.bias]
+        return torch.autograd.grad(loss(dgamma), wanted)
+
+    expected = second_order()
+    turn_on(model)
+    for _ in range(2):
+        torch.testing.assert_close(second_order(), expected)
+
+
+def test_layers_without_batch_norm_keep_nothing():
+    inputs = []
+
+    def forward(m, x):
+        for _ in range(3):
+            x = x + 1
+            inputs.append(weakref.ref(x))
+            x = m.conv(x).detach()
+            assert inputs[-1]() is None
+        return m.bn(m.conv(x))
+
+    model = turn_on(Fn(forward))
+    for _ in range(2):
+        model(torch.randn(2, 4, 6, 6)).sum().backward()
+        assert codes(model) == [Code.FUSED]
+    assert len(inputs) == 6

@@ -1,13 +1,15 @@
 """Layer and eval-mode batch norm as one function, against the two written one after the other."""
 
+import concurrent.futures
 import copy
 import functools
+import threading
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from common import LAYERS, ConvBN, channels, example_input
+from common import LAYERS, ConvBN, Watch, channels, example_input
 from torch import nn
 
 from convbn_inductor_pass.functional.conv_bn import batch_norm, layer
@@ -26,7 +28,7 @@ def fused(model, x, weight, bias, gamma, beta, *, watched=False):
     c = c.flatten(0, -2) if isinstance(model.layer, nn.Linear) else c
     assert before.gave(c)
     statistics = bn.running_mean, bn.running_var
-    return batch_norm(c, before, *statistics, gamma, beta, bn.eps, lambda: watched)
+    return batch_norm(c, before, *statistics, gamma, beta, bn.eps, Watch(watched))
 
 
 def plain(model, x, weight, bias, gamma, beta):
@@ -115,7 +117,7 @@ def test_layer_s_node_is_left_with_nothing_to_compute():
         given = []
         c.grad_fn.register_prehook(given.extend)
         of_norm = model.bn.running_mean, model.bn.running_var, *tensors[3:], model.bn.eps
-        y = batch_norm(c, before, *of_norm, lambda watched=watched: watched)
+        y = batch_norm(c, before, *of_norm, Watch(watched))
         y.sum().backward()
         assert [g is not None for g in given] == [watched]
 
@@ -153,6 +155,7 @@ def test_others_hooks_pack_and_unpack_once(name, watched):
         unpacked.clear()
         gradients = torch.autograd.grad(y.square().sum(), wanted, retain_graph=True)
         assert [slot for slot, _ in unpacked].count(of_x) == 1
+        assert not any(alive() is not None for _, alive in unpacked)
         return gradients
 
     hooks = torch.autograd.graph.saved_tensors_hooks(
@@ -161,12 +164,50 @@ def test_others_hooks_pack_and_unpack_once(name, watched):
     with hooks:
         y = fused(model, *tensors, watched=watched)
     (of_x,) = (i for i, t in enumerate(packed) if t.data_ptr() == tensors[0].data_ptr())
+    assert len({t.data_ptr() for t in packed}) == len(packed)
     expected = torch.autograd.grad(plain(model, *tensors).square().sum(), wanted)
     for _ in range(2):
         torch.testing.assert_close(backward(wanted), expected, rtol=1e-10, atol=1e-10)
-        assert not any(alive() is not None for _, alive in unpacked)
     backward([tensors[3]])  # of gamma, in which the layer's node does not run
     torch.testing.assert_close(backward(wanted), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_two_threads_in_one_graph_under_others_hooks():
+    """As checkpointing's, that are asked once in each backward pass."""
+    torch.manual_seed(0)
+    model = ConvBN(LAYERS["conv2d"]()).double()
+    tensors = leaves(model)
+    both, unpacked = threading.Barrier(2), set()
+
+    def unpack(t):
+        key = torch._C._current_graph_task_id(), t.data_ptr()
+        assert key not in unpacked
+        unpacked.add(key)
+        if t.data_ptr() == tensors[0].data_ptr():
+            both.wait(timeout=60)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        y = fused(model, *tensors)
+    wanted = [t for t in tensors if t is not None]
+    expected = gradients(plain, model, tensors)
+
+    def backward():
+        return torch.autograd.grad(y, wanted, torch.ones_like(y), retain_graph=True)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for result in [pool.submit(backward) for _ in range(2)]:
+            torch.testing.assert_close(result.result(), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_bias_without_versions():
+    model = ConvBN(LAYERS["conv2d"]())
+    x, weight, *_ = leaves(model, torch.float32)
+    with torch.inference_mode():
+        bias = torch.ones(channels(model.layer))
+    c, before = layer(model.layer._conv_forward, x, weight, bias)
+    assert c.requires_grad
+    assert before is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
