@@ -273,7 +273,8 @@ class _Drawer:
         transposed = self.chance(25)
         kernel = tuple(self.pick(1, 2, 3) for _ in range(d))
         stride = tuple(self.pick(1, 1, 2) for _ in range(d))
-        dilation = tuple(self.pick(1, 1, 2) for _ in range(d))
+        # Of a kernel of one element it changes nothing, but may crash (docs/pytorch-faults.md).
+        dilation = tuple(1 if k == 1 else self.pick(1, 1, 2) for k in kernel)
         padding: Any = tuple(self.pick(0, 1) for _ in range(d))
         output_padding = (0,) * d
         reach = [dl * (k - 1) for dl, k in zip(dilation, kernel, strict=True)]
