@@ -59,6 +59,8 @@ def _why_not_from_layer(
         return Code.UNBATCHED, f"{c.ndim} dimensions with channels last"
     if not layer.gave(c):
         return Code.NOT_AFTER_LAYER, ""
+    if not layer.is_unchanged(c):
+        return Code.INPUT_MUTATED, "or requires_grad is set, between the layer and the batch norm"
     if not all(t is None or is_plain(t) for t in (layer.input, layer.weight, layer.bias)):
         return Code.UNSUPPORTED_TENSOR, "of the layer"
     if c._backward_hooks or c.retains_grad:

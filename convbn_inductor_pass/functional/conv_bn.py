@@ -69,14 +69,14 @@ class Layer(NamedTuple):
         return type(self.node).__name__ == "ConvolutionBackward0"
 
     def gave(self, c: Tensor) -> bool:
-        """Whether ``c`` is the output, or of a linear layer rows of it [N, C_out], as at the call.
+        """Whether ``c`` is the output, or of a linear layer rows of it [N, C_out]."""
+        if self.is_conv:
+            return c.grad_fn is self.node
+        return node_of_layer(c) is self.node and c.shape[-1] == self.weight.shape[0]
 
-        Neither may it have been written to since, nor weight or bias; nor may ``requires_grad`` of
-        an operand have been set.
-        """
-        if node_of_layer(c) is not self.node or _state(c, *self[1:4]) != self.state:
-            return False
-        return c.grad_fn is self.node if self.is_conv else c.shape[-1] == self.weight.shape[0]
+    def is_unchanged(self, c: Tensor) -> bool:
+        """Whether output, weight and bias were not written to, nor ``requires_grad`` set, since."""
+        return _state(c, self.input, self.weight, self.bias) == self.state
 
 
 def _state(c: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
