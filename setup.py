@@ -38,7 +38,7 @@ setup(
     packages=find_packages(include=["convbn_inductor_pass", "convbn_inductor_pass.*"]),
     package_data={"convbn_inductor_pass": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.11", "rich>=13", "typer>=0.12"],
+    install_requires=["torch>=2.11", "rich>=13", "typer>=0.20"],
     extras_require={"demo": DEMO, "test": TEST, "dev": DEV, "bench": BENCH, "trainers": TRAINERS},
     classifiers=[
         "Development Status :: 4 - Beta",

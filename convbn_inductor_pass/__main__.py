@@ -9,8 +9,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Sequence
-from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from rich.console import Console
@@ -31,12 +30,8 @@ _UsageError: Any = BadParameter.__mro__[1]
 _settings = {"help_option_names": ["-h", "--help"]}
 _app = Typer(add_completion=False, rich_markup_mode=None, context_settings=_settings)
 
-_Half = Enum("_Half", {"bfloat16": "bfloat16", "float16": "float16"}, type=str)
-_Dtype = Enum(
-    "_Dtype",
-    {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float64": "float64"},
-    type=str,
-)
+_Half = Literal["bfloat16", "float16"]
+_Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 def _one_line(error: Exception) -> str:
@@ -72,7 +67,7 @@ def _explain(
             "--input", parser=_shape, metavar="SHAPE", help="such as 2x3x800x1333; once per input"
         ),
     ],
-    dtype: Annotated[_Dtype, Option(help="of the model and its inputs")] = _Dtype.float32,
+    dtype: Annotated[_Dtype, Option(help="of the model and its inputs")] = "float32",
     dynamic: Annotated[bool, Option("--dynamic", help="symbolic sizes, as dynamic=True")] = False,
     autocast: Annotated[_Half | None, Option(help="run under autocast in this dtype")] = None,
     channels_last: Annotated[
@@ -93,7 +88,7 @@ def _explain(
 
     The model is traced in eval mode on inputs that are not allocated. Nothing is run or compiled.
     """
-    wanted = getattr(torch, dtype.value)
+    wanted = getattr(torch, dtype)
     module = _load_model(model).eval().to(wanted)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
@@ -108,7 +103,7 @@ def _explain(
     except Exception as error:
         shapes = ", ".join("x".join(map(str, shape)) for shape in inputs)
         raise _UsageError(
-            f"{model} does not run on {shapes} of {dtype.value} ({_one_line(error)}); expected "
+            f"{model} does not run on {shapes} of {dtype} ({_one_line(error)}); expected "
             "one --input for each of its inputs, with a shape that it accepts"
         ) from error
     try:
@@ -117,7 +112,7 @@ def _explain(
                 module,
                 *tensors,
                 dynamic=dynamic or None,
-                autocast=getattr(torch, autocast.value) if autocast else None,
+                autocast=getattr(torch, autocast) if autocast else None,
                 channels_last=channels_last,
                 freeze=freeze or (),
                 train_bn=train_bn,

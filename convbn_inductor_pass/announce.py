@@ -5,9 +5,9 @@ norms could gain from tune mode but are not in it, otherwise as information. If 
 up, it goes to stderr, as loggers' warnings do in Python. The option ``announce=False`` or a level
 above ``WARNING`` silences it.
 
-Dynamo calls back at the end of each compilation; only then are the decisions of cached code known.
-A graph break ends one, so each part of a model has its own line. Inference is not reported, nor are
-graphs without batch norms in which nothing is gained. Bytes are ``Record.bytes_saved``, estimated.
+Dynamo calls back at the end of each compilation, of which each part of a model with graph breaks
+has one. Inference is not reported, nor are graphs without batch norms in which nothing is gained.
+Bytes are ``Record.bytes_saved``, estimated.
 """
 
 import collections

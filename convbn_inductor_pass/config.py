@@ -21,15 +21,14 @@ class Options:
     Attributes:
         objective: ``"memory"`` fuses every pair that saves bytes. ``"speed"`` skips a pair if five
             times the layer's weight is larger than its output: then scaling the weight and its
-            gradient moves more bytes than reading the output once in backward.
+            gradient moves more bytes than reading the output once.
         fuse_frozen_layers: also fuse where the layer's weight needs no gradient but the batch
             norm's does (BN-tuning), at the cost of a weight gradient that is not needed otherwise.
         bit_masks: save masks for backward with eight elements per byte.
         forward: what forward folding does with a layer and the affine map after it, in inference
-            and in the forward of training. ``"exact"``: nothing, which is bitwise exact. ``"fold"``
-            scales the layer's weight each call, wherever that is legal. ``"auto"`` does so on CPU
-            where fewer bytes are moved by estimate. Outputs then differ from eval mode's by
-            rounding (and oneDNN's ReLU and clamp turn a NaN into a finite value).
+            and in the forward of training. ``"exact"``: nothing. ``"fold"`` scales the layer's
+            weight each call, wherever that is legal, ``"auto"`` on CPU where fewer bytes are moved
+            by estimate. Outputs then differ by rounding, and NaN may (docs/forward-folding.md).
         allow: shell-style patterns of module paths (``"backbone.*"``). If given, a layer is only
             rewritten if a pattern matches its path, or that of a batch norm or another step that
             would be fused with it.

@@ -26,9 +26,8 @@ _MODES: tuple[Mode, ...] = ("eval", "tune", "deploy")
 class Explanation:
     """Decisions about a model's batch norms, other scales and layers; bytes saved for backward.
 
-    ``records`` has one per decision, in the order of execution (see ``Record.kind``), ``saved`` by
-    mode ("eval", "tune", "deploy") the new tensors saved for backward. ``str(explanation)`` is a
-    readable table, :meth:`to_dict` is for programs.
+    ``records`` has one per decision, in the order of execution, ``saved`` by mode ("eval", "tune",
+    "deploy") the new tensors saved for backward. ``str(explanation)`` is a readable table.
     """
 
     records: tuple[Record, ...]

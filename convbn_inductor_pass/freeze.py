@@ -19,17 +19,16 @@ def freeze_batch_norms(
 ) -> nn.Module:
     """Put batch norms in eval mode, and keep them there when ``model.train()`` is called.
 
-    Their running statistics are then used and not updated; everything else still follows
-    ``train()``. Copies and pickles are frozen, too; loading such a pickle requires this package.
-    Returns ``model``.
+    Everything else still follows ``train()``. Copies and pickles are frozen, too; loading such a
+    pickle requires this package. Returns ``model``.
 
     Freeze after ``SyncBatchNorm.convert_sync_batchnorm``, which creates new modules, and unfreeze
     before ``torch.optim.swa_utils.update_bn``, which could not recompute the statistics.
 
     Args:
         model: any module; it may be compiled, wrapped in DDP or sharded, before or after this call.
-        modules: modules of ``model``, their paths, or patterns such as ``"backbone.*"``, for all
-            batch norms inside. Default: all of them. A second call adds to the first.
+        modules: modules of ``model``, their paths, or patterns such as ``"backbone.*"``, for the
+            batch norms inside. A second call adds to the first.
 
     Raises:
         TypeError: ``model`` is not a module.

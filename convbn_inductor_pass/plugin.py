@@ -128,8 +128,8 @@ def _wrap(module: str, name: str, ours: Callable[..., int]) -> None:
 def _instead_of_builtin(*_: Any) -> int:
     """Runs in place of PyTorch's pass for this flag; leaves the pairs to ours.
 
-    If ours was overwritten, the pairs are left alone rather than given to a pass that is
-    known to be wrong on some of them, and the user is warned; also about the other hooks.
+    If ours was overwritten, they are left alone rather than given to one that is known to be wrong
+    on some, and the user is warned; also about the other hooks.
     """
     for hook, name in _missing_hooks().items():
         warnings.warn(

@@ -41,9 +41,8 @@ class Record:
         source: file and line of the user's call.
         output_shape, output_bytes: of the layer's output, or of the tensor: symbolic sizes are
             strings, bytes the example's.
-        bytes_saved: bytes not saved for backward because of this decision. While compiling, the
-            size of the layer's output, whatever the partitioner saves instead; from ``explain``,
-            how much less the partitioner actually saves.
+        bytes_saved: bytes not saved for backward because of this decision. From ``explain``, how
+            much less the partitioner saves; while compiling, the size of the layer's output.
         epilogue: what the folded layer's kernel also computes: "relu", "add+relu", ...
         kernel: "cudnn", "onednn" or "aten": what computes the layer if it is folded.
         bytes_exact, bytes_folded: bytes moved as written and folded, besides the layer's own input
@@ -80,11 +79,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Record":
-        """The inverse of :meth:`to_dict`.
-
-        Raises:
-            KeyError, TypeError: ``data`` is not such a dictionary, or is from another version.
-        """
+        """The inverse of :meth:`to_dict`, of the same version; else a KeyError or TypeError."""
         fields = {k: v for k, v in data.items() if k != "reason"}
         fields["code"] = Code[fields["code"]]
         fields["output_shape"] = tuple(fields["output_shape"])

@@ -1,8 +1,7 @@
 """Bytes that a compiled model saves for backward, exactly, and without running it.
 
-The model is traced by Dynamo on fake tensors, which take no memory, and goes through Inductor up to
-where code would be generated: pre-grad passes, AOTAutograd, joint passes, the min-cut partitioner.
-What the partitioned forward hands to the backward is then read off the graph.
+The model is traced by Dynamo on fake tensors and goes through Inductor up to where code would be
+generated. What the partitioned forward hands to the backward is then read off the graph.
 
 *New* bytes are those that exist only because of backward: parameters, buffers, inputs of the
 graph and views of them are alive anyway and are not counted.
@@ -64,10 +63,7 @@ class SavedForBackward:
 
     @property
     def new_bytes(self) -> int:
-        """Bytes of all tensors, without ``copied_bytes``.
-
-        Those are of channels-last copies that Inductor saves instead of weights and inputs.
-        """
+        """Bytes without Inductor's channels-last copies of weights and inputs: ``copied_bytes``."""
         return sum(t.nbytes for t in self.tensors)
 
     @property

@@ -1,12 +1,10 @@
 """Helpers for the tests of this package and for the CI of its users: see docs/testing.md.
 
-No assertion generates code: models are traced by Dynamo, go through the pass, and, where values are
-needed, AOTAutograd runs the graphs eagerly (:func:`fast_backend`).
+No assertion generates code; where values are needed, graphs run eagerly (:func:`fast_backend`).
 """
 
 import contextlib
 import copy
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ._torch import inductor, registry, tracing
+from ._torch import inductor, registry
 from .codes import Code
 from .explanation import explain
 from .passes.scale_gradient import ScaleGradientPass
@@ -23,9 +21,9 @@ from .passes.wanted_gradients import MaskBitsPass, WantedGradientsPass
 from .records import Record
 from .saved_tensors import saved_for_backward
 
-__all__ = ["PassResult", "assert_fused", "assert_none_left", "assert_numerics"]
+__all__ = ["assert_fused", "assert_none_left", "assert_numerics"]
 __all__ += ["assert_saved_at_most", "assert_saved_like_deploy", "fast_backend", "fresh_compile"]
-__all__ += ["outputs_and_gradients", "post_grad_backend", "run_on_graph", "run_pass"]
+__all__ += ["outputs_and_gradients", "post_grad_backend", "run_on_graph"]
 
 
 def assert_fused(fn: Callable[..., Any], *inputs: Any, count: int) -> None:
@@ -124,12 +122,11 @@ def assert_numerics(
 ) -> dict[str, tuple[float, float]]:
     """Check forward and gradients of tune mode against float64 and against eval mode.
 
-    The tolerance is not a constant: each gradient's error against a float64 run of eval mode may be
-    at most ``factor`` times the largest error that eval mode itself makes in a gradient under the
-    same compiler, plus 8 units in the last place of its dtype. (The largest, because tune mode
-    computes a batch norm weight's gradient from the layer's weight gradient and the batch norm
-    bias's, with their rounding.) A gradient that is zero but for rounding, where eval mode's error
-    is half of it or more, counts for itself alone. Both modes must compute the same: no dropout.
+    Each gradient's error against a float64 run of eval mode may be at most ``factor`` times the
+    largest that eval mode itself makes in a gradient under the same compiler, plus 8 units in the
+    last place of its dtype. (The largest, because a batch norm weight's gradient inherits the
+    rounding of others.) A gradient that is zero but for rounding, where eval mode's error is half
+    of it or more, counts for itself alone. Both modes must compute the same: no dropout.
 
     Args:
         model, inputs: a module and real tensors, all float32 or narrower.
@@ -184,53 +181,21 @@ def _as_double(t: Tensor) -> Tensor:
     return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
 
 
-@dataclasses.dataclass(frozen=True)
-class PassResult:
-    """One joint graph before and after the tune-mode pass, as code, and what was decided."""
-
-    before: str
-    after: str
-    records: tuple[Record, ...]
-
-    @property
-    def codes(self) -> list[Code]:
-        """The codes of batch norms, one per call."""
-        return [r.code for r in self.records if r.kind == "batch norm"]
-
-
-def run_on_graph(graph: fx.Graph) -> PassResult:
-    """Apply the tune-mode pass to one graph in aten IR, whatever the flag says."""
-    before = graph.python_code("self").src.strip()
-    found = ScaleGradientPass().run(graph).records
-    found += WantedGradientsPass().run(graph).records
+def run_on_graph(graph: fx.Graph) -> tuple[Record, ...]:
+    """Apply tune mode and wanted gradients to a joint graph, whatever the flag says: records."""
+    found = ScaleGradientPass().run(graph).records + WantedGradientsPass().run(graph).records
     graph.lint()
-    return PassResult(before, graph.python_code("self").src.strip(), found)
-
-
-def run_pass(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> list[PassResult]:
-    """Trace ``fn`` on fake tensors and apply the tune-mode pass: one result per graph in aten IR.
-
-    Graphs inside a higher-order operator come before the graph that contains it.
-    """
-    results: list[PassResult] = []
-    backend = fast_backend(on_result=results.append)
-
-    def on_graph(gm: fx.GraphModule, example_inputs: list[Any]) -> None:
-        with inductor.tracing_apart():
-            backend(tracing.copy_graph_module(gm), example_inputs)
-
-    tracing.trace(fn, inputs, on_graph, dynamic=dynamic)
-    return results
+    return found
 
 
 def fast_backend(
-    *, fuse: bool = True, on_result: Callable[[PassResult], object] = lambda result: None
+    *, fuse: bool = True, on_graph: Callable[[fx.Graph], object] = run_on_graph
 ) -> Callable[..., Any]:
     """A backend for ``torch.compile``: Inductor up to its post-grad passes, then eager execution.
 
     Of our passes only tune mode and wanted gradients run, whatever the flag says; none run with
-    ``fuse=False``, which gives eval mode. No code is generated. ``on_result`` gets what the passes
-    did to each graph in aten IR.
+    ``fuse=False``, which gives eval mode. No code is generated. ``on_graph`` runs on each joint
+    graph.
     """
 
     def pack(forward: fx.Graph, backward: fx.Graph) -> None:
@@ -239,7 +204,7 @@ def fast_backend(
         backward.lint()
 
     passes: dict[str, registry.GraphPass] = {
-        "joint_custom_pre_pass": lambda graph: on_result(run_on_graph(graph)),
+        "joint_custom_pre_pass": on_graph,
         registry.PARTITIONER: pack,
     }
     return _backend(passes if fuse else {}, efficient_conv_bn_eval_fx_passes=False)

@@ -25,10 +25,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from joint_graphs import PassResult, recording_backend
 from torch import Tensor, fx
 
 from convbn_inductor_pass import Code, testing
-from convbn_inductor_pass.testing import PassResult
 
 __all__ = [
     "Outcome",
@@ -62,7 +62,7 @@ class PassRecorder:
 
     def __init__(self) -> None:
         self.results: list[PassResult] = []
-        self.backend = testing.fast_backend(on_result=self.add)
+        self.backend = recording_backend(self.add)
 
     @property
     def codes(self) -> list[Code]:

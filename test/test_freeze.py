@@ -7,12 +7,13 @@ import pickle
 import pytest
 import torch
 from common import Residual, spread_statistics
+from joint_graphs import recording_backend
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 from bench.libraries import MissingLibrary, require
-from convbn_inductor_pass import freeze_batch_norms, testing, unfreeze_batch_norms
+from convbn_inductor_pass import freeze_batch_norms, unfreeze_batch_norms
 
 
 def small():
@@ -196,7 +197,7 @@ def test_fully_shard(process_group, frozen_first):
 def test_compile_without_graph_breaks_or_recompiles(compiled_first):
     """One compilation for many calls of ``train()``, and all batch norms in tune mode."""
     model, results = Residual().train(), []
-    backend = testing.fast_backend(on_result=results.append)
+    backend = recording_backend(results.append)
     if compiled_first:
         compiled = torch.compile(model, backend=backend, fullgraph=True)
         freeze_batch_norms(compiled, ["stem_bn"])

@@ -10,8 +10,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import version
 
-# Before, an Inductor assertion may fail if a cast is fused with one call of a list (_foreach_mul)
-# and something else reads the same tensor in another order.
+# Before, Inductor may fail if a cast is fused with a call of a list (_foreach_mul).
 LISTS_MAY_BE_FUSED = version >= "2.13"
 _UNBACKED = 8192  # what Inductor guesses for a size that depends on data
 

@@ -47,8 +47,7 @@ def update_metadata(graph: torch.fx.Graph) -> Iterator[None]:
     """Recompute, at the end, the metadata of what depends on what is changed in between.
 
     A library's kernel lays its result out in its own way, and what is computed from that follows.
-    Inductor itself notices only once the graph has its own functions for oneDNN's epilogues, which
-    it cannot recompute: the compilation fails (2.15).
+    Inductor would notice only where it cannot recompute any more, and fail (2.15).
     """
     from torch._inductor.fx_utils import FakeTensorUpdater
 

@@ -1,6 +1,6 @@
 """Inductor's hooks for custom passes: read them, and set them in every thread.
 
-Loads nothing of Inductor but its configuration, whose entries are context-local from torch 2.13 on.
+Loads only Inductor's configuration, whose entries are context-local from torch 2.13 on.
 """
 
 import contextlib

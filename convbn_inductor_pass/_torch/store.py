@@ -3,9 +3,8 @@
 On a hit in Inductor's cache no pass runs, but Inductor repeats the counts in
 ``counters["inductor"]`` that were made while the code was compiled. So a text is written to a file
 in Inductor's cache folder, named after its content, and a counter of that name is increased. A
-count that this process did not make itself means that stored code is in use. Unless the passes ran
-anyway and made their own decisions: if a model's modules have other names than when the code was
-compiled, AOTAutograd's cache, which is asked first, misses, and Inductor's hits.
+count that this process did not make itself means that stored code is in use, unless the passes ran
+anyway: if modules have other names than then, AOTAutograd's cache, which is asked first, misses.
 """
 
 import contextlib

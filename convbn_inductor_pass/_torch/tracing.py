@@ -93,9 +93,8 @@ def trace(
 def _forget_code(backend: Callable[..., Any]) -> None:
     """Drop what Dynamo has compiled with a backend; nothing calls it any more.
 
-    In frames after graph breaks it would count for Dynamo's limit of recompilations, at which the
-    user's own compilation stops. Only all of a code object's entries can be dropped: what the user
-    has compiled of it stays if it has a limit of its own.
+    In frames after graph breaks it would count for Dynamo's limit of recompilations. Only all of a
+    code object's entries can be dropped: the user's stay if they have a limit of their own.
     """
     for code in [reference() for reference in convert_frame.input_codes.seen]:
         entries = [] if code is None else _debug_get_cache_entry_list(code)

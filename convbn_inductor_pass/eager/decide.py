@@ -17,7 +17,7 @@ def decide(
 
     ``layer`` is the call of the layer before it, if that ran in this region; ``was_used``: its
     output was used elsewhere in the previous forward; ``hooked``: others' hooks take what is saved.
-    In PyTorch's eager mode, a batch norm saves its input even if its weight is frozen: it need not.
+    PyTorch's batch norm saves its input even if its weight is frozen: it need not.
     """
     if bn.batch_statistics:
         return Code.BATCH_STATISTICS, ""

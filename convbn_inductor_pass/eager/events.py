@@ -31,12 +31,13 @@ class Event:
     detail: str = ""
 
     def output(self) -> Any:
-        """The output, or the rows of it that a batch norm takes, if one still exists; or None."""
+        """The output, or rows of it that a batch norm takes, if one still exists."""
         return next((o for output in self.outputs if (o := output()) is not None), None)
 
-    def is_watched(self) -> bool:
-        """Whether someone may ask for the gradient of the layer's output."""
-        return self.used or self.output() is not None
+    def watch(self) -> tuple[bool, Any]:
+        """Whether someone may ask for the gradient of the output; and the output."""
+        output = self.output()
+        return self.used or output is not None, output
 
     def mark_used(self) -> None:
         self.used = True

@@ -52,8 +52,7 @@ def turn_on(
             bitwise identical outputs, that does not save the convolutions' outputs where that is
             provably legal and pays off (see :func:`decisions`). ``"deploy"``: the blocks become
             plain convolutions with new parameters, each batch norm an empty ``nn.Sequential``. For
-            inference only: training is unstable, because a weight scaled by k has a gradient
-            scaled by 1/k.
+            inference only: training them is unstable.
         modules: paths of submodules (``["backbone"]``) to restrict this to.
         example_inputs: for ``"deploy"``, inputs for the forwards that find the blocks, run under
             ``no_grad`` in eval mode. If not given, the inputs of the first forward are used;

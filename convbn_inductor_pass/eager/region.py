@@ -4,10 +4,9 @@ In it a batch norm after a layer runs as :func:`conv_bn.batch_norm`, which does 
 Every tensor is a real one, computed when eval mode computes it.
 
 Other uses of a layer's output are correct, too, but cost a second weight gradient. So a region
-watches outputs. If one is used before its batch norm, or was used after it or stored in the
-previous forward, the batch norm runs as written, and is watched again. So are the outputs of ReLUs,
-which may be saved for them alone once nothing is saved only for its shape
-(:mod:`functional.saved`): then a mask is enough.
+watches outputs: if one is used before its batch norm, or was used after it or stored in the
+previous forward, the batch norm runs as written. It watches those of ReLUs as well: if one is saved
+for the ReLU alone, a mask is enough (:mod:`functional.saved`).
 
 A region steps aside where it is compiled or traced, in torch.func and forward-mode differentiation,
 and where the saved-tensor hooks change within it: ``torch.utils.checkpoint`` counts what is saved,
@@ -128,9 +127,8 @@ class Region(TorchFunctionMode):
 
     def _layer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, weight, bias = calls.layer_tensors(*args, **kwargs)
-        is_frozen = calls.is_plain(weight) and not weight.requires_grad
-        shape_only = is_frozen and not get_options().fuse_frozen_layers
-        shape_only = shape_only and calls.is_plain(x) and not self._aside()
+        is_frozen = calls.is_plain(weight) and not weight.requires_grad and calls.is_plain(x)
+        shape_only = is_frozen and not (get_options().fuse_frozen_layers or self._aside())
         for t in (x, weight, bias):
             taken = self._event_of(t)
             if taken is not None and not (shape_only and t is x and taken.relu):
@@ -140,11 +138,11 @@ class Region(TorchFunctionMode):
             with saved.saves_shape_only(x):
                 c = func(*args, **kwargs)
         elif torch_eager.saved_tensors_hooks() == self.hooks:
-            c, layer = conv_bn.layer(func, *args, **kwargs)
+            c, layer = conv_bn.layer(lambda: func(*args, **kwargs), x, weight, bias)
         else:
             return func(*args, **kwargs)
-        is_linear = func is nn.functional.linear
-        self._note(c, Event(layer=layer, weight=weakref.ref(weight), linear=is_linear))
+        linear = func is nn.functional.linear
+        self._note(c, Event(layer=layer, weight=weakref.ref(weight), linear=linear))
         return c
 
     def _batch_norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -171,9 +169,8 @@ class Region(TorchFunctionMode):
             event.code = Code.REGION
             event.detail = "if a function is checkpointed, checkpoint a module instead"
         else:
-            hooked = self.hooks is not None
-            before = None if hooked else self.before.get(key)
-            was_used = before is not None and before.used
+            before = None if self.hooks else self.before.get(key)
+            was_used, hooked = before is not None and before.used, self.hooks is not None
             event.code, event.detail = decide(bn, layer, was_used=was_used, hooked=hooked)
         called, event.layer = event.layer, None
         if not event.code.rewritten:
@@ -182,7 +179,7 @@ class Region(TorchFunctionMode):
             return func(*args, **kwargs)
         if bn.weight is not None and bn.weight.requires_grad:
             assert called is not None
-            return conv_bn.batch_norm(x, called, *bn[1:5], bn.eps, event)
+            return conv_bn.batch_norm(x, called, *bn[1:5], bn.eps, event.watch)
         with saved.saves_shape_only(x):
             return func(*args, **kwargs)
 

@@ -30,8 +30,7 @@ def pair_backward(
     """Gradients of a layer's input and weight; ``<dW', W>`` and the sum of ``g``, [C].
 
     ``g`` is the gradient of the batch norm's output, ``scale`` is ``A``, in float32 or wider, as
-    are all but the first result. ``layer`` is what the layer computed with: input and weight, after
-    autocast's casts.
+    are all but the first result; ``layer`` what the layer computed with, after autocast's casts.
     """
     (x, weight, conv), (need_dx, need_dw) = layer, needs
     acc, layout = scale.dtype, Layout() if conv is None else Layout(conv.transposed, conv.groups)
@@ -76,20 +75,17 @@ def gradient_scale(g: Tensor, scale: Tensor) -> Tensor:
         ``log2(t) = clamp(max(-2 - ceil(log2(norm(g))), ceil(log2(abs(A))) - 8), -24, 15)``
         ``t = 1`` where ``norm(g)`` is 0 or NaN, or ``A`` is NaN
 
-    Why: ``dW'`` is rounded to float16 before it is scaled. With ``t = 1`` it is eval mode's dW
-    divided by ``A``: it overflows where gamma is small or zero and the loss is scaled, though eval
-    mode's dW does not, and underflows where the gradient is small (docs/numerics.md).
+    Why (docs/numerics.md): ``dW'``, rounded to float16 before it is scaled, is eval mode's dW
+    divided by ``A`` if ``t = 1``, which may overflow or underflow where that does not.
 
     * First term: ``norm(t * g)`` is in (1/8, 1/4]. By Cauchy-Schwarz ``abs(dW') <= norm(x) / 4``:
-      it fits if the root mean square of ``x`` is below 256 at a million positions. The largest
-      ``abs(g)`` would not do: it bounds no sum over many positions.
+      it fits if the root mean square of ``x`` is below 256 at a million positions.
     * Second term: ``abs(A / t) <= 256``, so that the scaled weight fits if ``abs(W) < 255`` (and
-      ``abs(A) <= 2 ** 23``). Where it is the larger one, ``t * g`` is at most 1/128 of the gradient
-      that eval mode rounds to float16 there, and ``dW'`` at most 1/128 of eval mode's dW.
+      ``abs(A) <= 2 ** 23``). Where it is the larger one, ``t * g`` and ``dW'`` are at most 1/128 of
+      the gradients that eval mode rounds to float16.
     * The clamp lets ``t`` fit float16, where multiplying with it is exact down to 2 ** -14.
 
-    bfloat16 and wider dtypes have the range of float32 and need no ``t``. No graph is recorded:
-    rounding up has no gradient, and no gradient depends on ``t``.
+    No graph is recorded: rounding up has no gradient, and no gradient depends on ``t``.
     """
     with torch.no_grad():
         positions = [d for d in range(g.ndim) if d != 1]

@@ -4,7 +4,9 @@ Max-pooling's gradient needs only its indices; a convolution or batch norm needs
 for the gradient of its weight, which may be frozen; and a ReLU needs only the signs of its output.
 """
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,52 +39,45 @@ def _hooks_around() -> tuple[Any, Any]:
     return torch_eager.saved_tensors_hooks() or (_with_version, _unwritten)
 
 
-class _Slot:
-    def __init__(self, packed: Any) -> None:
-        self.packed = packed
-        self.kept: dict[int, Tensor] = {}  # by backward pass
+Reading = Callable[[], contextlib.AbstractContextManager[None]]
 
 
-class SharedSaves:
-    """Lets a second node read what one saves, although the hooks around are asked only once.
+def shared_saves() -> tuple[saved_tensors_hooks, Reading]:
+    """Hooks for a node whose saved tensors another one reads, too; and a context for the other.
 
-    Checkpointing refuses to unpack twice in a backward pass, and offloading would copy twice. The
-    saving node runs under :meth:`hooks`. The other one reads first, ``with`` this object: what it
-    read is given to the saving node, too. Within the ``with`` statement around :meth:`hooks`,
-    nothing has to be unpacked.
+    The hooks around are asked once in each backward pass: checkpointing refuses more. What is read
+    first, in that context, is given to the node itself as well; around its forward, nothing has to
+    be unpacked.
     """
+    outer_pack, outer_unpack = _hooks_around()
+    reading: set[int] = set()  # backward passes
+    made: list[dict[int, Tensor]] = []
 
-    def __init__(self) -> None:
-        self._outer_pack, self._outer_unpack = _hooks_around()
-        self._open: set[int] = set()  # in which backward passes
-        self._made: list[_Slot] = []
+    def pack(t: Tensor) -> tuple[Any, dict[int, Tensor]]:
+        made.append({torch_eager.backward_pass(): t})
+        return outer_pack(t), made[-1]
 
-    def __enter__(self) -> None:
-        self._open.add(torch_eager.backward_pass())
-
-    def __exit__(self, *_: object) -> None:
-        self._open.discard(torch_eager.backward_pass())
-        for slot in self._made:
-            slot.kept.clear()
-        self._made.clear()
-
-    def hooks(self) -> saved_tensors_hooks:
-        return saved_tensors_hooks(self._pack, self._unpack)
-
-    def _pack(self, t: Tensor) -> _Slot:
-        slot = _Slot(self._outer_pack(t))
-        slot.kept[torch_eager.backward_pass()] = t
-        self._made.append(slot)
-        return slot
-
-    def _unpack(self, slot: _Slot) -> Tensor:
-        now = torch_eager.backward_pass()
-        tensor = slot.kept.pop(now, None)
-        if tensor is None:
-            tensor = self._outer_unpack(slot.packed)
-        if now in self._open:
-            slot.kept[now] = tensor
+    def unpack(saved: tuple[Any, dict[int, Tensor]]) -> Tensor:
+        (packed, kept), now = saved, torch_eager.backward_pass()
+        tensor = kept.pop(now, None)
+        tensor = outer_unpack(packed) if tensor is None else tensor
+        if now in reading:
+            kept[now] = tensor
         return tensor
+
+    @contextlib.contextmanager
+    def read() -> Iterator[None]:
+        now = torch_eager.backward_pass()
+        reading.add(now)
+        try:
+            yield
+        finally:
+            reading.discard(now)
+            for kept in made:
+                kept.clear()
+            made.clear()
+
+    return saved_tensors_hooks(pack, unpack), read
 
 
 def saves_shape_only(x: Tensor) -> saved_tensors_hooks:

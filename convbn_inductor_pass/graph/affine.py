@@ -38,8 +38,7 @@ def find_chains(
 ) -> Iterator[AffineChain]:
     """Every layer of ``graph`` in order, with the longest affine chain that follows it.
 
-    A chain ends before a call of which ``ends_before`` says so. No call is a step of two chains. (A
-    sum of two layers' outputs could be, where these are one number per channel.)
+    A chain ends before a call of which ``ends_before`` says so. No call is a step of two chains.
     """
     taken: set[fx.Node] = set()
     for node in graph.nodes:

@@ -18,7 +18,7 @@ class Builder:
     """Adds calls to a graph at its insertion point, with metadata.
 
     After a ``with`` statement, even one that failed, the graph is sorted, returns the replacements
-    of its outputs, and has no unused nodes. The partitioner removes duplicates in a joint graph.
+    of its outputs, and has no unused nodes.
     """
 
     def __init__(self, graph: fx.Graph) -> None:

@@ -39,9 +39,8 @@ def laid_out(node: fx.Node, strides: Sequence[Any], build: Builder) -> fx.Node:
 def keep_observed(graph: fx.Graph, changed: Sequence[fx.Node], build: Builder) -> None:
     """Give calls that read strides the traced ones, for operands that depend on ``changed``.
 
-    A library's kernel may lay out its result differently, and results computed from it follow, up
-    to the next copy. For most aten operators Inductor accounts for that; for calls that read
-    strides it enforces the graph's metadata, which is kept as traced here.
+    A library's kernel may lay out its result differently, and what is computed from it follows. For
+    calls that read strides, Inductor enforces the graph's metadata, which is kept as traced here.
     """
     inductor.restore_hidden_outputs(graph)
     affected = depending_on(changed)

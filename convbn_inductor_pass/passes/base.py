@@ -109,8 +109,8 @@ class Pass(registry.CustomGraphPass):
 class DecisionLogPass(Pass):
     """Stores decisions with the compiled code, for :func:`records` after a cache hit.
 
-    Runs on the graph of the forward, or of inference, after the others; changes nothing. The
-    partitioner copies the metadata of calls, to which each pass attaches its records.
+    Runs on the forward after the others, and changes nothing. The partitioner copies the metadata
+    of calls, to which each pass attaches its records.
     """
 
     name = "decision_log"

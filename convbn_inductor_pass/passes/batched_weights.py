@@ -3,9 +3,8 @@
 Before:  W1' = W1 * s1;  W2' = W2 * s2;  ...      a launch each, of a few microseconds
 After:   [W1', W2', ...] = _foreach_mul([W1, W2, ...], [s1, s2, ...])
 
-For weights that convolutions and their gradients take, and biases of ``convolution_relu``, where
-they end in a product or a sum. The same values, to the bit; Inductor makes one kernel of each list.
-What is computed together is alive together, so a list is limited to ``_MOST_BYTES``.
+For weights that convolutions and their gradients take, and biases of ``convolution_relu``. The same
+values, to the bit. What is computed together is alive together: a list has ``_MOST_BYTES`` at most.
 
 Declines: devices other than CUDA, where a call costs next to nothing; values that depend on
 anything other than pointwise functions of graph inputs, or on another list; on torch 2.11 and 2.12,

@@ -2,9 +2,9 @@
 
 Freezing folds what is added to or multiplied with a layer's output into its weight
 (``torch._inductor.fx_passes.binary_folding``). On torch 2.11 to 2.15 it assumes that a weight's
-first dimension is the output channels and an operand's dimension 1 the channels, whatever the layer
-and the ranks are, so some graphs give wrong results or do not compile. What the stricter check here
-rejects is computed as written. Can be removed once theirs compares the operand with the channels.
+first dimension is the output channels and an operand's dimension 1 the channels: some graphs give
+wrong results or do not compile. What the stricter check here rejects is computed as written. Can be
+removed once theirs compares the operand with the channels.
 """
 
 import contextlib

@@ -3,10 +3,9 @@
 Before:  w = where(mask, 0, g);  f = float32(w);  sum(f);  f * scale      stores f, four bytes each
 After:   w = where(mask, 0, g);  sum(float32(w));  float32(w) * scale     stores w, two bytes each
 
-If several kernels use a value that takes more than a few reads to compute, Inductor stores it as it
-is in the graph. This happens in BN-tuning under autocast, where a mask is recomputed from the batch
-norm's input. Nothing more is rounded: ``where`` only selects. Declines: devices other than CUDA,
-and casts of anything else.
+Inductor stores a value that several kernels use and that takes more than a few reads to compute: in
+BN-tuning under autocast, where a mask is recomputed from the batch norm's input. Nothing more is
+rounded: ``where`` only selects. Declines: devices other than CUDA, casts of anything else.
 """
 
 import torch

@@ -3,9 +3,8 @@
 Before:  y = act(A * conv(x, W, b) + B)           or  y = relu(A * conv(x, W, b) + B + other)
 After:   y = conv(x, A * W, A * b + B), with the activation or the addition in the same kernel
 
-A and B, one value per channel, are recomputed each call from the live parameters. On CPU a
-convolution becomes oneDNN's, on NVIDIA's GPUs cuDNN's where a ReLU follows, elsewhere the layer
-stays its own operator. :mod:`decide` says when it declines.
+A and B, [C], are recomputed each call from the live parameters. On CPU a convolution becomes
+oneDNN's, on NVIDIA's GPUs cuDNN's where a ReLU follows. :mod:`decide` says when it declines.
 """
 
 from torch import fx

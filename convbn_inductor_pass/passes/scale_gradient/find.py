@@ -219,10 +219,9 @@ def _is_scaling(steps: Sequence[Step], dim: int) -> bool:
 
 
 def arrangement(*paths: Path) -> list[tuple[Any, ...]]:
-    """The moves of one path after the other, in a form in which what undoes itself is gone.
+    """The moves of one path after the other, less what undoes itself: equal ones move alike.
 
-    Equal forms move equal tensors in the same way. Each entry is a permutation of dimensions, or
-    the shapes before and after a view.
+    Each entry is a permutation of dimensions, or the shapes before and after a view.
     """
     moves: list[tuple[Any, ...]] = []
     for step in (s for path in paths for s in path.steps if s.kind == "move"):

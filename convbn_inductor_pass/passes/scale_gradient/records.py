@@ -110,8 +110,8 @@ def _find_batch_norms(
 ) -> Iterator[_BatchNormCall]:
     """The batch norm calls of the forward in ``graph``, in order.
 
-    In the bodies of some higher-order operators, nodes lack that metadata: with
-    ``without_origin``, any per-channel subtraction from a layer's output counts.
+    In the bodies of some higher-order operators, nodes lack that metadata: with ``without_origin``,
+    any subtraction from a layer's output counts.
     """
     for node in graph.nodes:
         if node.target is not aten.sub.Tensor or node in backward:

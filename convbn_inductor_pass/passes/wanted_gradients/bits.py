@@ -5,8 +5,8 @@ A dimension that is a multiple of 8 is split in two, one of them of size 8:
     forward   bits = sum over j of mask[j] * 2**j, a uint8        is saved
     backward  mask[j] = bits & 2**j != 0
 
-All of it is plain aten, which Inductor fuses with what makes the mask, and what uses it. The sum is
-one of floats, which are exact and which Inductor's C++ vectorizes.
+Plain aten, which Inductor fuses with what makes the mask, and what uses it. The sum is one of
+floats, which are exact and which its C++ vectorizes.
 
 Which dimension: the channels, neighbours in a channels-last tensor, so that on a GPU the kernel
 that makes the mask packs it as well. On a CPU the images, or else rows, before the channels, with

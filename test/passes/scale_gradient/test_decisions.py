@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import ConvBN, Residual
+from joint_graphs import PassResult, run_pass
 from programs import (
     PARAMETERS,
     arguments,
@@ -23,25 +24,25 @@ from programs import (
 )
 from torch import nn
 
-from convbn_inductor_pass import Code, options, testing
+from convbn_inductor_pass import Code, options
 from convbn_inductor_pass.passes import scale_gradient
 
 
-def traced(fn: Callable[..., Any] = conv_bn, **kwargs: Any) -> testing.PassResult:
-    return testing.run_pass(fn, *arguments(**kwargs)().values())[-1]
+def traced(fn: Callable[..., Any] = conv_bn, **kwargs: Any) -> PassResult:
+    return run_pass(fn, *arguments(**kwargs)().values())[-1]
 
 
-def denied() -> testing.PassResult:
+def denied() -> PassResult:
     with options(deny=("*",)):
         return traced()
 
 
-def speed() -> testing.PassResult:
+def speed() -> PassResult:
     with options(objective="speed"):
         return traced(x=(1, 3, 3, 3))
 
 
-def autocast() -> testing.PassResult:
+def autocast() -> PassResult:
     with bf16():
         return traced(lambda *args: F.silu(conv_bn(*args)), grad=("x",))
 
@@ -54,12 +55,12 @@ def in_a_body(x, *rest):
     return torch.cond(x.sum() > 0, lambda x: conv_bn(x, *rest), lambda x: x * 2, (x,))
 
 
-CASES: dict[Code, Callable[[], testing.PassResult]] = {
+CASES: dict[Code, Callable[[], PassResult]] = {
     Code.FUSED: traced,
     Code.WEIGHT_COPY: autocast,
     Code.NOT_AFTER_LAYER: lambda: traced(lambda x, w, b, *r: bn(F.conv2d(x, w, b).relu(), *r)),
     Code.LAYER_IN_ANOTHER_GRAPH: lambda: traced(lambda x, w, b, *r: bn(x, *r), x=(2, 4, 6, 6)),
-    Code.INSIDE_HIGHER_ORDER_OP: lambda: testing.run_pass(in_a_body, *carried()().values())[-1],
+    Code.INSIDE_HIGHER_ORDER_OP: lambda: run_pass(in_a_body, *carried()().values())[-1],
     Code.BATCH_STATISTICS: lambda: traced(trains),
     Code.NO_GRAD: lambda: traced(frozen=PARAMETERS),
     Code.AFFINE_FROZEN: lambda: traced(frozen=("g",)),
@@ -103,7 +104,7 @@ class TestOptions:
 
         def fused(**changes: Any) -> list[str]:
             with options(**changes):
-                [result] = testing.run_pass(model, x)
+                [result] = run_pass(model, x)
             codes = {r.code for r in result.records}
             assert codes <= {Code.FUSED, Code.DENIED}
             return [r.batch_norm for r in result.records if r.code is Code.FUSED]
@@ -137,9 +138,9 @@ class TestOptions:
         model = ConvBN(nn.Conv2d(4, 64, 3))  # 5 x 2,304 elements
         small, large = torch.randn(8, 4, 4, 4), torch.randn(8, 4, 8, 8)  # 2,048 and 18,432 out
         for x, code in ((small, Code.LARGE_WEIGHT), (large, Code.FUSED)):
-            assert testing.run_pass(model, x)[0].codes == [Code.FUSED]
+            assert run_pass(model, x)[0].codes == [Code.FUSED]
             with options(objective="speed"):
-                assert testing.run_pass(model, x)[0].codes == [code]
+                assert run_pass(model, x)[0].codes == [code]
 
 
 @pytest.mark.parametrize("first", [False, True])

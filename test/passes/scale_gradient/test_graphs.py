@@ -12,14 +12,15 @@ import re
 
 import expecttest
 import torch
+from joint_graphs import run_pass
 from programs import arguments, bn, conv_bn, in_dtype
 
-from convbn_inductor_pass import Code, testing
+from convbn_inductor_pass import Code
 
 
 def changed_lines(fn, make, inputs: str = "x w b m v g beta") -> str:
     """A diff of the graph before and after, with names that do not depend on the rest of it."""
-    [result] = testing.run_pass(fn, *make().values())
+    [result] = run_pass(fn, *make().values())
     assert result.codes == [Code.FUSED]
     codes = [
         [re.sub(r"torch\.ops\.\w+\.(\w+)\.\w+", r"\1", li.split(";")[0]) for li in code.split("\n")]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import ConvBN, Residual
+from joint_graphs import PassResult, run_on_graph, run_pass
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -23,7 +24,7 @@ from convbn_inductor_pass.passes.scale_gradient import rewrite
 
 
 def records_of(model: nn.Module, *inputs: Tensor, dynamic: bool | None = None) -> list[Record]:
-    results = testing.run_pass(model, *inputs, dynamic=dynamic)
+    results = run_pass(model, *inputs, dynamic=dynamic)
     records = [r for result in results for r in result.records]
     return [r for r in records if r.pass_name == "scale_gradient"]
 
@@ -218,10 +219,10 @@ def test_a_failure_half_way_leaves_a_right_graph(method, call, monkeypatch):
 
 def test_running_again_changes_nothing(x):
     """Nothing is left that is summed over."""
-    seen: list[testing.PassResult] = []
+    seen: list[PassResult] = []
 
     def twice(graph: torch.fx.Graph) -> None:
-        first, second = testing.run_on_graph(graph), testing.run_on_graph(graph)
+        first, second = run_on_graph(graph), run_on_graph(graph)
         assert first.before != first.after == second.before == second.after
         seen.append(first)
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import LAYERS, channels, example_input
+from joint_graphs import run_pass
 from oracle import PassRecorder
 from programs import Norm, Residual, Scale, check_model
 from torch import Tensor, nn
 
-from convbn_inductor_pass import Code, testing
+from convbn_inductor_pass import Code
 
 FORMS = ("index", "left", "expanded", "divide", "addcmul", "last", "two", "number", "in place")
 
@@ -262,7 +263,7 @@ class OtherSums(nn.Module):
 def test_other_sums_of_the_gradient_are_not_taken(kind):
     torch.manual_seed(0)
     x = torch.randn(3, 4, 5, 5, requires_grad=True)
-    (result,) = testing.run_pass(OtherSums(kind), x)
+    (result,) = run_pass(OtherSums(kind), x)
     assert result.codes == [Code.FUSED]
     sums = "torch.ops.aten.sum.dim_IntList("
     # One sum goes, that over the layer's output; the inner product and a sum of g come.
@@ -274,6 +275,6 @@ def test_a_sum_that_is_there_is_taken():
     torch.manual_seed(0)
     model, x = OtherSums("kept"), torch.randn(3, 4, 5, 5, requires_grad=True)
     model.bn.bias.requires_grad_(True)
-    (result,) = testing.run_pass(model, x)
+    (result,) = run_pass(model, x)
     sums = "torch.ops.aten.sum.dim_IntList("
     assert result.after.count(sums) == result.before.count(sums)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import Residual, UNet
+from joint_graphs import run_pass
 from passes.wanted_gradients.wanted import codes, compare
 from torch import nn
 from torch._functorch import config as functorch_config
@@ -175,7 +176,7 @@ def test_bn_tuning_saves_one_tensor_per_block():
     assert [t.nbytes for t in large if t.kind == "activation"] == [x.nbytes] * 3
     assert saved.bytes_of("mask") <= x.numel() // 8  # of the last block, where nothing else is read
     assert explanation.saved_bytes["eval"] >= 5 * x.nbytes
-    (result,) = testing.run_pass(model, x)
+    (result,) = run_pass(model, x)
     assert "[True, True" not in result.after
     assert "[False, True" not in result.after
 

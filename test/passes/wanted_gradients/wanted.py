@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from joint_graphs import PassResult, recording_backend
 from torch import Tensor, fx, nn
 
 from convbn_inductor_pass import Code, Record, testing
 from convbn_inductor_pass._torch import tracing
 from convbn_inductor_pass.saved_tensors import saved_by_graph
-from convbn_inductor_pass.testing import PassResult
 
 __all__ = ["Compared", "check_bits", "codes", "compare", "wanted_records"]
 
@@ -39,7 +39,7 @@ def compare(
     results: list[PassResult] = []
     runs = []
     for backend in (
-        testing.fast_backend(on_result=results.append),
+        recording_backend(results.append),
         testing.fast_backend(fuse=False),
     ):
         torch._dynamo.reset()
