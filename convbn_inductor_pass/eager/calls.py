@@ -22,7 +22,7 @@ SAVES_NOTHING = {
 }
 # Questions that are no use of a tensor's elements.
 _ATTRIBUTES = ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda")
-_METADATA = {
+METADATA = {
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.stride, Tensor.is_contiguous),
     *(Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.__len__, torch.numel),
@@ -70,7 +70,7 @@ class BatchNormCall(NamedTuple):
 
 def tensors_read(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     """Tensors among the arguments, and in lists there, of which more than metadata is read."""
-    if function not in _METADATA:
+    if function not in METADATA:
         yield from _tensors(args[:1] if function in _SHAPE_OF_OTHER else (*args, *kwargs.values()))
 
 

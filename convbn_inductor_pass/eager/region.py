@@ -61,7 +61,7 @@ class Region(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or func in calls.METADATA:
             return func(*args, **kwargs)
         if self not in regions.open[-1:]:  # another is open inside, or it has ended
             for t in calls.tensors_read(func, args, kwargs):
