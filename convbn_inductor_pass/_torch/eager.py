@@ -42,6 +42,11 @@ def in_compiled_autograd() -> bool:
     )
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)`` less what it does for torch.func, for where that is not active."""
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
 def call_below(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Call ``function`` with no autocast and no ``__torch_function__`` in between."""
     with torch._C._DisableAutocast(), torch._C.DisableTorchFunction():

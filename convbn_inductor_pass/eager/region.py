@@ -110,15 +110,10 @@ class Region(TorchFunctionMode):
         return key, use
 
     def _note(self, value: Any, event: Event) -> None:
-        outputs, key = self.outputs, id(value)
-
-        def forget(reference: Any) -> None:
-            if outputs.get(key, (None,))[0] is reference:
-                del outputs[key]  # the last one keeps what the layer computed with
-
-        reference = weakref.ref(value, forget)
+        # When it dies, its event goes, with what the layer computed with.
+        reference = weakref.ref(value, functools.partial(self.outputs.pop, id(value)))
         event.outputs.append(reference)
-        outputs[key] = reference, event
+        self.outputs[id(value)] = reference, event
 
     def _event_of(self, value: Any) -> Event | None:
         """Of the layer or ReLU whose output ``value`` is."""

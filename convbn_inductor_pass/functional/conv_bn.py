@@ -35,7 +35,7 @@ from torch import Tensor
 
 from .._torch import eager as torch_eager
 from .gradients import Conv, pair_backward, per_channel, sum_positions
-from .saved import Reading, shared_saves
+from .saved import shared_saves
 
 # After a linear layer of more than two dimensions; its bias is added where its input has gaps.
 _OF_LINEAR = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AddBackward0")
@@ -60,7 +60,7 @@ class Layer(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     state: tuple[Any, ...]
-    reading: Reading = contextlib.nullcontext
+    reading: Callable[[], Any] = contextlib.nullcontext
 
     @property
     def is_conv(self) -> bool:
@@ -133,8 +133,9 @@ def batch_norm(
     ``weight`` is trained; ``layer`` gave ``c``. ``watch`` is asked in backward: whether someone may
     look at the gradient of ``c``, and for ``c``, or what ``c`` is rows of, if it still exists.
     """
-    operands = layer.input, layer.weight, layer.bias
-    return _BatchNorm.apply(c, *operands, weight, bias, (mean, var, eps, layer, watch))
+    of_layer, others = (layer.input, layer.weight, layer.bias), (mean, var, eps, layer, watch)
+    y: Tensor = torch_eager.apply(_BatchNorm, c, *of_layer, weight, bias, others)
+    return y
 
 
 class _BatchNorm(torch.autograd.Function):

@@ -39,10 +39,7 @@ def _hooks_around() -> tuple[Any, Any]:
     return torch_eager.saved_tensors_hooks() or (_with_version, _unwritten)
 
 
-Reading = Callable[[], contextlib.AbstractContextManager[None]]
-
-
-def shared_saves() -> tuple[saved_tensors_hooks, Reading]:
+def shared_saves() -> tuple[saved_tensors_hooks, Callable[[], Any]]:
     """Hooks for a node whose saved tensors another one reads, too; and a context for the other.
 
     The hooks around are asked once in each backward pass: checkpointing refuses more. What is read
