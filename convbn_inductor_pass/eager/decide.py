@@ -15,9 +15,8 @@ def decide(
 ) -> tuple[Code, str]:
     """Whether a batch norm may leave its input unsaved, and a detail.
 
-    ``layer`` is the call of the layer before it, if that ran in this region; ``was_used``: its
-    output was used elsewhere in the previous forward; ``hooked``: others' hooks take what is saved.
-    PyTorch's batch norm saves its input even if its weight is frozen: it need not.
+    ``layer`` is the call of the layer before it, if that ran in this region, ``was_used`` if its
+    output was used elsewhere in the previous forward, ``hooked`` if others' hooks are active.
     """
     if bn.batch_statistics:
         return Code.BATCH_STATISTICS, ""

@@ -124,7 +124,7 @@ def run_once(
     region.reads.update(map(id, pytree.tree_leaves(result)))
     events = list(region.events.values())
     for event in events:
-        event.used |= event.output() is not None  # stored, or in the result
+        event.used |= bool(event.alive())  # stored, or in the result
     del result
     return events, calls, region.reads
 

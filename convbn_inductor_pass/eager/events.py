@@ -30,17 +30,16 @@ class Event:
     code: Code | None = None
     detail: str = ""
 
-    def output(self) -> Any:
-        """The output, or rows of it that a batch norm takes, if one still exists."""
-        return next((o for output in self.outputs if (o := output()) is not None), None)
+    def alive(self) -> list[Any]:
+        """What still exists of the output, and of rows of it that a batch norm takes."""
+        return [o for output in self.outputs if (o := output()) is not None]
 
-    def watch(self) -> tuple[bool, Any]:
-        """Whether someone may ask for the gradient of the output; and the output."""
-        output = self.output()
-        return self.used or output is not None, output
+    def watch(self) -> tuple[bool, list[Any]]:
+        """Whether someone may ask for the gradient of the output; and what exists of it."""
+        return self.used or bool(self.alive()), self.alive()
 
     def mark_used(self) -> None:
-        self.used = True
+        self.used, self.layer = True, None
         if self.code is Code.FUSED:
             self.code = Code.LAYER_OUTPUT_USED
 

@@ -136,8 +136,7 @@ class Region(TorchFunctionMode):
             c, layer = conv_bn.layer(lambda: func(*args, **kwargs), x, weight, bias)
         else:
             return func(*args, **kwargs)
-        linear = func is nn.functional.linear
-        self._note(c, Event(layer=layer, weight=weakref.ref(weight), linear=linear))
+        self._note(c, Event(layer, weakref.ref(weight), linear=func is nn.functional.linear))
         return c
 
     def _batch_norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -206,6 +205,6 @@ class Region(TorchFunctionMode):
             if all(e.code is Code.BATCH_STATISTICS for e in norms):  # a trainer's ``train()``
                 announce.say(e.record({}) for e in norms)
         for _, event in list(self.outputs.values()):
-            if (event.relu or event.code is Code.FUSED) and event.output() is not None:
+            if (event.relu or event.code is Code.FUSED) and event.alive():
                 event.mark_used()
         self.outputs.clear()

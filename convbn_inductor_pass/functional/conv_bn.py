@@ -26,7 +26,7 @@ formula for dgamma follows from its equation for the folded weight.
 
 import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -126,12 +126,12 @@ def batch_norm(
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
-    watch: Callable[[], tuple[bool, Tensor | None]],
+    watch: Callable[[], tuple[bool, Sequence[Tensor]]],
 ) -> Tensor:
     """Batch norm in eval mode of a ``c`` [N, C, ...] that is not saved. Twice differentiable.
 
     ``weight`` is trained; ``layer`` gave ``c``. ``watch`` is asked in backward: whether someone may
-    look at the gradient of ``c``, and for ``c``, or what ``c`` is rows of, if it still exists.
+    look at the gradient of ``c``, and what still exists of ``c`` and its views.
     """
     of_layer, others = (layer.input, layer.weight, layer.bias), (mean, var, eps, layer, watch)
     y: Tensor = torch_eager.apply(_BatchNorm, c, *of_layer, weight, bias, others)
@@ -143,7 +143,7 @@ class _BatchNorm(torch.autograd.Function):
     def forward(ctx: Any, c: Tensor, *arguments: Any) -> Tensor:
         _, weight, bias, gamma, beta, others = arguments
         mean, var, eps, layer, watch = others
-        ctx.eps, ctx.node, ctx.watch, ctx.version = eps, layer.node, watch, c._version
+        ctx.eps, ctx.node, ctx.watch, ctx.state = eps, layer.node, watch, (c._version, c.dtype)
         ctx.is_conv, ctx.reading, ctx.found = layer.is_conv, layer.reading, False
         # A linear layer's node has the weight only if its input needs a gradient.
         has_weight = layer.is_conv or layer.input.requires_grad
@@ -161,18 +161,24 @@ class _BatchNorm(torch.autograd.Function):
                 "convbn_inductor_pass.turn_off(model), and compile the model with enable() instead"
             )
         # Unpacked out here: checkpointing then runs the forward again, in a region.
-        node, runs = ctx.node, torch_eager.will_run(ctx.node)
+        node, runs, layer = ctx.node, torch_eager.will_run(ctx.node), None
         *of_norm, weight = ctx.saved_tensors
-        with ctx.reading() if runs else contextlib.nullcontext():
-            x = getattr(node, _INPUT[type(node).__name__])
-            if ctx.is_conv:
-                weight = node._saved_weight
-            else:
-                weight = node._saved_mat2.t() if weight is None else weight.to(x.dtype)
-        layer = x, weight, Conv(*_geometry(node)) if ctx.is_conv else None
-        is_watched, c = ctx.watch()
+        is_watched, outputs = ctx.watch()
+        c = next((o for o in outputs if _is_output(o, ctx)), None)
+        if c is None:
+            with ctx.reading() if runs else contextlib.nullcontext():
+                x = getattr(node, _INPUT[type(node).__name__])
+                if weight is None:
+                    weight = node._saved_weight if ctx.is_conv else node._saved_mat2.t()
+            layer = x, weight.to(x.dtype), Conv(*_geometry(node)) if ctx.is_conv else None
         arguments = ctx, g, of_norm, layer, is_watched or ctx.found or not runs, c
         return *torch_eager.call_below(_gradients, *arguments), None
+
+
+def _is_output(t: Tensor, ctx: Any) -> bool:
+    """Whether it is the layer's output, or a view of it in autograd's graph, as it was."""
+    node = t.grad_fn if ctx.is_conv else node_of_layer(t)
+    return node is ctx.node and (t._version, t.dtype) == ctx.state
 
 
 def _found(name: str) -> Any:
@@ -194,8 +200,8 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of c, x, W, b, gamma and beta, those of parameters as wide as they were computed.
 
-    The layer's node makes those of x, W and b if there is one of c. Second-order gradients have to
-    pass ``c`` and its hooks, if it still exists.
+    If there is one of c, the layer's node makes those of x, W and b. That of gamma comes from ``c``
+    if that exists: second-order gradients pass its hooks.
     """
     mean, var, gamma, bias = of_norm
     _, *needs, need_bias, _, need_beta, _ = ctx.needs_input_grad
@@ -205,7 +211,7 @@ def _gradients(
     dc = None
     if is_watched:
         dc, needs, need_bias = g * per_channel(scale, g), (False, False), False
-    if is_watched and torch.is_grad_enabled() and c is not None and c._version == ctx.version:
+    if c is not None:
         sum_g = sum_positions(g)
         inner = sum_positions(g * (c.reshape(g.shape) - per_channel(mean.to(acc), g)))
         return dc, None, None, None, invstd * inner, sum_g if need_beta else None

@@ -43,8 +43,7 @@ def shared_saves() -> tuple[saved_tensors_hooks, Callable[[], Any]]:
     """Hooks for a node whose saved tensors another one reads, too; and a context for the other.
 
     The hooks around are asked once in each backward pass: checkpointing refuses more. What is read
-    first, in that context, is given to the node itself as well; around its forward, nothing has to
-    be unpacked.
+    first, in that context, is given to the node as well; around its forward, nothing is unpacked.
     """
     outer_pack, outer_unpack = _hooks_around()
     reading: set[int] = set()  # backward passes

@@ -28,7 +28,7 @@ def fused(model, x, weight, bias, gamma, beta, *, watched=False):
     c = c.flatten(0, -2) if isinstance(model.layer, nn.Linear) else c
     assert before.gave(c)
     statistics = bn.running_mean, bn.running_var
-    return batch_norm(c, before, *statistics, gamma, beta, bn.eps, lambda: (watched, None))
+    return batch_norm(c, before, *statistics, gamma, beta, bn.eps, lambda: (watched, []))
 
 
 def plain(model, x, weight, bias, gamma, beta):
@@ -117,7 +117,7 @@ def test_layer_s_node_is_left_with_nothing_to_compute():
         given = []
         c.grad_fn.register_prehook(given.extend)
         of_norm = model.bn.running_mean, model.bn.running_var, *tensors[3:], model.bn.eps
-        y = batch_norm(c, before, *of_norm, lambda watched=watched: (watched, None))
+        y = batch_norm(c, before, *of_norm, lambda watched=watched: (watched, []))
         y.sum().backward()
         assert [g is not None for g in given] == [watched]
 

@@ -59,7 +59,7 @@ def test_not_finite(bad):
 def pair(written, tensors, *of_norm):
     """A layer and a batch norm after it, whose output in between nobody looks at."""
     of_layer = layer(lambda: written(*tensors), *tensors)
-    return batch_norm(*of_layer, *of_norm, lambda: (False, None))
+    return batch_norm(*of_layer, *of_norm, lambda: (False, []))
 
 
 def arguments(kind):
