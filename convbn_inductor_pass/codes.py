@@ -1,8 +1,4 @@
-"""The decisions that a pass can make, each with a code.
-
-The same code appears in logs, ``explain``, the trace artifact and tests. Its value is the sentence
-that users see; a decision adds a detail that names the nodes.
-"""
+"""The decisions that a pass can make, each with a code and the sentence that users see."""
 
 import enum
 
@@ -78,6 +74,8 @@ class Code(enum.Enum):
     @property
     def rewritten(self) -> bool:
         return self in _REWRITTEN
+
+    fused = rewritten  # its name in 0.1.0
 
     @property
     def remedy(self) -> str:

@@ -217,6 +217,7 @@ def test_explain_and_counting_bytes_say_nothing(x, lines):
 @pytest.mark.parametrize("code", cbn.Code)
 def test_remedies_are_one_short_clause(code):
     assert not (code.rewritten and code.remedy)
+    assert code.fused == code.rewritten  # the name in 0.1.0
     assert len(code.remedy) < 120
     assert not code.remedy.endswith(".")
 
