@@ -1,16 +1,14 @@
 """Tune mode for the layers and batch norms of a forward, while it runs (docs/eager.md).
 
-In it a batch norm after a layer runs as :func:`conv_bn.batch_norm`, which does not save its input.
-Every tensor is a real one, computed when eval mode computes it.
+A batch norm after a layer runs as :func:`conv_bn.batch_norm`, which does not save its input.
 
-Other uses of a layer's output are correct, too, but cost a second weight gradient. So a region
-watches outputs: if one is used before its batch norm, or was used after it or stored in the
-previous forward, the batch norm runs as written. It watches those of ReLUs as well: if one is saved
-for the ReLU alone, a mask is enough (:mod:`functional.saved`).
+Other uses of a layer's output are correct, but cost more. So a region watches outputs: if one is
+used before its batch norm, or was used after it or stored in the previous forward, the batch norm
+runs as written. A ReLU's output that is saved for it alone becomes a mask (:mod:`saved`).
 
 A region steps aside where it is compiled or traced, in torch.func and forward-mode differentiation,
-and where the saved-tensor hooks change within it: ``torch.utils.checkpoint`` counts what is saved,
-and would not find the region when it recomputes. Nor is anything learned under such hooks.
+and where the saved-tensor hooks change within it: checkpointing would not find it when it
+recomputes. Nor is anything learned under such hooks.
 """
 
 import functools
@@ -204,6 +202,10 @@ class Region(TorchFunctionMode):
             norms = [e for e in self.events.values() if e.code is not None]
             if all(e.code is Code.BATCH_STATISTICS for e in norms):  # a trainer's ``train()``
                 announce.say(e.record({}) for e in norms)
+        else:  # validation: what was learned in training stays
+            for key, event in self.before.items():
+                if event.relu or key in self.events:
+                    self.events.setdefault(key, event).used |= event.used
         for _, event in list(self.outputs.values()):
             if (event.relu or event.code is Code.FUSED) and event.alive():
                 event.mark_used()

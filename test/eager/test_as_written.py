@@ -320,3 +320,24 @@ def test_statistics_that_require_a_gradient():
     turn_on(model)
     with pytest.raises(RuntimeError, match="not differentiable with respect to argument"):
         model(torch.randn(2, 3, 5, 5))
+
+
+def test_validation_forgets_nothing():
+    """A forward without gradients: of a layer's output that is stored, of a ReLU's that is not."""
+
+    def forward(m, x):
+        m.c = m.conv(x)
+        return m.bn(m.c).relu() + 1
+
+    def node_of_relu():
+        return model(x).grad_fn.next_functions[0][0]
+
+    model, x = turn_on(Fn(forward)), torch.randn(2, 4, 6, 6)
+    assert "_BatchNorm" in node_of_relu().next_functions[0][0].name()
+    with torch.no_grad():
+        model(x)
+    assert codes(model) == [Code.NO_GRAD]
+    relu = node_of_relu()
+    assert relu._saved_result.dtype == torch.uint8
+    assert "_BatchNorm" not in relu.next_functions[0][0].name()
+    assert codes(model) == [Code.LAYER_OUTPUT_USED]
