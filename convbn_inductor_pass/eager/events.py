@@ -35,8 +35,8 @@ class Event:
         return [o for output in self.outputs if (o := output()) is not None]
 
     def watch(self) -> tuple[bool, list[Any]]:
-        """Whether someone may ask for the gradient of the output; and what exists of it."""
-        return self.used or bool(self.alive()), self.alive()
+        """Whether the output was used elsewhere; and what still exists of it."""
+        return self.used, self.alive()
 
     def mark_used(self) -> None:
         self.used, self.layer = True, None

@@ -130,11 +130,11 @@ def batch_norm(
 ) -> Tensor:
     """Batch norm in eval mode of a ``c`` [N, C, ...] that is not saved. Twice differentiable.
 
-    ``weight`` is trained; ``layer`` gave ``c``. ``watch`` is asked in backward: whether someone may
-    look at the gradient of ``c``, and what still exists of ``c`` and its views.
+    ``weight`` is trained; ``layer`` gave ``c``. ``watch`` is asked in backward: whether ``c`` was
+    used elsewhere, and what still exists of ``c`` and its views.
     """
-    of_layer, others = (layer.input, layer.weight, layer.bias), (mean, var, eps, layer, watch)
-    y: Tensor = torch_eager.apply(_BatchNorm, c, *of_layer, weight, bias, others)
+    others = mean, var, eps, layer, watch
+    y: Tensor = torch_eager.apply(_BatchNorm, c, *layer[1:4], weight, bias, others)
     return y
 
 
@@ -163,7 +163,7 @@ class _BatchNorm(torch.autograd.Function):
         # Unpacked out here: checkpointing then runs the forward again, in a region.
         node, runs, layer = ctx.node, torch_eager.will_run(ctx.node), None
         *of_norm, weight = ctx.saved_tensors
-        is_watched, outputs = ctx.watch()
+        used, outputs = ctx.watch()
         c = next((o for o in outputs if _is_output(o, ctx)), None)
         if c is None:
             with ctx.reading() if runs else contextlib.nullcontext():
@@ -171,7 +171,7 @@ class _BatchNorm(torch.autograd.Function):
                 if weight is None:
                     weight = node._saved_weight if ctx.is_conv else node._saved_mat2.t()
             layer = x, weight.to(x.dtype), Conv(*_geometry(node)) if ctx.is_conv else None
-        arguments = ctx, g, of_norm, layer, is_watched or ctx.found or not runs, c
+        arguments = ctx, g, of_norm, layer, used or bool(outputs) or ctx.found or not runs, c
         return *torch_eager.call_below(_gradients, *arguments), None
 
 

@@ -341,3 +341,27 @@ def test_validation_forgets_nothing():
     assert relu._saved_result.dtype == torch.uint8
     assert "_BatchNorm" not in relu.next_functions[0][0].name()
     assert codes(model) == [Code.LAYER_OUTPUT_USED]
+
+
+def test_rows_of_half_of_a_linear_layers_channels():
+    linear, norm = nn.Linear(4, 4), nn.BatchNorm1d(2)
+    model, x = Fn(lambda m, x: m.bn(m.conv(x).view(-1, 2)), linear, norm), torch.randn(6, 4)
+    expected = run(model, x)
+    torch.testing.assert_close(run(turn_on(model), x), expected, rtol=0, atol=0)
+    assert codes(model) == [Code.NOT_AFTER_LAYER]
+
+
+def test_weight_of_a_subclass():
+    class Weight(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+
+    def forward(m, x):
+        return m.bn(F.conv2d(x, m.conv.weight.as_subclass(Weight)))
+
+    model, x = Fn(forward), torch.randn(2, 4, 6, 6)
+    expected = run(model, x)
+    torch.testing.assert_close(run(turn_on(model), x), expected, rtol=0, atol=0)
+    assert codes(model) == [Code.UNSUPPORTED_TENSOR]
